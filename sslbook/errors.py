@@ -1,0 +1,17 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one line that says what is wrong and what to do about it.
+
+    The command line prints it as ``error: ...`` without a traceback and leaves with status 2. From Python it is an
+    ordinary `ValueError`.
+    """
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """`; did you mean X?` for the closest of `words`, or an empty string."""
+    import difflib
+
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -1,0 +1,32 @@
+"""The contract of a method: a module whose forward is the loss."""
+
+from torch import Tensor, nn
+
+from sslbook.data.loader import Batch, Data
+from sslbook.data.views import View
+from sslbook.schedules import Clock
+
+
+class Method(nn.Module):
+    """Base of every self-supervised method.
+
+    A method owns everything that changes while it learns as a parameter or a buffer: teacher, queue, memory, centre.
+    Saving, moving to a device and spreading over processes then need no further code.
+    """
+
+    backbone: nn.Module
+    """What is kept when training ends: maps pictures `(n, 3, h, w)` to features `(n, backbone.dim)`."""
+
+    def views(self) -> tuple[View, ...]:
+        """What one picture becomes; `batch.views` holds one tensor for each entry."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """The loss under the key `loss`; every other entry is a detached scalar to be logged."""
+        raise NotImplementedError
+
+    def after_step(self, clock: Clock) -> None:
+        """Called once after every optimizer step: teachers and centres move here."""
+
+    def before_epoch(self, data: Data, clock: Clock) -> None:
+        """Called before every epoch: clusterings are made here."""
