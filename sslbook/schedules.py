@@ -1,10 +1,22 @@
 """Time, and what changes with it.
 
 A schedule is a pure function of the `Clock`. Nothing stores "the current learning rate", so a resumed run needs to know
-its step and nothing else.
+its step and nothing else. The value of a schedule is a factor: of the learning rate, of the weight decay, or of whatever
+a method schedules itself.
+
+Lengths are durations: a number means epochs, `"500 steps"` means optimizer steps, `"10 %"` a part of the run.
+
+>>> warm = Warmup(length=10, then=Cosine())
+>>> warm(Clock(step=50, total_steps=1000, steps_per_epoch=10))
+0.5
 """
 
+import math
 from dataclasses import dataclass
+
+from sslbook.errors import UserError
+
+Duration = int | float | str
 
 
 @dataclass(frozen=True)
@@ -32,3 +44,145 @@ class Clock:
     def progress(self) -> float:
         """The part of the run that lies behind, from 0 to 1."""
         return self.step / max(1, self.total_steps)
+
+
+def in_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
+    """A duration in optimizer steps: `10` and `"10 epochs"`, `"500 steps"`, `"5 %"` of the run."""
+    number, unit = duration, "epochs"
+    if isinstance(duration, str):
+        text = duration.strip().removesuffix("%").strip()
+        head, _, tail = text.partition(" ")
+        unit = "%" if duration.strip().endswith("%") else (tail.strip() or "epochs")
+        try:
+            number = float(head)
+        except ValueError:
+            number = math.nan
+    scale = {"epochs": steps_per_epoch, "epoch": steps_per_epoch, "steps": 1, "step": 1, "%": total_steps / 100}
+    if unit not in scale or not math.isfinite(number) or number < 0:
+        raise UserError(f"{duration!r} is not a duration: write a number of epochs, or such as '500 steps' or '5 %'")
+    return round(number * scale[unit])
+
+
+class Schedule:
+    """A factor that changes over the run. Compose them: `Warmup(10, then=Cosine())`."""
+
+    def __call__(self, clock: Clock) -> float:
+        """The factor at this step."""
+        return self.value(clock, 0, clock.total_steps)
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        """The factor at this step for a schedule that has the steps from `begin` to `end` to itself."""
+        raise NotImplementedError
+
+
+def _part_done(clock: Clock, begin: int, end: int) -> float:
+    return min(1.0, max(0.0, (clock.step - begin) / max(1, end - begin)))
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Always the same.
+
+    Args:
+        factor: the value.
+    """
+
+    factor: float = 1.0
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        return self.factor
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """A straight line.
+
+    Args:
+        start: value at the beginning.
+        stop: value at the end.
+    """
+
+    start: float = 1.0
+    stop: float = 0.0
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        return self.start + (self.stop - self.start) * _part_done(clock, begin, end)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine (Loshchilov and Hutter, 2017, "SGDR", eq. 5, without restarts).
+
+    Args:
+        start: value at the beginning.
+        stop: value at the end.
+    """
+
+    start: float = 1.0
+    stop: float = 0.0
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        wave = (1 + math.cos(math.pi * _part_done(clock, begin, end))) / 2
+        return self.stop + (self.start - self.stop) * wave
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """Multiply at every milestone. Milestones count from the start of the run, whatever stands before them.
+
+    Args:
+        milestones: durations at which the factor falls.
+        factor: what it is multiplied by.
+    """
+
+    milestones: list[Duration]
+    factor: float = 0.1
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        passed = [clock.step >= in_steps(m, clock.total_steps, clock.steps_per_epoch) for m in self.milestones]
+        return self.factor ** sum(passed)
+
+
+@dataclass(frozen=True)
+class Warmup(Schedule):
+    """Grow linearly to where another schedule begins, then follow it.
+
+    Args:
+        length: duration of the growth.
+        then: the schedule that has the rest of the run.
+        start: part of its first value to begin from.
+    """
+
+    length: Duration
+    then: Schedule
+    start: float = 0.0
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        warm = begin + in_steps(self.length, clock.total_steps, clock.steps_per_epoch)
+        factor = self.then.value(clock, min(warm, end), end)
+        return factor * Linear(self.start, 1.0).value(clock, begin, warm) if clock.step < warm else factor
+
+
+@dataclass(frozen=True)
+class Sequence(Schedule):
+    """One schedule after another.
+
+    Args:
+        parts: the schedules, in order.
+        lengths: a duration for each but the last, which has the rest of the run.
+    """
+
+    parts: list[Schedule]
+    lengths: list[Duration]
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.parts) - 1:
+            raise UserError(f"a sequence of {len(self.parts)} schedules needs {len(self.parts) - 1} lengths")
+
+    def value(self, clock: Clock, begin: int, end: int) -> float:
+        for part, length in zip(self.parts, self.lengths):
+            stop = min(end, begin + in_steps(length, clock.total_steps, clock.steps_per_epoch))
+            if clock.step < stop:
+                return part.value(clock, begin, stop)
+            begin = stop
+        return self.parts[-1].value(clock, begin, end)

@@ -1,0 +1,43 @@
+"""sslbook: self-supervised learning for vision, derived, run and proved.
+
+The book is in `book/`; the package holds the same algorithms. Start with `python -m sslbook.train`, or from Python:
+
+>>> import sslbook
+>>> run = sslbook.pretrain(method, data, optimizer)
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sslbook.checkpoint import load_backbone as load_backbone
+    from sslbook.data.loader import Data as Data
+    from sslbook.data.views import View as View
+    from sslbook.data.world import World as World
+    from sslbook.errors import UserError as UserError
+    from sslbook.schedules import Clock as Clock
+    from sslbook.train import pretrain as pretrain
+
+# Loaded when first used: `import sslbook` costs little more than nothing, and no one waits for what he does not use.
+_LAZY = {
+    "Clock": "sslbook.schedules",
+    "Data": "sslbook.data.loader",
+    "UserError": "sslbook.errors",
+    "View": "sslbook.data.views",
+    "World": "sslbook.data.world",
+    "load_backbone": "sslbook.checkpoint",
+    "pretrain": "sslbook.train",
+}
+__all__ = ["Clock", "Data", "UserError", "View", "World", "__version__", "load_backbone", "pretrain"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sslbook' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

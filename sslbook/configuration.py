@@ -1,0 +1,327 @@
+"""From the command line to constructor calls.
+
+The constructors are the configuration: their signatures are the options, their docstrings the help. A run is set up from
+a recipe (`recipes/<method>/<recipe>.yaml`), then every `--config FILE` in order, then the options given by hand.
+"""
+
+import difflib
+import importlib
+import inspect
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from sslbook.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+# -- a parser that answers in one line ---------------------------------------------------------------------------------
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser whose errors are one line with the nearest right name, and whose help fits a screen."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, exit_on_error=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise UserError(self._one_line(message))
+
+    def parse(self, argv: list[str]) -> Namespace:
+        """Parse, or raise `UserError`."""
+        try:
+            return self.parse_args(argv)
+        except ArgumentError as error:
+            raise UserError(self._one_line(str(error))) from None
+
+    def construct(self, config: Namespace) -> Namespace:
+        """Call the constructors that the parsed configuration names."""
+        return self.instantiate(config) if hasattr(self, "instantiate") else self.instantiate_classes(config)
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        own = "resnet18, resnet50, vit_tiny, vit_base, ... of sslbook.nn; timm/NAME; or the import path of a module)"
+        text = re.sub(
+            r"type:\s+<class\s+'Module'>,\s+known\s+subclasses:[^)]*\)",
+            lambda _: ("\n" + " " * 24).join(_wrap(own, 55)),
+            text,
+        )
+        return re.sub(r",\s+known\s+subclasses:\s+([^)]*)\)", _short_names, text)
+
+    def _one_line(self, message: str) -> str:
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        if found := re.search(r"unrecognized arguments: (.*)", message, re.S):
+            word = next((w for w in shlex.split(found[1]) if w.startswith("-")), found[1].strip())
+            return f"unknown option {word}{_nearest_option(word.split('=')[0], options)}"
+        if found := re.search(r"Option '(\w+)' is not accepted", message):
+            owner = re.search(r"class_path[= ]*'([\w.]+)'", message)
+            words = _parameters(owner[1]) if owner else []
+            place = re.search(r'Parser key "([\w.]+)"', message)
+            where = f"{place[1]}: " if place else ""
+            who = f" of {owner[1]}" if owner else ""
+            return f"{where}unknown option {found[1]!r}{who}{nearest(found[1], words)}"
+        if found := re.search(r"Group '([\w.]*)' does not accept option '([\w.]+)'", message):
+            group = f"--{found[1]}." if found[1] else "--"
+            return f"unknown key {group[2:]}{found[2]}{_nearest_option(group + found[2], options).replace('--', '')}"
+        if found := re.search(r"does not accept (?:nested )?key '?\"?([\w.]+)", message):
+            return f"unknown key {found[1]}{_nearest_option('--' + found[1], options).replace('--', '')}"
+        message = re.sub(r"<class '([\w.]+)'>", lambda m: m[1].split(".")[-1], message)
+        message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
+        return " ".join(message.split())[:400]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def _short_names(found: re.Match) -> str:
+    names = [path.strip().split(".")[-1] for path in found[1].replace("\n", " ").split(",")]
+    return ", one of: " + ", ".join(n for n in names if n not in ("Schedule", "Optimizer", "Hook")) + ")"
+
+
+def _nearest_option(word: str, options: list[str]) -> str:
+    tail = word.lstrip("-").split(".")[-1]
+    same_tail = [o for o in options if o.split(".")[-1].lstrip("-") == tail]
+    found = same_tail or difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if not found:
+        tails = {o.split(".")[-1].lstrip("-"): o for o in options}
+        found = [tails[t] for t in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.5)]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _parameters(path: str) -> list[str]:
+    try:
+        module, _, name = path.rpartition(".")
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError):
+        return []
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call a command's main function; what the user can mend becomes one line and status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def cli(function: Callable, argv: list[str] | None = None, *, prog: str) -> object:
+    """Call `function` with what the command line says; its signature and docstring are the options and the help."""
+    parser = Parser(prog=prog, description=(inspect.getdoc(function) or "").split("Args:")[0].strip())
+    parser.add_argument("--config", action="config", help="a YAML file with options")
+    parser.add_function_arguments(function)
+    argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    values = parser.construct(parser.parse(_expand_names(argv)))
+    values.pop("config", None)
+    return function(**{key: value for key, value in vars(values).items()})
+
+
+# -- the command line of training --------------------------------------------------------------------------------------
+
+
+def method_class(name: str) -> type:
+    """The class of a method: a name such as `simclr`, or the import path of your own."""
+    from sslbook import methods
+
+    if "." not in name:
+        return methods.load(name)
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method {name}: cannot be imported ({error})") from None
+    if not isinstance(found, type) or not issubclass(found, methods.Method):
+        raise UserError(f"method {name}: is not a subclass of sslbook.methods.Method")
+    return found
+
+
+def recipe_path(method: str, recipe: str) -> Path:
+    """The file of a recipe: a name such as `cifar10`, or a path."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise UserError(f"recipe {recipe}: no such file")
+        return Path(recipe)
+    folder = RECIPES / (method if (RECIPES / method).is_dir() else "simclr")
+    path = folder / f"{recipe}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise UserError(f"recipe {recipe}: {method} has {', '.join(names)}{nearest(recipe, names)}")
+    return path
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A configuration file as a dictionary, its method flattened to the method's own options."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:160]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of options")
+    return values
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` laid upon `base`, mapping by mapping; a change of `class_path` drops the old arguments."""
+    if "class_path" in over and over["class_path"] != base.get("class_path"):
+        return over
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _expand_names(argv: list[str]) -> list[str]:
+    """Short names of backbones, spelled out: `resnet18`, `timm/convnext_tiny`."""
+    out: list[str] = []
+    for i, word in enumerate(argv):
+        key, has_value, value = word.partition("=")
+        if has_value and key.startswith("--") and key.endswith("backbone"):
+            out.append(f"{key}={_backbone(value)}")
+        elif i and argv[i - 1].startswith("--") and argv[i - 1].endswith("backbone"):
+            out.append(_backbone(word))
+        else:
+            out.append(word)
+    return out
+
+
+def _backbone(name: str) -> str:
+    from sslbook import nn
+
+    if name.startswith(("timm/", "timm:")):
+        return json.dumps({"class_path": "sslbook.nn.timm_model", "init_args": {"name": name[5:]}})
+    if "." in name or "{" in name or "/" in name:
+        return name
+    if not hasattr(nn, name):
+        known = [n for n in dir(nn) if n.startswith(("resnet", "vit_")) or n in ("ResNet", "VisionTransformer")]
+        raise UserError(f"unknown backbone {name}{nearest(name, known)}; known: {', '.join(known)}, timm/NAME")
+    return f"sslbook.nn.{name}"
+
+
+def _take(argv: list[str], flag: str, bare: str | None = None) -> tuple[list[str], list[str]]:
+    """All values of an option, and the command line without it; `bare` stands for the option without a value."""
+    values, rest, i = [], [], 0
+    while i < len(argv):
+        word = argv[i]
+        if word == flag:
+            follows = i + 1 < len(argv) and not argv[i + 1].startswith("--")
+            if follows:
+                values.append(argv[i + 1])
+                i += 1
+            elif bare is not None:
+                values.append(bare)
+            else:
+                raise UserError(f"{flag}: expects a value")
+        elif word.startswith(flag + "="):
+            values.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+        i += 1
+    return values, rest
+
+
+def train_parser(method: type, engine: Callable, prog: str, description: str) -> Parser:
+    """The parser of `python -m sslbook.train METHOD`."""
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="a YAML file with options; may be given several times")
+    parser.add_argument("--recipe", type=str, help="world, folder, cifar10, imagenet, or a file; the options to begin with")
+    parser.add_class_arguments(method, "method")
+    parser.add_function_arguments(engine, skip={"method", "config"})
+    return parser
+
+
+def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[str, Any]]:
+    """What a command line of training means.
+
+    Returns:
+        The parser, the parsed options, and the resolved configuration as plain values: what is written to the run's
+        folder, and what `--config` accepts back.
+    """
+    argv = list(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if any(word in ("-h", "--help") for word in argv):
+        method = method_class(name or "simclr")
+        prog = f"python -m sslbook.train {name or '[METHOD]'}"
+        train_parser(method, engine, prog, _overview(name, method)).print_help()
+        sys.exit(0)
+    config_files, argv = _take(argv, "--config")
+    recipes, argv = _take(argv, "--recipe")
+    resumes, argv = _take(argv, "--resume", bare="auto")
+    folders, _ = _take(argv, "--data.folder")
+    outs, _ = _take(argv, "--out")
+
+    layers = [read_yaml(path) for path in config_files]
+    if resumes and (written := _config_of_run(resumes[-1], outs)) is not None:
+        layers.insert(0, read_yaml(written))
+    for layer in layers:
+        own = layer.get("method")
+        if isinstance(own, dict) and "class_path" in own:
+            name = name or own["class_path"]
+            layer["method"] = own.get("init_args") or {}
+    if name and name.startswith("sslbook.methods."):
+        name = name.split(".")[2]
+    name = name or "simclr"
+    method = method_class(name)
+    merged: dict[str, Any] = {}
+    if recipes or not (resumes and layers):
+        recipe = recipes[-1] if recipes else ("folder" if folders else "world")
+        merged = read_yaml(recipe_path(name, recipe))
+        if "." in name:
+            accepted = inspect.signature(method).parameters
+            merged["method"] = {k: v for k, v in merged.get("method", {}).items() if k in accepted}
+    for layer in layers:
+        merged = merge(merged, layer)
+    merged.pop("recipe", None)
+
+    parser = train_parser(method, engine, f"python -m sslbook.train {name}", "")
+    resume = [f"--resume={resumes[-1]}"] if resumes else []
+    config = parser.parse([f"--config={json.dumps(merged)}", *_expand_names(argv), *resume])
+    resolved = yaml.safe_load(parser.dump(config, skip_validation=True))
+    for key in ("config", "recipe", "resume", "out"):
+        resolved.pop(key, None)
+    path = f"{method.__module__}.{method.__qualname__}"
+    resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
+    return parser, config, resolved
+
+
+def _config_of_run(resume: str, outs: list[str]) -> Path | None:
+    path = Path(outs[-1]) if resume == "auto" and outs else Path(resume)
+    if resume != "auto" and not path.exists():
+        raise UserError(f"--resume {resume}: no such run folder or checkpoint")
+    written = (path if path.is_dir() else path.parent) / "config.yaml"
+    return written if written.is_file() else None
+
+
+def _overview(name: str | None, method: type) -> str:
+    from sslbook import methods
+
+    doc = " ".join((inspect.getdoc(sys.modules[method.__module__]) or "").split("\n\n")[0].split())
+    if name:
+        recipes = ", ".join(sorted(p.stem for p in (RECIPES / name).glob("*.yaml"))) or "none of its own"
+        return f"{doc}\n\nRecipes: {recipes}."
+    return (
+        "Learn features from pictures without labels. "
+        f"METHOD is one of {', '.join(methods.METHODS)}, or the import path of your own; the options below are those of "
+        "simclr, and `python -m sslbook.train METHOD --help` shows another's. Examples: `python -m sslbook.train` "
+        "(two minutes on a CPU, no data needed); `python -m sslbook.train mae --data.folder PHOTOS --epochs 5`; "
+        "`python -m sslbook.train byol --recipe cifar10`; `torchrun --nproc-per-node 8 -m sslbook.train moco "
+        "--recipe imagenet --data.root data`; `python -m sslbook.train --resume runs/simclr-world`."
+    )

@@ -1,0 +1,300 @@
+"""What watches a run. A hook never changes what a method computes: without hooks the weights come out the same.
+
+Five events: `start`, `step` (after every optimizer step), `epoch` (after every pass over the data), `save` (a checkpoint
+was written) and `end`.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslbook import distributed
+from sslbook.checkpoint import write_atomically, write_text
+from sslbook.data.loader import Batch, Data
+from sslbook.errors import UserError
+from sslbook.schedules import Clock
+
+
+@dataclass
+class Run:
+    """A training in progress, as hooks see it.
+
+    Args:
+        method: the method, not wrapped.
+        data: what it learns from.
+        folder: where its files go.
+        clock: where it stands.
+        device: where it computes.
+        batch_size: pictures per optimizer step over all processes.
+        config: the resolved configuration.
+        metrics: what the last step logged: `loss`, `lr`, and the method's own.
+        figures: what hooks measured, such as `knn`; a figure can be monitored for the best checkpoint.
+        seconds: time spent training, over all resumptions.
+        images_per_second: over the last steps.
+        finished: whether all steps are done.
+    """
+
+    method: nn.Module
+    data: Data
+    folder: Path
+    clock: Clock
+    device: torch.device
+    batch_size: int
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    finished: bool = False
+
+
+class Hook:
+    """Base of what watches a run; override the events you need. All processes call them."""
+
+    def start(self, run: Run) -> None:
+        """Before the first step, also of a resumed run."""
+
+    def step(self, run: Run) -> None:
+        """After every optimizer step."""
+
+    def epoch(self, run: Run) -> None:
+        """After every pass over the data."""
+
+    def save(self, run: Run, path: Path) -> None:
+        """After a checkpoint was written to `path`."""
+
+    def end(self, run: Run) -> None:
+        """When the run is over, finished or stopped."""
+
+
+class Progress(Hook):
+    """A progress bar: loss, images per second, time left."""
+
+    def start(self, run: Run) -> None:
+        from tqdm import tqdm
+
+        self.shown = 0.0
+        self.bar = tqdm(
+            total=run.clock.total_steps,
+            initial=run.clock.step,
+            desc=type(run.method).__name__,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not distributed.is_main(),
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )
+
+    def step(self, run: Run) -> None:
+        now = time.monotonic()
+        if now - self.shown > 0.2:
+            figures = {name: f"{value:.1f}" for name, value in run.figures.items()}
+            rate = f"{run.images_per_second:,.0f}"
+            self.bar.set_postfix(loss=f"{run.metrics['loss']:.4f}", images_per_s=rate, **figures, refresh=False)
+            self.shown = now
+        self.bar.update(run.clock.step - self.bar.n)
+
+    def end(self, run: Run) -> None:
+        self.bar.close()
+
+
+class Metrics(Hook):
+    """`metrics.jsonl`: one line every few steps, and one for everything a hook measured.
+
+    Args:
+        every: steps between lines; each holds the mean over these steps.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = every
+
+    def start(self, run: Run) -> None:
+        self.path = run.folder / "metrics.jsonl"
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.known: dict[str, float] = {}
+        if distributed.is_main() and self.path.exists():  # a resumed run goes on where its checkpoint stands
+            kept = [line for line in read_metrics(self.path) if line["step"] <= run.clock.step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def step(self, run: Run) -> None:
+        for name, value in run.metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        if run.clock.step % self.every == 0 or run.clock.step == run.clock.total_steps:
+            means = {name: total / self.count for name, total in self.sums.items()}
+            rate = {"images_per_second": round(run.images_per_second, 1), "seconds": round(run.seconds, 2)}
+            self._write(run, {**means, "lr": run.metrics["lr"], **rate})
+            self.sums, self.count = {}, 0
+
+    def epoch(self, run: Run) -> None:
+        changed = {name: value for name, value in run.figures.items() if self.known.get(name) != value}
+        if changed:
+            self._write(run, changed)
+            self.known = dict(run.figures)
+
+    def _write(self, run: Run, values: dict[str, float]) -> None:
+        if distributed.is_main():
+            epoch = run.clock.step / run.clock.steps_per_epoch
+            line = {"step": run.clock.step, "epoch": round(epoch, 4), **values}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+class OnlineKNN(Hook):
+    """kNN accuracy of the backbone while it learns: trained features vote for the test pictures. Needs labels.
+
+    Args:
+        every: epochs between measurements.
+        k: neighbors that vote.
+        limit: training pictures that take part at most.
+    """
+
+    def __init__(self, every: int = 1, k: int = 20, limit: int = 10_000) -> None:
+        self.every, self.k, self.limit = every, k, limit
+
+    def start(self, run: Run) -> None:
+        if run.data.num_classes < 2 or run.data.num_test == 0:
+            raise UserError("OnlineKNN needs labeled pictures and a test split; leave it out of --hooks")
+
+    def epoch(self, run: Run) -> None:
+        if run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps:
+            from sslbook.report import quick_knn
+
+            accuracy = quick_knn(run.method, run.data, run.device, k=self.k, limit=self.limit)
+            run.figures["knn"] = distributed.from_main(torch.tensor(accuracy)).item()
+
+
+class Pictures(Hook):
+    """Pictures while the run goes on: its views at the start, then curves and (if the method paints) reconstructions.
+
+    Args:
+        every: epochs between pictures.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = every
+
+    def start(self, run: Run) -> None:
+        if distributed.is_main():
+            from sslbook.report import draw_views
+
+            draw_views(run)
+
+    def epoch(self, run: Run) -> None:
+        if distributed.is_main() and (run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps):
+            from sslbook.report import draw_curves, draw_reconstructions
+
+            draw_curves(run)
+            draw_reconstructions(run)
+
+
+class TensorBoard(Hook):
+    """Scalars for TensorBoard, in the run's folder.
+
+    Args:
+        every: steps between points.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = every
+
+    def start(self, run: Run) -> None:
+        self.writer = None
+        if distributed.is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError('TensorBoard is not installed: pip install "sslbook[tensorboard]"') from None
+            self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.clock.step)
+
+    def step(self, run: Run) -> None:
+        if self.writer and run.clock.step % self.every == 0:
+            for name, value in run.metrics.items():
+                self.writer.add_scalar(f"train/{name}", value, run.clock.step)
+
+    def epoch(self, run: Run) -> None:
+        if self.writer:
+            for name, value in run.figures.items():
+                self.writer.add_scalar(f"eval/{name}", value, run.clock.step)
+
+    def end(self, run: Run) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+class WandB(Hook):
+    """Scalars for Weights & Biases.
+
+    Args:
+        project: the project's name there.
+        mode: `offline` keeps everything in the run's folder until `wandb sync`; `online` needs an account.
+        every: steps between points.
+    """
+
+    def __init__(self, project: str = "sslbook", mode: str = "offline", every: int = 10) -> None:
+        if mode not in ("offline", "online", "disabled"):
+            raise UserError(f"WandB: mode {mode!r} is none of offline, online, disabled")
+        self.project, self.mode, self.every = project, mode, every
+
+    def start(self, run: Run) -> None:
+        self.wandb = None
+        if distributed.is_main():
+            try:
+                import wandb
+            except ImportError:
+                raise UserError('Weights & Biases is not installed: pip install "sslbook[wandb]"') from None
+            self.wandb = wandb.init(
+                project=self.project,
+                name=run.folder.name,
+                dir=str(run.folder),
+                mode=self.mode,
+                config=run.config,
+                id=run.folder.name,
+                resume="allow",
+            )
+
+    def step(self, run: Run) -> None:
+        if self.wandb and run.clock.step % self.every == 0:
+            self.wandb.log({f"train/{name}": value for name, value in run.metrics.items()}, step=run.clock.step)
+
+    def epoch(self, run: Run) -> None:
+        if self.wandb and run.figures:
+            self.wandb.log({f"eval/{name}": value for name, value in run.figures.items()}, step=run.clock.step)
+
+    def end(self, run: Run) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+def keep_for_replay(run: Run, batch: Batch, loss: Tensor, optimizer: torch.optim.Optimizer) -> Path:
+    """Save the batch and the state with which the loss stopped being a number."""
+    path = run.folder / f"failed-step-{run.clock.step}-rank-{distributed.rank()}.pt"
+    state = {
+        "format": "sslbook failure 1",
+        "method": run.method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "views": [view.cpu() for view in batch.views],
+        "index": batch.index.cpu(),
+        "label": batch.label.cpu(),
+        "clock": vars(run.clock),
+        "loss": float(loss),
+    }
+    write_atomically(path, lambda part: torch.save(state, part))
+    return path

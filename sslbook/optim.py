@@ -1,0 +1,192 @@
+"""What is optimized, and how: parameter rules, layer decay, LARS.
+
+The plan of the groups stands beside the optimizer and not in it: loading an optimizer's state replaces its groups, and a
+resumed run would otherwise go on with the rates of the moment it was saved.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sslbook.errors import UserError, nearest
+from sslbook.schedules import Clock, Constant, Schedule
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017, Algorithm 1).
+
+    The form that BYOL, Barlow Twins, VICReg, DINO and MoCo v3 share: decay enters the norm of the trust ratio, and the
+    learning rate stands outside the momentum. (SimCLR's own code keeps the rate inside the momentum, which differs only
+    while the rate changes.) Groups with `adapt=False` are left as plain SGD with momentum.
+
+    Args:
+        params: parameters or groups; a group may carry its own `adapt`.
+        lr: learning rate.
+        momentum: momentum.
+        weight_decay: L2 penalty, part of the gradient.
+        trust_coefficient: eta, the part of a layer's norm that one step may change.
+        adapt: scale every layer's step by its trust ratio.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.3,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 0.001,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": adapt,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad.add(p, alpha=group["weight_decay"])
+                if group["adapt"]:
+                    size, change = p.norm(), update.norm()
+                    ratio = group["trust_coefficient"] * size / change
+                    update = update * torch.where((size > 0) & (change > 0), ratio, torch.ones_like(ratio))
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * momentum)
+
+
+@dataclass
+class ParamRule:
+    """Options for the parameters whose name matches a pattern. The first rule that matches a parameter wins.
+
+    Args:
+        pattern: regular expression, searched for in names such as `backbone.layer1.0.conv1.weight`.
+        lr_scale: factor of the learning rate.
+        schedule: a schedule of its own instead of the run's.
+        weight_decay: weight decay instead of the optimizer's.
+        frozen: leave these parameters as they are.
+        options: further options of the optimizer, such as `{"betas": [0.9, 0.99]}` or `{"adapt": false}`.
+    """
+
+    pattern: str
+    lr_scale: float = 1.0
+    schedule: Schedule | None = None
+    weight_decay: float | None = None
+    frozen: bool = False
+    options: dict[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What one parameter group's rates are at any time."""
+
+    lr: float
+    weight_decay: float
+    schedule: Schedule
+    weight_decay_schedule: Schedule
+
+    def apply(self, group: dict, clock: Clock) -> None:
+        """Write the rates of this step into an optimizer's group."""
+        group["lr"] = self.lr * self.schedule(clock)
+        group["weight_decay"] = self.weight_decay * self.weight_decay_schedule(clock)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer a backbone's parameter stands in, counted from the input: 0 is the embedding, `depth + 1` the end."""
+    if found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name):
+        return int(found[1]) + 1
+    if found := re.search(r"(?:^|\.)layer(\d+)\.", name):
+        return int(found[1])
+    if re.search(r"(patch_embed|cls_token|pos_embed|mask_token|conv1|bn1)", name):
+        return 0
+    return depth + 1
+
+
+def parameter_groups(
+    method: nn.Module,
+    make_optimizer: object,
+    *,
+    rules: list[ParamRule],
+    schedule: Schedule,
+    weight_decay_schedule: Schedule | None = None,
+    decay_vectors: bool = False,
+    layer_decay: float | None = None,
+    lr_factor: float = 1.0,
+) -> tuple[torch.optim.Optimizer, list[GroupPlan]]:
+    """The optimizer over all trainable parameters, and a plan for each of its groups.
+
+    Args:
+        method: the module to optimize.
+        make_optimizer: a function of parameter groups that returns a torch optimizer.
+        rules: see `ParamRule`; a rule that matches no parameter is an error.
+        schedule: factor of the learning rate for parameters without a schedule of their own.
+        weight_decay_schedule: factor of the weight decay.
+        decay_vectors: apply weight decay (and LARS' trust ratio) also to biases and normalizations.
+        layer_decay: multiply the rate by this for every layer between a backbone's parameter and its end.
+        lr_factor: factor of every rate, such as batch size / 256.
+    """
+    names = [name for name, p in method.named_parameters() if p.requires_grad]
+    for rule in rules:
+        try:
+            matched = any(re.search(rule.pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(f"rules: {rule.pattern!r} is not a regular expression ({error})") from None
+        if not matched:
+            raise UserError(f"rules: {rule.pattern!r} matches no parameter{nearest(rule.pattern, names)}")
+    depth = max((layer_of(name, 0) for name in names if name.startswith("backbone.")), default=0)
+
+    members: dict[tuple, list[Tensor]] = {}
+    for name, p in method.named_parameters():
+        if not p.requires_grad:
+            continue
+        which = next((i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None)
+        if which is not None and rules[which].frozen:
+            p.requires_grad_(False)
+            continue
+        scale = 1.0
+        if layer_decay is not None and name.startswith("backbone."):
+            scale = layer_decay ** (depth + 1 - min(layer_of(name, depth), depth + 1))
+        members.setdefault((which, p.ndim <= 1, scale), []).append(p)
+    if not members:
+        raise UserError("nothing is left to train: every parameter is frozen")
+
+    groups = []
+    for (which, _, _), params in members.items():
+        groups.append({"params": params, **((rules[which].options or {}) if which is not None else {})})
+    try:
+        optimizer = make_optimizer(groups)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: {error}") from None
+
+    plans = []
+    for (which, vector, scale), group in zip(members, optimizer.param_groups):
+        rule = rules[which] if which is not None else ParamRule("")
+        decay = group.get("weight_decay", 0.0)
+        if vector and not decay_vectors:
+            decay = 0.0
+            if "adapt" in group and "adapt" not in (rule.options or {}):
+                group["adapt"] = False
+        if rule.weight_decay is not None:
+            decay = rule.weight_decay
+        plan = GroupPlan(
+            lr=group["lr"] * lr_factor * scale * rule.lr_scale,
+            weight_decay=decay,
+            schedule=rule.schedule or schedule,
+            weight_decay_schedule=weight_decay_schedule or Constant(),
+        )
+        if not (math.isfinite(plan.lr) and plan.lr >= 0):
+            raise UserError(f"optimizer: a learning rate of {plan.lr} cannot be used")
+        plans.append(plan)
+    return optimizer, plans

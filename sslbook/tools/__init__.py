@@ -1,0 +1,1 @@
+"""Small programs around a run; each is `python -m sslbook.tools.NAME --help`."""

@@ -1,0 +1,82 @@
+"""Look at the step where a loss stopped being a number: `python -m sslbook.tools.replay RUN/failed-step-12-rank-0.pt`."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sslbook import configuration
+from sslbook.data.loader import Batch
+from sslbook.errors import UserError
+from sslbook.schedules import Clock
+
+
+def replay(failure: str) -> None:
+    """Compute a failed step again and say which part of the network was the first to give NaN or Inf.
+
+    Args:
+        failure: the file `failed-step-*.pt` that the run left in its folder, beside its config.yaml.
+    """
+    path = Path(failure)
+    state = load_failure(path)
+    written = path.parent / "config.yaml"
+    if not written.is_file():
+        raise UserError(f"{written}: missing; the failure is replayed with its run's configuration")
+    from sslbook.train import pretrain
+
+    parser, config, _ = configuration.resolve(["--config", str(written)], pretrain)
+    method = parser.construct(config).method
+    method.load_state_dict(state["method"])
+    method.train()
+    bad = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
+    print(f"weights: {len(bad)} parameters hold NaN or Inf{': ' + bad[0] if bad else ''}")
+    for i, view in enumerate(state["views"]):
+        print(f"view {i}: {tuple(view.shape)}, from {view.min():.3f} to {view.max():.3f}")
+    batch = Batch(tuple(state["views"]), state["index"], state["label"])
+    where = first_not_finite(method, batch, Clock(**state["clock"]))
+    print(where or "computed again in float32, the loss is a number: the precision of the run was too low")
+
+
+def load_failure(path: Path) -> dict:
+    """Read a failure file; it holds tensors and numbers only."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a failure file ({str(error).splitlines()[0][:80]})") from None
+    if not isinstance(state, dict) or state.get("format") != "sslbook failure 1":
+        raise UserError(f"{path}: not a failure file of sslbook")
+    return state
+
+
+def first_not_finite(method: nn.Module, batch: Batch, clock: Clock) -> str | None:
+    """The first module whose output holds NaN or Inf, in the order of computation."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(f"first NaN or Inf: the output of {name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in method.named_modules() if name]
+    try:
+        loss = float(method(batch, clock)["loss"])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return None if math.isfinite(loss) else f"every module's output is finite, the loss itself is {loss}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m sslbook.tools.replay`."""
+    configuration.cli(replay, argv, prog="python -m sslbook.tools.replay")
+
+
+if __name__ == "__main__":
+    configuration.run(main)
