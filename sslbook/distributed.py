@@ -1,0 +1,190 @@
+"""Several processes, or one: the same code.
+
+Every function here is the identity while no process group exists, so a method is written once and runs alone, on two
+CPU processes (gloo) or on many GPUs (NCCL).
+
+The convention that makes gradients come out right: each process returns the mean loss over *its own* pictures, the
+backward passes below give the gradient of the SUM of all processes' losses, and `DistributedDataParallel` divides by
+their number. What remains is the gradient of the mean over the global batch.
+"""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from sslbook.errors import UserError
+
+T = TypeVar("T")
+
+
+def initialized() -> bool:
+    """Whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every process has come this far."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
+    """The rows of all processes in the order of their ranks, without gradient; every process must hold equally many."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def gather_with_grad(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
+    """As `gather`; the gradient of a row is summed over all the processes that used it."""
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+def sum_with_grad(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The sum over processes; its gradient is the sum over processes too, since each of them used the sum."""
+    return _Sum.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def mean(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The average over processes, without gradient."""
+    if world_size() == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+@torch.no_grad()
+def from_main(x: T) -> T:
+    """What process 0 passes, on every process: a tensor (all must pass one of the same shape), or any object."""
+    if world_size() == 1:
+        return x
+    if isinstance(x, Tensor):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(x, src=0)
+        return x
+    box = [x]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = None) -> torch.device:
+    """Joins the process group that `torchrun` describes, if it started us, and returns this process's device.
+
+    Args:
+        backend: how processes talk; by default NCCL on GPUs and gloo on CPUs.
+        device: where to compute, such as `cpu` or `cuda:1`; by default a GPU if there is one.
+    """
+    cuda = torch.cuda.is_available()
+    kind = torch.device(device).type if device else "cuda" if cuda else "cpu"
+    if kind == "cuda" and not cuda:
+        raise UserError(f"device {device} needs an NVIDIA GPU and torch finds none: use device cpu")
+    if backend == "nccl" and kind != "cuda":
+        raise UserError("backend nccl needs a GPU and this process computes on the CPU: use backend gloo")
+    if "RANK" not in os.environ or initialized():
+        return torch.device(device or kind)
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device("cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU of its own: "
+                f"start at most {torch.cuda.device_count()} processes (--nproc-per-node)"
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    backend = backend or ("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group(backend, device_id=place if backend == "nccl" else None)
+    return place
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if initialized():
+        dist.destroy_process_group()
+
+
+def launch(fn: Callable[..., T], processes: int, *args: Any) -> list[T]:
+    """Runs `fn(*args)` in new CPU processes that form a gloo group; returns what each returned, by rank.
+
+    For notebooks and demonstrations. The processes import `fn` afresh, so it must live in a module, not in a cell.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_launched, (fn, processes, folder, args), nprocs=processes)
+        return [pickle.loads((Path(folder) / f"{r}.pickle").read_bytes()) for r in range(processes)]
+
+
+def _launched(rank: int, fn: Callable[..., Any], processes: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    join(rank, processes, Path(folder) / "rendezvous")
+    try:
+        (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(fn(*args)))
+    finally:
+        shutdown()
+
+
+def join(rank: int, processes: int, rendezvous: Path, timeout: float = 120.0) -> None:
+    """Joins a gloo group whose members meet through the file `rendezvous`: no port that could be taken."""
+    dist.init_process_group(
+        "gloo",
+        init_method=rendezvous.resolve().as_uri(),
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=timeout),
+    )

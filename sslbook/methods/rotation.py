@@ -1,0 +1,61 @@
+"""Rotation prediction: turn a picture by a multiple of 90 degrees and ask a network which one.
+
+To tell, the network must know which way up things are, and therefore what they are. There is no second network, no pair
+of views, nothing but a classifier with four classes.
+
+Gidaris, Singh and Komodakis, 2018, "Unsupervised representation learning by predicting image rotations"
+(arXiv:1803.07728), section 3.1; equation 2 is the loss. As in the authors' code, all four rotations of a picture are in
+one batch. They trained AlexNet and NIN; the defaults here are those that later work used for ResNet-50: random resized
+crops, batch norm over all processes and one linear layer on the pooled features.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sslbook.data.loader import Batch
+from sslbook.data.views import View
+from sslbook.methods.base import Method
+from sslbook.nn import backbone_dim
+from sslbook.schedules import Clock
+
+VIEW = View(crop=(0.08, 1.0))
+
+
+def rotate(x: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "4*batch channels side side"]:
+    """All four rotations: first every picture as it is, then all by 90, 180 and 270 degrees counterclockwise."""
+    turned = [torch.rot90(x, k, dims=(2, 3)) for k in range(4)]
+    return rearrange(turned, "rotation batch c h w -> (rotation batch) c h w")
+
+
+def targets(batch_size: int, device: torch.device) -> Int[Tensor, "4*{batch_size}"]:
+    """Which rotation each row of `rotate` shows."""
+    return torch.arange(4, device=device).repeat_interleave(batch_size)
+
+
+class Rotation(Method):
+    """Rotation prediction (RotNet, arXiv:1803.07728).
+
+    Args:
+        backbone: the network to train.
+        view: what a picture becomes before it is rotated.
+    """
+
+    def __init__(self, backbone: nn.Module, view: View = VIEW) -> None:
+        super().__init__()
+        self.view = view
+        self.backbone = backbone
+        self.head = nn.Linear(backbone_dim(backbone), 4)
+
+    def views(self) -> tuple[View, ...]:
+        return (self.view,)
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        (x,) = batch.views
+        y = targets(len(x), x.device)
+        logits = self.head(self.backbone(rotate(x))).float()
+        loss = F.cross_entropy(logits, y)
+        accuracy = 100 * (logits.argmax(dim=1) == y).float().mean()
+        return {"loss": loss, "rotation_accuracy": accuracy}

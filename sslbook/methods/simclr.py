@@ -1,0 +1,115 @@
+"""SimCLR: two random views of a picture should be recognized as belonging together among all views of the batch.
+
+Every view is a question with one right answer, its partner, and all other pictures of the batch as wrong ones; a
+softmax over cosine similarities scores it. What the views share, the network must see, and what the augmentation
+changes, it may forget. The similarities are taken behind a projector that is thrown away afterwards.
+
+Chen, Kornblith, Norouzi and Hinton, 2020, "A simple framework for contrastive learning of visual representations"
+(arXiv:2002.05709), equation 1 and algorithm 1. The defaults are those of the authors' code, which differs from the
+paper:
+
+- its loss is the mean over pictures of the SUM of both views' terms, twice the paper's mean over all views;
+- its projector has three layers with batch norm after each, the last without shift (paper: two layers, no batch norm).
+
+Pictures are normalized by ImageNet's mean and deviation here; the authors leave them between 0 and 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sslbook import distributed
+from sslbook.data.loader import Batch
+from sslbook.data.views import View
+from sslbook.methods.base import Method
+from sslbook.nn import MLP, backbone_dim
+from sslbook.schedules import Clock
+
+VIEW = View(
+    crop=(0.08, 1.0),
+    interpolation="bicubic",
+    color_jitter=(0.8, 0.8, 0.8, 0.2),
+    color_jitter_p=0.8,
+    grayscale=0.2,
+    blur=0.5,
+)
+
+
+def similarities(
+    z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]
+) -> tuple[Float[Tensor, "n all"], Float[Tensor, "n all"]]:
+    """Cosine similarity of the rows of `z_1` to those of `z_2`, then to those of `z_1`, in all processes.
+
+    A row's similarity to itself, which answers nothing, is minus infinity.
+    """
+    z_1, z_2 = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
+    s_12 = z_1 @ distributed.gather_with_grad(z_2).T
+    s_11 = z_1 @ distributed.gather_with_grad(z_1).T
+    return s_12, s_11.diagonal_scatter(torch.full_like(s_11[:, 0], -torch.inf), offset=distributed.rank() * len(z_1))
+
+
+def nt_xent(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperature: float) -> Float[Tensor, ""]:
+    """The normalized temperature-scaled cross-entropy (equation 1), summed over the two views of a picture.
+
+    Rows of equal number belong together. With several processes each passes its own rows and gets the mean over them,
+    against the rows of all processes.
+    """
+    positive = distributed.rank() * len(z_1) + torch.arange(len(z_1), device=z_1.device)
+    loss = z_1.new_zeros(())
+    for anchor, partner in ((z_1, z_2), (z_2, z_1)):
+        logits = torch.cat(similarities(anchor, partner), dim=1) / temperature
+        loss = loss + F.cross_entropy(logits, positive)
+    return loss
+
+
+class SimCLR(Method):
+    """SimCLR (arXiv:2002.05709).
+
+    Args:
+        backbone: the network to train.
+        view: what a picture becomes, twice, by independent chance.
+        temperature: divides the similarities; the smaller, the more the hardest wrong answers count.
+        projector_layers: linear maps in the projector; 3 in the authors' code, 2 in the paper.
+        projector_dim: width of the projection in which similarity is measured.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        temperature: float = 0.1,
+        projector_layers: int = 3,
+        projector_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        self.view, self.temperature = view, temperature
+        self.backbone = backbone
+        dim = backbone_dim(backbone)
+        self.projector = MLP(dim, dim, projector_dim, layers=projector_layers, last_batch_norm="scale")
+
+    def views(self) -> tuple[View, ...]:
+        return (self.view, self.view)
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        # One pass over both views, so that batch norm sees them together, as in the authors' code.
+        z = self.projector(self.backbone(torch.cat(batch.views)))
+        with torch.autocast(z.device.type, enabled=False):  # a temperature of 0.1 magnifies rounding tenfold
+            z_1, z_2 = z.float().chunk(2)
+            loss = nt_xent(z_1, z_2, self.temperature)
+            return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
+
+    def _measure(self, z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> dict[str, Tensor]:
+        """How often the partner is the most similar view, how close partners are and how evenly views spread.
+
+        Alignment and uniformity: Wang and Isola, 2020 (arXiv:2005.10242), equations 5 and 6.
+        """
+        s_12, s_11 = similarities(z_1, z_2)
+        positive = s_12.diagonal(offset=distributed.rank() * len(z_1))
+        best = torch.cat([s_12, s_11], dim=1).amax(dim=1)
+        others = torch.exp(-2 * (2 - 2 * s_11)).sum() / (s_11.numel() - len(s_11))
+        return {
+            "contrastive_accuracy": 100 * (positive >= best).float().mean(),
+            "alignment": (2 - 2 * positive).mean(),
+            "uniformity": others.log(),
+        }

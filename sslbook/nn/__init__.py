@@ -1,0 +1,57 @@
+"""What several methods share. Names are imported when first used: torchvision and timm load only if needed.
+
+A backbone is any module that maps pictures `(n, 3, h, w)` to features `(n, dim)` and has the attribute `dim`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sslbook.nn.backbones import backbone_dim, timm_model
+    from sslbook.nn.batch_norm import BatchNorm, convert_batch_norm
+    from sslbook.nn.ema import EMA
+    from sslbook.nn.heads import MLP
+    from sslbook.nn.queue import Queue
+    from sslbook.nn.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+    from sslbook.nn.vit import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
+
+_HOME = {
+    "backbones": ["backbone_dim", "timm_model"],
+    "batch_norm": ["BatchNorm", "convert_batch_norm"],
+    "ema": ["EMA"],
+    "heads": ["MLP"],
+    "queue": ["Queue"],
+    "resnet": ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101"],
+    "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"],
+}
+__all__ = [
+    "EMA",
+    "MLP",
+    "BatchNorm",
+    "Queue",
+    "ResNet",
+    "VisionTransformer",
+    "backbone_dim",
+    "convert_batch_norm",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "timm_model",
+    "vit_base",
+    "vit_huge",
+    "vit_large",
+    "vit_small",
+    "vit_tiny",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"sslbook.nn.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,139 @@
+"""Batch norm over the global batch, in any number of processes, on any device.
+
+`torch.nn.SyncBatchNorm` refuses CPU tensors and knows only "all processes". Here the statistics belong to the global
+batch: all of it, or `groups` contiguous parts of it, which imitates the statistics that so many GPUs would each take.
+One process and several then compute the same, and methods that depend on small groups (MoCo) do so by choice instead of
+by accident of the machine.
+
+Ioffe and Szegedy, 2015, "Batch normalization" (arXiv:1502.03167).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslbook import distributed
+from sslbook.errors import UserError
+
+
+class BatchNorm(_BatchNorm):
+    """Batch norm for any number of axes, with `torch.nn.BatchNorm*d`'s parameters and buffers.
+
+    Args:
+        num_features: channels.
+        eps: added to the variance.
+        momentum: weight of the new statistics in the running ones; None: plain average of all so far.
+        affine: learn scale and shift.
+        track_running_stats: keep running statistics for evaluation.
+        groups: into how many contiguous parts of the global batch the statistics fall.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        groups: int = 1,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.groups = groups
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", groups={self.groups}"
+
+    def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
+        processes = distributed.world_size()
+        if (not self.training and self.running_mean is not None) or (self.groups == 1 and processes == 1):
+            return super().forward(x)
+        if x.numel() // x.shape[1] * processes <= self.groups:
+            raise UserError("batch norm needs more than one value per channel and group: use a larger batch")
+        if self.groups == 1:
+            y, mean, variance = self._across_processes(x)
+        else:
+            y, mean, variance = self._in_chunks(x)
+        if self.training and self.running_mean is not None:
+            self._track(mean, variance)
+        return y
+
+    def _in_chunks(
+        self, x: Float[Tensor, "batch channels *space"]
+    ) -> tuple[Float[Tensor, "batch channels *space"], Float[Tensor, "channels"], Float[Tensor, "channels"]]:
+        """Every group lies within one process: torch's own kernel on each; momentum 1 hands its statistics out."""
+        processes = distributed.world_size()
+        if self.groups % processes or (len(x) * processes) % self.groups:
+            raise UserError(
+                f"batch norm cannot split a batch of {len(x) * processes} on {processes} processes into {self.groups} "
+                "groups: both the batch and the groups must be divisible (set batch_norm_groups, batch_size)"
+            )
+        chunks = x.chunk(self.groups // processes)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        means = torch.zeros(len(chunks), x.shape[1], dtype=dtype, device=x.device)
+        variances = torch.ones_like(means)
+        normalized = [
+            F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+            for chunk, mean, variance in zip(chunks, means, variances)
+        ]
+        y = normalized[0] if len(chunks) == 1 else torch.cat(normalized)
+        mean, variance = torch.stack([means.mean(0), variances.mean(0)])
+        if processes > 1:
+            mean, variance = distributed.mean(torch.stack([mean, variance]))
+        return y, mean, variance
+
+    def _across_processes(
+        self, x: Float[Tensor, "batch channels *space"]
+    ) -> tuple[Float[Tensor, "batch channels *space"], Float[Tensor, "channels"], Float[Tensor, "channels"]]:
+        """One group over all processes. Each sends its own mean and variance, which combine without cancellation."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        axes = [0, *range(2, x.ndim)]
+        count = x.numel() // x.shape[1] * distributed.world_size()
+        variance, mean = torch.var_mean(wide, axes, correction=0)
+        means, variances = distributed.gather_with_grad(torch.stack([mean, variance])[None]).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + means.var(0, correction=0)
+
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        y = (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        return y, mean.detach(), variance.detach() * (count / (count - 1))
+
+    @torch.no_grad()
+    def _track(self, mean: Float[Tensor, "channels"], variance: Float[Tensor, "channels"]) -> None:
+        self.num_batches_tracked.add_(1)
+        new = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), new)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), new)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of axes will do."""
+
+
+def convert_batch_norm(module: nn.Module, groups: int | None = None) -> nn.Module:
+    """Replaces every batch norm of torch inside `module` by `BatchNorm`, keeping parameters and buffers.
+
+    Args:
+        module: changed in place; returned, since it may be a batch norm itself.
+        groups: as for `BatchNorm`; by default 1 for new ones, and what is a `BatchNorm` already stays as it is.
+    """
+    if isinstance(module, BatchNorm):
+        module.groups = groups or module.groups
+        return module
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+        new = BatchNorm(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, groups or 1
+        )
+        # The same tensors, not copies: an optimizer made before goes on working.
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(new, name, getattr(module, name))
+        return new.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, convert_batch_norm(child, groups))
+    return module

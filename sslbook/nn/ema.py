@@ -1,0 +1,32 @@
+"""A teacher that follows its student slowly."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class EMA(nn.Module):
+    """A copy of a module whose parameters are the exponential moving average of the original's.
+
+    Buffers are not averaged and not copied: the teacher runs in training mode on its own pictures, so its batch norm
+    gathers running statistics that fit its own weights, as in the code of MoCo and BYOL.
+
+    Args:
+        online: the module to copy.
+    """
+
+    def __init__(self, online: nn.Module) -> None:
+        super().__init__()
+        self.module = deepcopy(online).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    @torch.no_grad()
+    def update(self, online: nn.Module, momentum: float) -> None:
+        """Every parameter becomes `momentum` times itself plus `1 - momentum` times the online one."""
+        for mine, theirs in zip(self.module.parameters(), online.parameters(), strict=True):
+            mine.lerp_(theirs.to(mine.dtype), 1 - momentum)

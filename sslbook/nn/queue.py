@@ -1,0 +1,38 @@
+"""The latest features, first in, first out."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sslbook import distributed
+
+
+class Queue(nn.Module):
+    """A ring of the last `size` rows pushed by all processes together, in float32.
+
+    It starts as random directions that are the same in every process.
+
+    Args:
+        size: rows kept.
+        dim: width of a row.
+    """
+
+    rows: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        start = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("rows", F.normalize(start, dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, x: Float[Tensor, "n dim"]) -> None:
+        """Puts the rows of all processes in place of the oldest; wraps around where they do not fit evenly."""
+        x = distributed.gather(x.float())
+        size = len(self.rows)
+        place = (self.pointer + torch.arange(len(x), device=x.device)) % size
+        # Of more rows than the ring holds only the last remain: two writes to one place would race.
+        self.rows[place[-size:]] = x[-size:]
+        self.pointer.add_(len(x)).remainder_(size)

@@ -1,0 +1,116 @@
+"""Residual networks: torchvision's blocks and parameter names, with what small pictures need.
+
+He, Zhang, Ren and Sun, 2016, "Deep residual learning for image recognition" (arXiv:1512.03385). State dicts are those
+of `torchvision.models.resnet*` without `fc`, so weights go in and out unchanged. The stem for small pictures is the one
+of SimCLR's CIFAR-10 experiments (arXiv:2002.05709, appendix B.9).
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from sslbook.errors import UserError
+
+_BLOCKS = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """A residual network without classifier: pictures to average-pooled features.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        width: channels of the first stage; the following stages double them.
+        stem: `imagenet`: 7x7 convolution of stride 2 and max-pooling, a quarter of the resolution remains;
+            `small`: 3x3 convolution of stride 1, for pictures of up to about 64 pixels.
+        zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        width: int = 64,
+        stem: Literal["imagenet", "small"] = "imagenet",
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth not in _BLOCKS:
+            raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
+        block, counts = _BLOCKS[depth]
+        self.dim = 8 * width * block.expansion
+
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+        channels = width
+        for stage, count in enumerate(counts):
+            layers = []
+            for i in range(count):
+                planes, stride = width * 2**stage, 2 if stage > 0 and i == 0 else 1
+                downsample = None
+                if stride != 1 or channels != planes * block.expansion:
+                    downsample = nn.Sequential(
+                        nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                        nn.BatchNorm2d(planes * block.expansion),
+                    )
+                layers.append(block(channels, planes, stride, downsample))
+                channels = planes * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+            elif zero_init_residual and isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim h w"]:
+        """The last feature map, before pooling."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        return torch.mean(self.forward_map(x), dim=(2, 3))
+
+
+def resnet18(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """ResNet-18: 11.2 million parameters, 512 features. For the arguments see `ResNet`."""
+    return ResNet(18, width, stem, zero_init_residual)
+
+
+def resnet34(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """ResNet-34: 21.3 million parameters, 512 features. For the arguments see `ResNet`."""
+    return ResNet(34, width, stem, zero_init_residual)
+
+
+def resnet50(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """ResNet-50: 23.5 million parameters, 2048 features. For the arguments see `ResNet`."""
+    return ResNet(50, width, stem, zero_init_residual)
+
+
+def resnet101(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """ResNet-101: 42.5 million parameters, 2048 features. For the arguments see `ResNet`."""
+    return ResNet(101, width, stem, zero_init_residual)

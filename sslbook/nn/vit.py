@@ -1,0 +1,249 @@
+"""A vision transformer whose tokens can be dropped or replaced between embedding and encoding.
+
+Dosovitskiy et al., 2021, "An image is worth 16x16 words" (arXiv:2010.11929). Parameter names are timm's, so weights go
+in and out unchanged. Positions and initialization are those of MAE's code (He et al., 2022, arXiv:2111.06377): a fixed
+two-dimensional sine-cosine table whose first half of channels encodes the column and second half the row, Xavier
+initialization, LayerNorm with epsilon 1e-6.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sslbook.errors import UserError
+
+
+def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "tokens dim"]:
+    """MAE's table for a grid of patches, row by row: sine and cosine of the column, then of the row.
+
+    Raises a `UserError` if `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(
+            f"sine-cosine positions need a dimension that is a multiple of 4, not {dim}: use {dim // 4 * 4}"
+        )
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [p.reshape(-1, 1) * frequency for p in (column, row)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def resample_positions(
+    table: Float[Tensor, "tokens dim"], grid: tuple[int, int], to: tuple[int, int]
+) -> Float[Tensor, "new_tokens dim"]:
+    """A table of positions of one grid, interpolated (bicubic) for another."""
+    if grid == to:
+        return table
+    planes = rearrange(table, "(h w) dim -> 1 dim h w", h=grid[0])
+    planes = F.interpolate(planes.float(), size=to, mode="bicubic", align_corners=False)
+    return rearrange(planes, "1 dim h w -> (h w) dim").to(table.dtype)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """How many patches fit; a `UserError` names the nearest size that works if they do not fit evenly."""
+    if height % patch_size or width % patch_size:
+        near = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
+        raise UserError(
+            f"pictures of {height}x{width} pixels cannot be cut into patches of {patch_size}x{patch_size}: "
+            f"the nearest size that works is {near[0]}x{near[1]}"
+        )
+    return height // patch_size, width // patch_size
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """The two-layer network applied to every token."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalized before and added to what came in.
+
+    Args:
+        drop_path: probability of leaving out a branch for a picture in training (stochastic depth, arXiv:1603.09382).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def _keep(self, branch: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
+        return branch * kept / (1 - self.drop_path)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self._keep(self.attn(self.norm1(x)))
+        return x + self._keep(self.mlp(self.norm2(x)))
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts pictures into patches and maps each linearly: a convolution whose stride is its size."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+        return rearrange(self.proj(x), "b dim h w -> b (h w) dim")
+
+
+def init_transformer(module: nn.Module) -> None:
+    """MAE's initialization: Xavier for linear maps (the patch embedding counts as one), biases at zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbedding):
+            nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer without classifier: pictures to one feature each.
+
+    Args:
+        image_size: side of the pictures the table of positions is made for; others are interpolated.
+        patch_size: side of a patch.
+        dim: width of a token, and of the feature.
+        depth: number of blocks.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the feed-forward network in units of `dim`.
+        positions: `sincos`: MAE's fixed table; `learned`: parameters.
+        pool: what becomes the feature after the last norm: the `cls` token, or the `mean` of the patch tokens.
+        drop_path: probability of leaving out a branch in the last block, rising linearly from 0 in the first.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        positions: Literal["sincos", "learned"] = "sincos",
+        pool: Literal["cls", "mean"] = "cls",
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise UserError(
+                f"a transformer of dimension {dim} cannot be split over {heads} heads: use a divisor of {dim}"
+            )
+        self.dim, self.patch_size, self.pool = dim, patch_size, pool
+        self.grid = patch_grid(image_size, image_size, patch_size)
+        self.patch_embed = PatchEmbedding(patch_size, dim)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        # The first row is the cls token's position.
+        table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        else:
+            table[0, 1:] = sincos_positions(dim, *self.grid)
+            self.register_buffer("pos_embed", table)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*[Block(dim, heads, mlp_ratio, rate) for rate in rates])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        init_transformer(self)
+
+    def embed(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+        """Patch tokens with their positions, row by row, without the cls token.
+
+        Raises a `UserError` if the pictures cannot be cut evenly into patches.
+        """
+        grid = patch_grid(x.shape[2], x.shape[3], self.patch_size)
+        return self.patch_embed(x) + resample_positions(self.pos_embed[0, 1:], self.grid, grid)
+
+    def encode(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1+tokens dim"]:
+        """Puts the cls token in front of any tokens and runs the blocks and the last norm."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return self.norm(self.blocks(torch.cat([cls, tokens], dim=1)))
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        tokens = self.encode(self.embed(x))
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+def vit_tiny(
+    image_size: int = 224,
+    patch_size: int = 16,
+    positions: Literal["sincos", "learned"] = "sincos",
+    pool: Literal["cls", "mean"] = "cls",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """ViT-Ti: 5.5 million parameters, 192 features. For the arguments see `VisionTransformer`."""
+    return VisionTransformer(image_size, patch_size, 192, 12, 3, 4.0, positions, pool, drop_path)
+
+
+def vit_small(
+    image_size: int = 224,
+    patch_size: int = 16,
+    positions: Literal["sincos", "learned"] = "sincos",
+    pool: Literal["cls", "mean"] = "cls",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """ViT-S: 21.7 million parameters, 384 features. For the arguments see `VisionTransformer`."""
+    return VisionTransformer(image_size, patch_size, 384, 12, 6, 4.0, positions, pool, drop_path)
+
+
+def vit_base(
+    image_size: int = 224,
+    patch_size: int = 16,
+    positions: Literal["sincos", "learned"] = "sincos",
+    pool: Literal["cls", "mean"] = "cls",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """ViT-B: 85.8 million parameters, 768 features. For the arguments see `VisionTransformer`."""
+    return VisionTransformer(image_size, patch_size, 768, 12, 12, 4.0, positions, pool, drop_path)
+
+
+def vit_large(
+    image_size: int = 224,
+    patch_size: int = 16,
+    positions: Literal["sincos", "learned"] = "sincos",
+    pool: Literal["cls", "mean"] = "cls",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """ViT-L: 303 million parameters, 1024 features. For the arguments see `VisionTransformer`."""
+    return VisionTransformer(image_size, patch_size, 1024, 24, 16, 4.0, positions, pool, drop_path)
+
+
+def vit_huge(
+    image_size: int = 224,
+    patch_size: int = 14,
+    positions: Literal["sincos", "learned"] = "sincos",
+    pool: Literal["cls", "mean"] = "cls",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """ViT-H: 631 million parameters, 1280 features. For the arguments see `VisionTransformer`."""
+    return VisionTransformer(image_size, patch_size, 1280, 32, 16, 4.0, positions, pool, drop_path)
