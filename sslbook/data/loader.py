@@ -1,0 +1,432 @@
+"""Batches of views.
+
+Small sets lie on the training device as bytes and become views there, a batch at a time; no loader process is involved.
+Pictures in files are decoded and cut by worker processes, and colored on the device. Either way a view is a function of
+`(seed, epoch, index, stream)`: workers, processes and restarts change none.
+"""
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sslbook.chance import permutation
+from sslbook.data.pictures import Resident, Sets, Source, UnreadablePicture, load_folder, load_named, load_world
+from sslbook.data.views import Cut, View, apply_batch, apply_color, apply_one, as_pil, cut_one, draw
+from sslbook.data.world import World
+from sslbook.errors import UserError
+
+RESIDENT_BYTES = 4 * 2**30  # a set up to this size lies on the training device
+DECODED_AT_ONCE = 8  # pictures of a camera are 36 MB each once decoded
+UNREADABLE_IN_A_ROW = 100  # so many, and the folder is at fault, not a picture
+
+
+class Batch(NamedTuple):
+    """What a method gets."""
+
+    views: tuple[Tensor, ...]
+    """one tensor `(batch, 3, size, size)` for each view"""
+    index: Int[Tensor, "batch"]
+    """which pictures these are: their positions among the training pictures"""
+    label: Int[Tensor, "batch"]
+    """their classes, -1 where unlabelled; for evaluation, no method reads them"""
+
+
+class Data:
+    """Pictures to learn from and to be judged on.
+
+    Args:
+        name: `world` (embedded, needs nothing), cifar10, cifar100, stl10, fashion_mnist, imagenette, imagenet, or the
+            import path of a map-style dataset class, such as `my.module.MyDataset`.
+        folder: a folder of pictures instead, labelled (one subfolder a class) or not, with or without `train/` and
+            `test/`.
+        root: where the named sets lie.
+        world: the embedded world's knobs.
+        download: let torchvision fetch a named set that is not there.
+        limit: learn from so many of the training pictures only, chosen by chance, always the same.
+        strict: stop at a picture that cannot be read, instead of skipping and counting it.
+        augment: `device` cuts in the workers and colors on the device, and keeps small sets on the device altogether;
+            `workers` does everything per picture in the workers.
+        workers: processes that decode pictures; null means one for each core, at most 8.
+        start_method: how these processes start; null means Python's choice.
+    """
+
+    def __init__(
+        self,
+        name: str = "world",
+        folder: Path | None = None,
+        root: Path = Path("data"),
+        world: World = World(),  # noqa: B008 (frozen)
+        download: bool = False,
+        limit: int | None = None,
+        strict: bool = False,
+        augment: Literal["device", "workers"] = "device",
+        workers: int | None = None,
+        start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+    ) -> None:
+        if folder is not None and name != "world":
+            raise UserError(f"both data.name={name} and data.folder={folder}: give one of them")
+        if limit is not None and limit < 1:
+            raise UserError(f"data.limit is {limit}: ask for at least 1 picture, or leave it out")
+        if workers is not None and workers < 0:
+            raise UserError(f"data.workers is {workers}: give 0 (decode in the main process) or more")
+        self.name = name if folder is None else Path(folder).expanduser().resolve().name
+        self.folder = folder
+        self.root = root
+        self.world = world
+        self.download = download
+        self.limit = limit
+        self.strict = strict
+        self.augment = augment
+        self.workers = _default_workers() if workers is None else workers
+        self.start_method = start_method
+        self.unreadable: dict[str, str] = {}
+        """pictures that could not be read so far in this process, and why"""
+        self._on_device: dict[tuple[int, str], Tensor] = {}
+        self._loader: tuple[Any, DataLoader] | None = None
+        if folder is not None or name != "world":
+            _ = self._sets  # what is missing shows at once; the world always is there, and is drawn when it is needed
+
+    @cached_property
+    def _sets(self) -> Sets:
+        if self.folder is not None:
+            sets = load_folder(self.folder)
+        elif self.name == "world":
+            sets = load_world(self.world)
+        else:
+            sets = load_named(self.name, self.root, self.download)
+        if self.limit is None:
+            return sets
+
+        def some(source: Source) -> Tensor:
+            return permutation(0, 0, len(source))[: self.limit].sort().values
+
+        train = sets.train.subset(some(sets.train))
+        pretrain = train if sets.pretrain is sets.train else sets.pretrain.subset(some(sets.pretrain))
+        factors = dict(sets.factors)
+        if "train" in factors:
+            factors["train"] = {key: values[some(sets.train)] for key, values in factors["train"].items()}
+        return Sets(pretrain, train, sets.test, sets.class_names, factors)
+
+    @property
+    def num_train(self) -> int:
+        """Pictures to learn from."""
+        return len(self._sets.pretrain)
+
+    @property
+    def num_test(self) -> int:
+        """Pictures to be judged on; 0 if there are none."""
+        return 0 if self._sets.test is None else len(self._sets.test)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty if unlabelled."""
+        return self._sets.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """0 if unlabelled."""
+        return len(self.class_names)
+
+    @property
+    def skipped(self) -> int:
+        """Different pictures that could not be read so far."""
+        return len(self.unreadable)
+
+    @property
+    def size(self) -> int | None:
+        """Shorter side of the pictures if they all have the same, else nothing."""
+        source = self._sets.pretrain
+        return min(source.images.shape[2:]) if isinstance(source, Resident) else None
+
+    def labels(self, split: Literal["train", "test"]) -> Int[Tensor, "pictures"]:
+        """Classes of all pictures of a split; `Batch.index` of its evaluation batches points into it."""
+        return self._source(split).labels
+
+    def factors(self, split: Literal["train", "test"]) -> dict[str, Tensor]:
+        """What the embedded world drew into each picture; empty for other data."""
+        return self._sets.factors.get(split, {})
+
+    def picture(self, split: Literal["train", "test"], position: int) -> Any:
+        """One picture as it is, as a PIL image in mode RGB."""
+        return as_pil(self._source(split).open(position)).convert("RGB")
+
+    def describe(self) -> str:
+        """One line: `clothing-160: 3,068 training pictures, 10 classes, 372 test pictures`."""
+        parts = [f"{self.num_train:,} training pictures"]
+        if len(self._sets.train) != self.num_train:
+            parts.append(f"{len(self._sets.train):,} of them labelled")
+        parts.append(f"{self.num_classes} classes" if self.num_classes else "no labels")
+        parts.append(f"{self.num_test:,} test pictures" if self.num_test else "no test pictures")
+        return f"{self.name}: {', '.join(parts)}"
+
+    def _source(self, split: str) -> Source:
+        if split not in ("train", "test"):
+            raise UserError(f"there is no split {split!r}: choose train or test")
+        source = self._sets.train if split == "train" else self._sets.test
+        if source is None:
+            raise UserError(f"{self.name} has no test pictures: put some into a folder test/ beside train/")
+        return source
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches in one pass; the last incomplete one is dropped."""
+        if batch_size < 1:
+            raise UserError(f"a batch of {batch_size} pictures: give at least 1")
+        if batch_size > self.num_train:
+            raise UserError(f"the batch of {batch_size} is larger than the {self.num_train} pictures: use a smaller batch")
+        return self.num_train // batch_size
+
+    def batches(
+        self,
+        views: tuple[View, ...],
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[Batch]:
+        """One epoch of views, from batch number `start`.
+
+        Args:
+            views: what each picture becomes.
+            batch_size: pictures in a batch over all processes.
+            seed: of the order and of the views.
+            epoch: of the order and of the views.
+            start: batches to pass over, after a restart.
+            rank: which part of every batch this process takes.
+            world_size: number of processes.
+            device: where the views are wanted.
+        """
+        steps = self.steps_per_epoch(batch_size)
+        if batch_size % world_size:
+            raise UserError(f"a batch of {batch_size} does not divide among {world_size} processes: use a multiple")
+        order = permutation(seed, epoch, self.num_train)[: steps * batch_size]
+        mine = list(order.view(steps, world_size, -1)[start:, rank])
+        return self._run(self._sets.pretrain, views, mine, seed, epoch, torch.device(device), training=True)
+
+    def evaluation_batches(
+        self,
+        split: Literal["train", "test"],
+        view: View | None = None,
+        batch_size: int = 256,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[Batch]:
+        """Every picture of a split once, in order; unreadable ones are left out.
+
+        Args:
+            split: train or test.
+            view: what a picture becomes; by default its center, at its own size or (files) at 224 of 256 pixels.
+            batch_size: pictures in a batch.
+            device: where the views are wanted.
+        """
+        source = self._source(split)
+        if view is None:
+            view = View.center(self.size) if self.size else View.center(224, resize=256)
+        parts = list(torch.arange(len(source)).split(batch_size))
+        return self._run(source, (view,), parts, 0, 0, torch.device(device), training=False)
+
+    def _run(
+        self,
+        source: Source,
+        views: tuple[View, ...],
+        parts: list[Tensor],
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        training: bool,
+    ) -> Iterator[Batch]:
+        if isinstance(source, Resident) and self.augment == "device":
+            return self._from_memory(source, views, parts, seed, epoch, device)
+        return self._from_workers(source, views, parts, seed, epoch, device, training)
+
+    def _from_memory(
+        self, source: Resident, views: tuple[View, ...], parts: list[Tensor], seed: int, epoch: int, device: torch.device
+    ) -> Iterator[Batch]:
+        images = source.images
+        if images.nbytes <= RESIDENT_BYTES:
+            key = (id(source), str(device))
+            images = self._on_device.setdefault(key, images.to(device))
+        for index in parts:
+            pictures = images[index.to(images.device)].to(device)
+            made = tuple(apply_batch(view, pictures, seed, epoch, index, stream) for stream, view in enumerate(views))
+            yield Batch(made, index.to(device), source.labels[index].to(device))
+
+    def _from_workers(
+        self,
+        source: Source,
+        views: tuple[View, ...],
+        parts: list[Tensor],
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        training: bool,
+    ) -> Iterator[Batch]:
+        loader = self._make_loader(_Cutter(source, views, seed, self.augment, training), device, persistent=training)
+        loader.sampler.keys = [(epoch, index) for index in parts]
+        cuts = iter(loader)
+        while True:
+            try:
+                item = next(cuts, None)
+            except RuntimeError as error:
+                raise worker_died(error) or error from None
+            if item is None:
+                return
+            key, shown, tensors, unreadable = item
+            self._note(unreadable)
+            if not len(shown):
+                continue
+            moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            if self.augment == "device":
+                moved = [apply_color(v, cut, seed, epoch, key, stream) for stream, (v, cut) in enumerate(zip(views, moved))]
+            yield Batch(tuple(moved), shown.to(device), source.labels[shown].to(device))
+
+    def _make_loader(self, cutter: "_Cutter", device: torch.device, persistent: bool) -> DataLoader:
+        """A loader for the task; training keeps its processes from epoch to epoch."""
+        pin = device.type == "cuda"
+        key = (id(cutter.source), cutter.views, cutter.seed, pin)
+        if persistent and self._loader is not None and self._loader[0] == key:
+            return self._loader[1]
+        loader = DataLoader(
+            cutter,
+            batch_size=None,
+            sampler=_Keys(),
+            num_workers=self.workers,
+            collate_fn=_same,
+            pin_memory=pin,
+            persistent_workers=persistent and self.workers > 0,
+            multiprocessing_context=multiprocessing.get_context(self.start_method) if self.workers else None,
+            generator=torch.Generator(),  # or it would take a number from torch's own, and a resumed run would differ
+        )
+        if persistent:
+            self._loader = (key, loader)
+        return loader
+
+    def _note(self, unreadable: list[tuple[str, str]]) -> None:
+        for name, reason in unreadable:
+            if self.strict or not name:
+                raise UnreadablePicture(name, reason) if name else UserError(reason)
+            if not self.unreadable:
+                warnings.warn(
+                    f"skipped the unreadable picture {name} ({reason}); further ones are counted silently",
+                    stacklevel=2,
+                )
+            self.unreadable[name] = reason
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_on_device": {}, "_loader": None}
+
+
+def worker_died(error: RuntimeError) -> UserError | None:
+    """The message for a user if `error` is torch's report of a dead loader worker; else nothing."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return UserError(
+        "a loader worker died (often for want of memory, or of /dev/shm): try a lower --data.workers, or 0"
+    )
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+class _Keys:
+    """The sampler: which pictures of which epoch come next. It is refilled before every epoch."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[int, Tensor]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+class _Cut(NamedTuple):
+    """What a worker hands over."""
+
+    key: Int[Tensor, "batch"]
+    """the indices that the views were drawn with"""
+    shown: Int[Tensor, "batch"]
+    """the pictures they show: the same, but for those put in the place of unreadable ones"""
+    views: list[Tensor]
+    unreadable: list[tuple[str, str]]
+    """name and reason; an empty name means that there is no going on"""
+
+
+class _Cutter(Dataset):
+    """What a worker does, a whole batch at a time: decode, cut and, if asked, color.
+
+    In training the next readable picture takes the place of an unreadable one, wherever and whenever this happens;
+    in evaluation its place stays empty.
+    """
+
+    def __init__(
+        self, source: Source, views: tuple[View, ...], seed: int, augment: Literal["device", "workers"], replace: bool
+    ) -> None:
+        self.source = source
+        self.views = views
+        self.seed = seed
+        self.augment = augment
+        self.replace = replace
+
+    def __getitem__(self, item: tuple[int, Tensor]) -> _Cut:
+        epoch, index = item
+        key: list[int] = []
+        shown: list[int] = []
+        made: list[list[Tensor]] = [[] for _ in self.views]
+        unreadable: list[tuple[str, str]] = []
+        for part in index.split(DECODED_AT_ONCE):
+            kept, pictures = [], []
+            for position in part.tolist():
+                found = self._open(position, unreadable)
+                if found is not None:
+                    kept.append(position)
+                    shown.append(found[0])
+                    pictures.append(found[1])
+            key += kept
+            for stream, view in enumerate(self.views if kept else ()):
+                made[stream] += self._make(view, pictures, epoch, torch.tensor(kept), stream)
+        views = [torch.stack(one) for one in made] if key else []
+        return _Cut(torch.tensor(key, dtype=torch.int64), torch.tensor(shown, dtype=torch.int64), views, unreadable)
+
+    def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
+        attempts = min(UNREADABLE_IN_A_ROW, len(self.source)) if self.replace else 1
+        for attempt in range(attempts):
+            place = (position + attempt) % len(self.source)
+            try:
+                return place, as_pil(self.source.open(place))
+            except UnreadablePicture as error:
+                unreadable.append((error.name, error.reason))
+            except UserError as error:
+                unreadable.append(("", str(error)))
+                return None
+        if self.replace:
+            name, reason = unreadable[-1]
+            unreadable.append(("", f"{attempts} pictures in a row cannot be read, the last is {name} ({reason})"))
+        return None
+
+    def _make(self, view: View, pictures: list[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
+        if self.augment == "workers":
+            return [apply_one(view, p, self.seed, epoch, i, stream) for p, i in zip(pictures, index.tolist())]
+        heights, widths = (torch.tensor([getattr(p, side) for p in pictures]) for side in ("height", "width"))
+        cut = draw(view, self.seed, epoch, index, stream, heights, widths).cut
+        return [cut_one(view, picture, Cut(*(part[i : i + 1] for part in cut))) for i, picture in enumerate(pictures)]
