@@ -1,0 +1,107 @@
+"""Features of a whole split: what every protocol of this folder starts from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+from sslbook.errors import UserError
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients; afterwards every submodule is in exactly the mode it was in before."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield module
+    finally:
+        for part, training in modes:  # `module.train(mode)` would also wake up parts that were kept in eval mode
+            part.training = training
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes: the device of its first parameter or buffer, the CPU if it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def extract_features(
+    backbone: nn.Module,
+    data: Data,
+    split: Literal["train", "test"],
+    view: View,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> tuple[Float[Tensor, "pictures dim"], Int[Tensor, "pictures"]]:
+    """Features and labels of every readable picture of a split, in order, on the CPU.
+
+    Labels come with the pictures: one that cannot be read leaves neither a feature nor a label behind.
+
+    Args:
+        backbone: maps pictures to one vector each; it is left in the mode it came in.
+        data: where the pictures come from.
+        split: `train` or `test`.
+        view: what becomes of a picture; use `View.center` for a view without chance.
+        device: where to compute; by default where the backbone is. The backbone is moved there.
+        batch_size: pictures at a time.
+        progress: show a bar.
+
+    Raises:
+        UserError: the backbone returns something else than one finite vector per picture, or no picture is readable.
+    """
+    features, labels, _ = extract_with_index(
+        backbone, data, split, view, device=device, batch_size=batch_size, progress=progress
+    )
+    return features, labels
+
+
+def extract_with_index(
+    backbone: nn.Module,
+    data: Data,
+    split: Literal["train", "test"],
+    view: View,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> tuple[Float[Tensor, "pictures dim"], Int[Tensor, "pictures"], Int[Tensor, "pictures"]]:
+    """`extract_features`, and the place of each picture in the split."""
+    device = device_of(backbone) if device is None else torch.device(device)
+    backbone.to(device)
+    total = data.num_train if split == "train" else data.num_test
+    features: Tensor | None = None
+    labels, indices, done = [], [], 0
+    bar = tqdm(total=total, desc=f"features of {split}", unit="picture", leave=False, disable=not progress)
+    with frozen(backbone), bar, torch.autocast(device.type, enabled=False):
+        for batch in data.evaluation_batches(split, view, batch_size, device):
+            output = backbone(batch.views[0])
+            _check(output, len(batch.index))
+            if features is None:  # one block from the start: a list and its concatenation would need twice the memory
+                features = torch.empty(total, output.shape[1])
+            features[done : done + len(output)] = output.float().cpu()
+            labels.append(batch.label.cpu())
+            indices.append(batch.index.cpu())
+            done += len(output)
+            bar.update(len(output))
+    if features is None:
+        raise UserError(f"no readable picture in the {split} split; check the folder and its files")
+    return features[:done], torch.cat(labels), torch.cat(indices)
+
+
+def _check(output: object, pictures: int) -> None:
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != pictures:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(f"the backbone returned {found} for {pictures} pictures; it must return ({pictures}, dim)")
+    if not torch.isfinite(output).all():
+        raise UserError("the backbone's features hold NaN or Inf; its weights have diverged, use an earlier checkpoint")

@@ -1,0 +1,72 @@
+"""Probes per factor: what is there is found, what is not is at the level of chance."""
+
+import math
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+
+from sslbook.errors import UserError
+from sslbook.evaluation import factors
+
+
+def made_up(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Features that hold the class, x and the angle, but neither y nor the background."""
+    g = torch.Generator().manual_seed(seed)
+    known = {
+        "shape": torch.randint(3, (n,), generator=g),
+        "x": torch.rand(n, generator=g),
+        "y": torch.rand(n, generator=g),
+        "orientation": 720 * torch.rand(n, generator=g) - 360,
+        "background": torch.randint(2, (n,), generator=g),
+        "scale": torch.full((n,), 0.5),  # its knob is off
+    }
+    angle = known["orientation"] * math.pi / 180
+    hot = torch.nn.functional.one_hot(known["shape"], 3).float()
+    columns = torch.cat([hot, known["x"][:, None], angle.sin()[:, None], angle.cos()[:, None]], dim=1)
+    mixing = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    return columns @ mixing + 0.01 * torch.randn(n, 10, generator=g), known
+
+
+def test_what_is_in_the_features_is_found() -> None:
+    train_x, train_f = made_up(600, seed=1)
+    test_x, test_f = made_up(400, seed=2)
+    scores = factors.probe(train_x, train_f, test_x, test_f)
+    assert list(scores) == ["shape", "x", "y", "orientation", "background"]  # what never changes has no score
+    assert min(scores["shape"], scores["x"], scores["orientation"]) > 97
+    chance = factors.chance_levels(train_f, test_f)
+    assert list(chance) == list(scores)
+    assert (chance["x"], chance["orientation"]) == (0, 0)
+    assert 30 < chance["shape"] < 40
+    assert abs(scores["y"]) < 8
+    assert scores["background"] == pytest.approx(chance["background"], abs=8)
+
+
+def test_an_angle_is_not_a_number() -> None:
+    """The same features, the same angles: without sine and cosine the jump from 359 to 0 degrees costs dearly."""
+    train_x, train_f = made_up(600, seed=1)
+    test_x, test_f = made_up(400, seed=2)
+    rename = {"orientation": "height"}
+    train_f, test_f = ({rename.get(k, k): v for k, v in f.items() if k == "orientation"} for f in (train_f, test_f))
+    assert factors.probe(train_x, train_f, test_x, test_f)["height"] < 80
+
+
+def test_ridge_is_that_of_scikit_learn() -> None:
+    train_x, train_f = made_up(200, seed=3)
+    test_x, test_f = made_up(100, seed=4)
+    mean, deviation = train_x.mean(0), train_x.std(0, correction=0)
+    target = train_f["x"].double()[:, None]
+    fits = factors._solve(train_x, target, (0.1,))
+    theirs = Ridge(alpha=0.1 * 200).fit(((train_x - mean) / deviation).double(), target[:, 0])
+    expected = r2_score(test_f["x"], theirs.predict(((test_x - mean) / deviation).double()))
+    assert factors._scores(test_x, test_f["x"].double()[:, None], ["x"], fits[0.1])["x"] == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert expected < 0.99  # the penalty is felt
+
+
+def test_features_and_factors_of_different_pictures_are_refused() -> None:
+    train_x, train_f = made_up(50, seed=1)
+    with pytest.raises(UserError, match="50 values for 49 pictures"):
+        factors.probe(train_x[:49], train_f, train_x, train_f)
