@@ -1,0 +1,109 @@
+"""Alone everything is the identity; together gradients are those of the mean over the global batch."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook import distributed
+from sslbook.errors import UserError
+
+
+def test_alone_everything_is_the_identity() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    for function in (distributed.gather, distributed.gather_with_grad, distributed.sum_with_grad, distributed.mean):
+        assert function(x) is x
+    assert distributed.from_main({"a": 1}) == {"a": 1}
+    distributed.barrier()
+
+
+def _everything(x: Tensor) -> dict[str, object]:
+    r = distributed.rank()
+    mine = x.chunk(2)[r]
+    return {
+        "place": (r, distributed.world_size(), distributed.is_main()),
+        "gather": distributed.gather(mine),
+        "transposed": distributed.gather(mine.T.contiguous().T),
+        "integers": distributed.gather(torch.tensor([r, r])),
+        "booleans": distributed.gather(torch.tensor([r == 0])),
+        "mean": distributed.mean(torch.tensor([1.0 + r, 0.0])),
+        "tensor": distributed.from_main(torch.full((2,), r)),
+        "object": distributed.from_main({"from": r}),
+    }
+
+
+def test_together(pool) -> None:
+    x = torch.randn(4, 3)
+    for r, got in enumerate(pool.run(_everything, x)):
+        assert got["place"] == (r, 2, r == 0)
+        torch.testing.assert_close(got["gather"], x, rtol=0, atol=0)
+        torch.testing.assert_close(got["transposed"], x, rtol=0, atol=0)
+        assert got["integers"].tolist() == [0, 0, 1, 1]
+        assert got["booleans"].tolist() == [True, False]
+        assert got["mean"].tolist() == [1.5, 0.0]
+        assert got["tensor"].tolist() == [0, 0]
+        assert got["object"] == {"from": 0}
+
+
+def _loss(x: Tensor, everyone: Tensor, total: Tensor) -> Tensor:
+    """Any loss in which every process's part depends on all rows."""
+    return ((x @ everyone.T).sin().sum(dim=1) * total.cos().sum()).mean()
+
+
+def _gradients(x: Tensor) -> Tensor:
+    mine = x.chunk(2)[distributed.rank()].clone().requires_grad_()
+    everyone = distributed.gather_with_grad(mine)
+    total = distributed.sum_with_grad(mine.sum(dim=0))
+    _loss(mine, everyone, total).backward()
+    return mine.grad
+
+
+def test_gradients_are_those_of_the_global_batch(pool) -> None:
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    _loss(x, x, x.sum(dim=0)).backward()
+    # Each process took the mean over its half: the sum of both means is twice the global mean.
+    torch.testing.assert_close(torch.cat(pool.run(_gradients, x.detach())) / 2, x.grad)
+
+
+def _fail() -> None:
+    if distributed.rank() == 1:
+        raise ValueError("a worker's own words")
+
+
+def test_a_failing_process_is_reported_and_replaced(pool) -> None:
+    with pytest.raises(AssertionError, match="a worker's own words"):
+        pool.run(_fail)
+    assert [got["place"][0] for got in pool.run(_everything, torch.zeros(2, 1))] == [0, 1]
+
+
+def _sum_of_ranks(start: int) -> int:
+    return start + int(distributed.sum_with_grad(torch.tensor(float(distributed.rank()))))
+
+
+def test_launch_returns_what_each_process_returned() -> None:
+    assert distributed.launch(_sum_of_ranks, 2, 40) == [41, 41]
+
+
+def test_setup_alone_and_its_errors(monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert distributed.setup(device="cpu") == torch.device("cpu")
+    assert not distributed.initialized()
+    with pytest.raises(UserError, match="use backend gloo"):
+        distributed.setup("nccl", device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.setup() == torch.device("cpu")
+    with pytest.raises(UserError, match="use backend gloo"):
+        distributed.setup("nccl")
+    with pytest.raises(UserError, match="use device cpu"):
+        distributed.setup(device="cuda")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setitem(os.environ, "RANK", "3")
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="at most 2 processes"):
+        distributed.setup()
