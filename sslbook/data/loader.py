@@ -7,8 +7,10 @@ Pictures in files are decoded and cut by worker processes, and colored on the de
 
 import multiprocessing
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sslbook.chance import permutation
-from sslbook.data.pictures import Resident, Sets, Source, UnreadablePicture, load_folder, load_named, load_world
+from sslbook.data.pictures import Resident, Source, UnreadablePicture
+from sslbook.data.sets import Sets, load_folder, load_named, load_world
 from sslbook.data.views import Cut, View, apply_batch, apply_color, apply_one, as_pil, cut_one, draw
 from sslbook.data.world import World
 from sslbook.errors import UserError
@@ -91,7 +94,7 @@ class Data:
         self.unreadable: dict[str, str] = {}
         """pictures that could not be read so far in this process, and why"""
         self._on_device: dict[tuple[int, str], Tensor] = {}
-        self._loader: tuple[Any, DataLoader] | None = None
+        self._idle: tuple[Any, DataLoader] | None = None
         if folder is not None or name != "world":
             _ = self._sets  # what is missing shows at once; the world always is there, and is drawn when it is needed
 
@@ -183,7 +186,7 @@ class Data:
         if batch_size < 1:
             raise UserError(f"a batch of {batch_size} pictures: give at least 1")
         if batch_size > self.num_train:
-            raise UserError(f"the batch of {batch_size} is larger than the {self.num_train} pictures: use a smaller batch")
+            raise UserError(f"a batch of {batch_size} is more than the {self.num_train} pictures: use a smaller one")
         return self.num_train // batch_size
 
     def batches(
@@ -253,7 +256,13 @@ class Data:
         return self._from_workers(source, views, parts, seed, epoch, device, training)
 
     def _from_memory(
-        self, source: Resident, views: tuple[View, ...], parts: list[Tensor], seed: int, epoch: int, device: torch.device
+        self,
+        source: Resident,
+        views: tuple[View, ...],
+        parts: list[Tensor],
+        seed: int,
+        epoch: int,
+        device: torch.device,
     ) -> Iterator[Batch]:
         images = source.images
         if images.nbytes <= RESIDENT_BYTES:
@@ -274,45 +283,55 @@ class Data:
         device: torch.device,
         training: bool,
     ) -> Iterator[Batch]:
-        loader = self._make_loader(_Cutter(source, views, seed, self.augment, training), device, persistent=training)
+        loader, give_back = self._take_loader(_Cutter(source, views, seed, self.augment, training), device, len(parts))
         loader.sampler.keys = [(epoch, index) for index in parts]
         cuts = iter(loader)
         while True:
             try:
-                item = next(cuts, None)
+                cut = next(cuts, None)
             except RuntimeError as error:
                 raise worker_died(error) or error from None
-            if item is None:
-                return
-            key, shown, tensors, unreadable = item
-            self._note(unreadable)
-            if not len(shown):
+            if cut is None:
+                break
+            self._note(cut.unreadable)
+            if not len(cut.key):
                 continue
-            moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            made = [view.to(device, non_blocking=True) for view in cut.views]
             if self.augment == "device":
-                moved = [apply_color(v, cut, seed, epoch, key, stream) for stream, (v, cut) in enumerate(zip(views, moved))]
-            yield Batch(tuple(moved), shown.to(device), source.labels[shown].to(device))
+                keys = [(seed, epoch, cut.key, stream) for stream in range(len(views))]
+                made = [apply_color(view, pixels, *key) for view, pixels, key in zip(views, made, keys)]
+            yield Batch(tuple(made), cut.shown.to(device), source.labels[cut.shown].to(device))
+        give_back()
 
-    def _make_loader(self, cutter: "_Cutter", device: torch.device, persistent: bool) -> DataLoader:
-        """A loader for the task; training keeps its processes from epoch to epoch."""
-        pin = device.type == "cuda"
-        key = (id(cutter.source), cutter.views, cutter.seed, pin)
-        if persistent and self._loader is not None and self._loader[0] == key:
-            return self._loader[1]
-        loader = DataLoader(
-            cutter,
-            batch_size=None,
-            sampler=_Keys(),
-            num_workers=self.workers,
-            collate_fn=_same,
-            pin_memory=pin,
-            persistent_workers=persistent and self.workers > 0,
-            multiprocessing_context=multiprocessing.get_context(self.start_method) if self.workers else None,
-            generator=torch.Generator(),  # or it would take a number from torch's own, and a resumed run would differ
-        )
-        if persistent:
-            self._loader = (key, loader)
-        return loader
+    def _take_loader(
+        self, cutter: "_Cutter", device: torch.device, parts: int
+    ) -> tuple[DataLoader, Callable[[], None]]:
+        """A loader for the task, and what to call at the end. In training its processes live on to the next epoch."""
+        training, pin = cutter.replace, device.type == "cuda"
+        key = (id(cutter.source), cutter.views, cutter.seed, cutter.augment, pin)
+        if training and self._idle is not None and self._idle[0] == key:
+            loader = self._idle[1]
+            self._idle = None  # not twice at once
+        else:
+            workers = min(self.workers, parts) if not training else self.workers
+            loader = DataLoader(
+                cutter,
+                batch_size=None,
+                sampler=_Keys(),
+                num_workers=workers,
+                collate_fn=_same,
+                worker_init_fn=_heed_only_parent,
+                pin_memory=pin,
+                persistent_workers=training and workers > 0,
+                multiprocessing_context=multiprocessing.get_context(self.start_method) if workers else None,
+                generator=torch.Generator(),  # else it takes a number from torch's own: a resumed run would differ
+            )
+
+        def give_back() -> None:
+            if training:
+                self._idle = (key, loader)
+
+        return loader, give_back
 
     def _note(self, unreadable: list[tuple[str, str]]) -> None:
         for name, reason in unreadable:
@@ -326,7 +345,7 @@ class Data:
             self.unreadable[name] = reason
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_on_device": {}, "_loader": None}
+        return {**self.__dict__, "_on_device": {}, "_idle": None}
 
 
 def worker_died(error: RuntimeError) -> UserError | None:
@@ -341,6 +360,25 @@ def worker_died(error: RuntimeError) -> UserError | None:
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _heed_only_parent(worker: int) -> None:
+    """Called in a new worker: let Ctrl-C and a SIGTERM to the whole process group reach the main process alone.
+
+    It then saves and ends the workers itself; a worker that died first would break the last step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Keys:

@@ -316,7 +316,12 @@ def apply_batch(
 
 
 def apply_color(
-    view: View, cuts: UInt8[Tensor, "batch 3 size size"], seed: int, epoch: int, index: Int[Tensor, "batch"], stream: int
+    view: View,
+    cuts: UInt8[Tensor, "batch 3 size size"],
+    seed: int,
+    epoch: int,
+    index: Int[Tensor, "batch"],
+    stream: int,
 ) -> Float[Tensor, "batch 3 size size"]:
     """The second half of executor 2, for pictures that `cut_one` has already cut with the same key."""
     color = _draw_color(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS))
@@ -437,8 +442,8 @@ def _saturation(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> 
 def _hue(x: Float[Tensor, "3 n h w"], shift: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
     """Turn the hue by `shift` of a full circle.
 
-    With the largest value V, the chroma C = V - smallest and the hue H in sixths of the circle, HSV leads back to RGB by
-    V - C * clamp(2 - |d|, 0, 1), d being how far H stands from the channel's opposite hue (cyan, magenta, yellow).
+    With the largest value V, the chroma C = V - smallest and the hue H in sixths of the circle, HSV leads back to RGB
+    by V - C * clamp(2 - |d|, 0, 1), d being how far H stands from the channel's opposite hue (cyan, magenta, yellow).
     """
     red, green, blue = x
     value = torch.maximum(torch.maximum(red, green), blue)

@@ -1,0 +1,265 @@
+"""Sets of pictures: folders, torchvision's by name, the embedded world, anybody's dataset by import path."""
+
+import hashlib
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sslbook.data.pictures import EXTENSIONS, Files, Mapped, Resident, Source
+from sslbook.data.world import World
+from sslbook.errors import UserError, nearest
+
+NAMES = ("world", "cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette", "imagenet")
+TEST_FOLDERS = ("test", "val", "validation")
+
+
+@dataclass
+class Sets:
+    """What `Data` learns from and is judged on."""
+
+    pretrain: Source
+    train: Source
+    """the labelled training pictures; nearly always the same object as `pretrain`"""
+    test: Source | None
+    class_names: tuple[str, ...] = ()
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def scan(folder: Path) -> list[str]:
+    """The pictures under `folder`, as sorted relative paths with `/`; hidden files are passed over, loops are cut."""
+    found: list[str] = []
+
+    def walk(directory: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except PermissionError as error:
+            raise UserError(f"may not read the folder {directory}: change its permissions") from error
+        for entry in entries:
+            if entry.name.startswith("."):  # macOS leaves a ._name beside every name
+                continue
+            if entry.is_dir():
+                status = entry.stat()
+                here = (status.st_dev, status.st_ino)
+                if here not in above:  # a link to a folder that contains it
+                    walk(entry.path, f"{prefix}{entry.name}/", above | {here})
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(prefix + entry.name)
+
+    status = os.stat(folder)
+    walk(str(folder), "", frozenset({(status.st_dev, status.st_ino)}))
+    return found
+
+
+def load_folder(folder: str | Path) -> Sets:
+    """A folder of pictures, labelled or not.
+
+    `train/` beside one of `test/`, `val/`, `validation/` is a split. Within a split (or the folder as a whole) the
+    subfolders are classes if every picture lies in one and there are at least two. A labelled folder without a split
+    holds out a tenth of each class for evaluation, chosen by a hash of the paths.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"the folder {folder} {what}: give a folder that holds pictures")
+    paths = scan(folder)
+    if not paths:
+        raise UserError(f"no pictures under {folder}: expected {' '.join(EXTENSIONS)}")
+
+    tops = {path.split("/", 1)[0] if "/" in path else "" for path in paths}
+    by_lower = {top.lower(): top for top in tops}
+    is_split = "train" in by_lower and set(by_lower) <= {"train", *TEST_FOLDERS}
+    if not is_split:
+        names = _classes(paths)
+        everything = _files(folder, paths, names)
+        if not names:
+            return Sets(everything, everything, None)
+        test = _held_out(paths, everything.labels)
+        train = everything.subset((~test).nonzero()[:, 0])
+        return Sets(train, train, everything.subset(test.nonzero()[:, 0]), names)
+
+    def part(name: str) -> tuple[Path, list[str]]:
+        prefix = by_lower[name] + "/"
+        return folder / by_lower[name], [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+
+    train_root, train_paths = part("train")
+    names = _classes(train_paths)
+    tests = [name for name in TEST_FOLDERS if name in by_lower]
+    if not tests:
+        return load_folder(train_root)
+    test_root, test_paths = part(tests[0])
+    if names and all("/" in path for path in test_paths):
+        names = tuple(sorted({*names, *_tops(test_paths)}))
+        test = _files(test_root, test_paths, names)
+    else:
+        test = _files(test_root, test_paths, ())
+    train = _files(train_root, train_paths, names)
+    return Sets(train, train, test, names)
+
+
+def _tops(paths: list[str]) -> set[str]:
+    return {path.split("/", 1)[0] for path in paths}
+
+
+def _classes(paths: list[str]) -> tuple[str, ...]:
+    names = _tops(paths)
+    return tuple(sorted(names)) if all("/" in path for path in paths) and len(names) >= 2 else ()
+
+
+def _files(root: Path, paths: list[str], names: tuple[str, ...]) -> Files:
+    number = {name: i for i, name in enumerate(names)}
+    labels = [number[path.split("/", 1)[0]] if names else -1 for path in paths]
+    return Files(root, np.array([os.fsencode(path) for path in paths]), torch.tensor(labels, dtype=torch.int64))
+
+
+def _held_out(paths: list[str], labels: Int[Tensor, "pictures"]) -> Bool[Tensor, "pictures"]:
+    """Of each class the tenth whose paths hash lowest (at least one, where a class has two pictures or more)."""
+    rank = [int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=7).digest(), "big") for path in paths]
+    order = torch.tensor(rank).argsort()
+    held = torch.zeros(len(paths), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        if len(members) >= 2:
+            held[members[: max(1, round(len(members) / 10))]] = True
+    return held
+
+
+# Sets by name --------------------------------------------------------------------------------------------------------
+
+
+def load_world(world: World) -> Sets:
+    """The embedded world, drawn."""
+    sources, factors = {}, {}
+    for split in ("train", "test"):
+        images, factors[split] = world.render(split)
+        sources[split] = Resident(images, factors[split]["shape"])
+    return Sets(sources["train"], sources["train"], sources["test"], tuple(world.class_names), factors)
+
+
+def load_named(name: str, root: str | Path, download: bool) -> Sets:
+    """One of torchvision's sets, or a dataset class by its import path."""
+    if name in ("imagenet", "imagenette"):
+        return _load_imagenet(Path(root).expanduser(), name, download)
+    kinds = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
+    if name in kinds:
+        return _load_small(Path(root).expanduser(), name, kinds[name], download)
+    if "." in name:
+        return _load_imported(name, root)
+    hint = nearest(name, list(NAMES)) or f": choose one of {', '.join(NAMES)}"
+    raise UserError(f"unknown data set {name!r}{hint} (or name a class by its import path, or give data.folder)")
+
+
+def _load_small(root: Path, name: str, kind: str, download: bool) -> Sets:
+    """A set that torchvision reads into memory."""
+    import torchvision.datasets
+
+    def get(**split: Any) -> Any:
+        dataset = getattr(torchvision.datasets, kind)
+        try:
+            return dataset(root, **split)
+        except (RuntimeError, FileNotFoundError) as error:
+            if not download:
+                raise UserError(_absent(name, root)) from error
+        return _download(name, root, lambda: dataset(root, download=True, **split))
+
+    if name == "stl10":
+        unlabeled, train, test = (get(split=split) for split in ("unlabeled", "train", "test"))
+        names = tuple(train.classes)
+        return Sets(*(_resident(part.data, part.labels) for part in (unlabeled, train, test)), names)
+    train, test = (get(train=train) for train in (True, False))
+    sources = [_resident(part.data, part.targets) for part in (train, test)]
+    return Sets(sources[0], sources[0], sources[1], tuple(train.classes))
+
+
+def _resident(images: Any, labels: Any) -> Resident:
+    """torchvision's arrays, in whatever order their axes come."""
+    images = torch.as_tensor(images)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    return Resident(images.contiguous(), torch.as_tensor(labels).long())
+
+
+def _load_imagenet(root: Path, name: str, download: bool) -> Sets:
+    """ImageNet-1k or Imagenette as folders: `train/` and `val/`, one subfolder a class."""
+    folders = [root / name, root]
+    if name == "imagenette":
+        folders = [root / folder for folder in ("imagenette2", "imagenette2-320", "imagenette2-160", name)] + [root]
+    for folder in folders:
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return load_folder(folder)
+    if name == "imagenet" or not download:
+        raise UserError(_absent(name, root))
+    from torchvision.datasets import Imagenette
+
+    _download(name, root, lambda: Imagenette(str(root), size="320px", download=True))
+    return load_folder(root / "imagenette2-320")
+
+
+def _absent(name: str, root: Path) -> str:
+    cure = "give its place as data.root"
+    if name == "imagenet":
+        return f"no {name} under {root} (train/ and val/): {cure}, or run data_scripts/imagenet.py"
+    script = ", run data_scripts/cifar10.py" if name == "cifar10" else ""
+    return f"no {name} under {root}: {cure}{script}, or set data.download to true"
+
+
+def _download(name: str, root: Path, get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        cure = "fetch it yourself and give its place as data.root"
+        raise UserError(f"cannot download {name} ({reason}): {cure}") from error
+
+
+def _load_imported(name: str, root: str | Path) -> Sets:
+    """A map-style dataset by import path.
+
+    Of the arguments `root`, `train` and `split` it is given those that it names; with one of the last two it is made
+    twice, for training and for the test.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot import the data set {name} ({error}): check the path, or set PYTHONPATH") from error
+    known = inspect.signature(make).parameters
+    options = {"root": root} if "root" in known else {}
+    if "train" in known:
+        splits = [{"train": True}, {"train": False}]
+    elif "split" in known:
+        splits = [{"split": "train"}, {"split": "test"}]
+    else:
+        splits = [{}]
+    sources = [_mapped(make(**options, **split)) for split in splits]
+    classes = getattr(sources[0].dataset, "classes", None)
+    count = int(max(source.labels.max() for source in sources)) + 1
+    names = tuple(map(str, classes)) if classes is not None and count > 0 else tuple(map(str, range(count)))
+    return Sets(sources[0], sources[0], sources[1] if len(sources) > 1 else None, names)
+
+
+def _mapped(dataset: Any) -> Mapped:
+    """Wrap a dataset; its labels come from `targets` or `labels`, or else from its items."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(f"{type(dataset).__name__} has no __len__ and __getitem__: a map-style dataset is needed")
+    if len(dataset) == 0:
+        raise UserError(f"{type(dataset).__name__} holds no pictures: check its arguments")
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if labels is None:
+        item = dataset[0]
+        labelled = isinstance(item, tuple | list) and len(item) > 1
+        labels = [int(dataset[i][1]) for i in range(len(dataset))] if labelled else [-1] * len(dataset)
+    return Mapped(dataset, torch.as_tensor(labels).long(), torch.arange(len(dataset)))
