@@ -13,7 +13,7 @@ import cifar10
 import numpy as np
 import pytest
 from _fetch import Source
-from conftest import File, Server
+from loopback import File, Server
 from PIL import Image
 
 from sslbook.errors import UserError

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import _fetch
 import pytest
 from _fetch import Patience, Source, fetch, unpack
-from conftest import File, Server
+from loopback import File, Server
 
 from sslbook.errors import UserError
 
