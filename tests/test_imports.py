@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "sslbook"
 LAYERS = [
     {"errors", "chance", "schedules", "distributed", "optim", "checkpoint", "nn", "data"},
     {"methods"},
-    {"evaluation", "hooks", "report"},
+    {"evaluation", "hooks", "report", "notebook"},
     {"train", "evaluate", "extract", "configuration"},
-    {"tools", "notebook", "__init__", "__main__"},
+    {"tools", "__init__", "__main__"},
 ]
 
 

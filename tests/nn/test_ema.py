@@ -1,0 +1,43 @@
+import pytest
+import torch
+from torch import nn
+
+from sslbook.nn import EMA
+
+
+def test_update_from_its_definition() -> None:
+    online = nn.Linear(3, 2)
+    teacher = EMA(online)
+    start = online.weight.detach().clone()
+    with torch.no_grad():
+        online.weight += 1
+    teacher.update(online, 0.9)
+    torch.testing.assert_close(teacher.module.weight, 0.9 * start + 0.1 * online.weight)
+    teacher.update(online, 1.0)
+    torch.testing.assert_close(teacher.module.weight, 0.9 * start + 0.1 * online.weight)
+    teacher.update(online, 0.0)
+    torch.testing.assert_close(teacher.module.weight, online.weight)
+
+
+def test_it_is_a_copy_that_never_learns() -> None:
+    online = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    teacher = EMA(online)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in online.parameters()}
+    x = torch.randn(8, 3, requires_grad=True)
+    assert not teacher(x).requires_grad
+
+
+def test_running_statistics_are_its_own() -> None:
+    online = nn.Sequential(nn.BatchNorm1d(2))
+    teacher = EMA(online)
+    online(torch.randn(8, 2) + 5)
+    teacher.update(online, 0.0)
+    assert teacher.module[0].running_mean.abs().max() == 0
+    teacher(torch.full((8, 2), 3.0))
+    torch.testing.assert_close(teacher.module[0].running_mean, torch.full((2,), 0.3))
+
+
+def test_another_module_is_refused() -> None:
+    with pytest.raises(ValueError):
+        EMA(nn.Linear(3, 2)).update(nn.Linear(3, 2, bias=False), 0.5)

@@ -1,0 +1,34 @@
+import pytest
+import torch
+from torch import nn
+
+from sslbook.nn import MLP
+
+
+def test_layers_in_order() -> None:
+    head = MLP(5, 7, 3, layers=3)
+    assert [type(m) for m in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
+    assert [m.weight.shape for m in head if isinstance(m, nn.Linear)] == [(7, 5), (7, 7), (3, 7)]
+    assert [m.bias is not None for m in head if isinstance(m, nn.Linear)] == [False, False, True]
+
+
+def test_one_layer_is_linear() -> None:
+    (layer,) = MLP(5, 7, 3, layers=1, batch_norm=False)
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight.shape == (3, 5)
+
+
+def test_without_batch_norm_every_layer_has_a_bias() -> None:
+    head = MLP(5, 7, 3, batch_norm=False)
+    assert [type(m) for m in head] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert all(m.bias is not None for m in head if isinstance(m, nn.Linear))
+    assert MLP(5, 7, 3, last_bias=False)[-1].bias is None
+
+
+@pytest.mark.parametrize(("last", "trained"), [("plain", set()), ("scale", {"weight"}), ("affine", {"weight", "bias"})])
+def test_last_batch_norm(last: str, trained: set[str]) -> None:
+    head = MLP(5, 7, 3, last_batch_norm=last)
+    assert {name for name, p in head[-1].named_parameters() if p.requires_grad} == trained
+    assert head[-2].bias is None
+    z = head(torch.randn(64, 5))
+    torch.testing.assert_close(z.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-5)

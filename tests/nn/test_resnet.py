@@ -1,0 +1,59 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from sslbook.errors import UserError
+from sslbook.nn import ResNet, resnet18, resnet34, resnet50, resnet101
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "parameters"),
+    # Torchvision's published counts with a classifier of 1000 classes, and without it.
+    [
+        (resnet18, "resnet18", 11_689_512 - 513_000),
+        (resnet34, "resnet34", 21_797_672 - 513_000),
+        (resnet50, "resnet50", 25_557_032 - 2_049_000),
+        (resnet101, "resnet101", 44_549_160 - 2_049_000),
+    ],
+)
+def test_it_is_torchvisions(factory, name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        ours, theirs = factory(), getattr(torchvision.models, name)()
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    expected = {key: value.shape for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == expected
+    assert ours.dim == theirs.fc.in_features
+
+
+def test_torchvisions_weights_give_torchvisions_features() -> None:
+    theirs = torchvision.models.resnet18(num_classes=2).eval()
+    ours = resnet18().eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    theirs.fc = nn.Identity()
+    x = torch.randn(2, 3, 64, 48)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_small_stem_keeps_the_resolution() -> None:
+    small = ResNet(18, width=4, stem="small")
+    x = torch.randn(2, 3, 32, 32)
+    assert small.forward_map(x).shape == (2, 32, 4, 4)
+    assert ResNet(18, width=4).forward_map(x).shape == (2, 32, 1, 1)
+    assert small(x).shape == (2, small.dim) == (2, 32)
+    assert ResNet(50, width=4, stem="small").dim == 128
+    torch.testing.assert_close(small.eval()(x), small.forward_map(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_zero_init_makes_every_block_the_identity(depth: int) -> None:
+    network = ResNet(depth, width=4, stem="small", zero_init_residual=True).eval()
+    block = network.layer1[1]
+    x = torch.rand(1, network.layer1[1].conv1.in_channels, 8, 8)
+    torch.testing.assert_close(block(x), x)
+    assert not torch.equal(ResNet(depth, width=4, stem="small").eval().layer1[1](x), x)
+
+
+def test_unknown_depth_is_refused() -> None:
+    with pytest.raises(UserError, match="use one of 18, 34, 50, 101, 152"):
+        ResNet(51)
