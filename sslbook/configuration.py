@@ -30,7 +30,7 @@ class Parser(ArgumentParser):
     """A jsonargparse parser whose errors are one line with the nearest right name, and whose help fits a screen."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, exit_on_error=False, **kwargs)
+        super().__init__(*args, **{"exit_on_error": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         raise UserError(self._one_line(message))
@@ -139,6 +139,7 @@ def cli(function: Callable, argv: list[str] | None = None, *, prog: str) -> obje
 def method_class(name: str) -> type:
     """The class of a method: a name such as `simclr`, or the import path of your own."""
     from sslbook import methods
+    from sslbook.methods.base import Method
 
     if "." not in name:
         return methods.load(name)
@@ -147,8 +148,8 @@ def method_class(name: str) -> type:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"method {name}: cannot be imported ({error})") from None
-    if not isinstance(found, type) or not issubclass(found, methods.Method):
-        raise UserError(f"method {name}: is not a subclass of sslbook.methods.Method")
+    if not isinstance(found, type) or not issubclass(found, Method):
+        raise UserError(f"method {name}: is not a subclass of sslbook.methods.base.Method")
     return found
 
 

@@ -326,7 +326,7 @@ def _open_folder(
 
 
 def _choose_folder(method: Method, data: Data, out: str | None, resume: str | None) -> tuple[str, str | None]:
-    stem = f"{type(method).__name__.lower()}-{data.title}"
+    stem = f"{type(method).__name__.lower()}-{data.name}"
     if resume is not None and resume != "auto":
         path = checkpoint.find(Path(resume))
         folder = Path(out) if out is not None else path.parent

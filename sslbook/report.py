@@ -1,0 +1,236 @@
+"""What a finished run shows: accuracies beside their controls, and pictures a person wants to look at."""
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sslbook import checkpoint
+from sslbook.data.loader import Data
+from sslbook.data.views import View, apply_one
+from sslbook.evaluation import controls, factors, knn, linear
+from sslbook.evaluation.features import extract_features
+from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
+from sslbook.hooks import Run, read_metrics
+from sslbook.notebook import pictures, style
+
+MAP_POINTS = 1000  # UMAP of more takes minutes and shows no more
+
+
+def evaluation_view(view: View) -> View:
+    """The picture's center at the size a method was trained with; large pictures are first made 8/7 of it."""
+    resize = round(view.size * 8 / 7) if view.size >= 128 else view.size
+    return View.center(view.size, resize=resize, mean=view.mean, std=view.std)
+
+
+def quick_knn(method: nn.Module, data: Data, device: torch.device, k: int, limit: int) -> float:
+    """kNN accuracy (percent) of a method's backbone, with at most `limit` training pictures voting."""
+    view = evaluation_view(method.views()[0])
+    some = copy.copy(data)
+    if data.num_train > limit:
+        some = Data.__new__(Data)
+        some.__dict__.update({**data.__dict__, "limit": limit, "_on_device": {}, "_loader": None})
+        some.__dict__.pop("_sets", None)
+    train_x, train_y = extract_features(method.backbone, some, "train", view, device=device, progress=False)
+    test_x, test_y = extract_features(method.backbone, some, "test", view, device=device, progress=False)
+    return knn.accuracy(train_x, train_y, test_x, test_y, k=k)
+
+
+def report(run: Run, full: bool = True) -> dict[str, object]:
+    """Measure the backbone beside its controls, print the table, draw the pictures, write `report.json`.
+
+    Args:
+        run: a finished run.
+        full: also train the supervised control.
+    """
+    folder, data = run.folder, run.data
+    view = evaluation_view(run.method.views()[0])
+    result: dict[str, object] = {"run": folder.name, "steps": run.clock.step, "train_seconds": round(run.seconds, 1)}
+    if data.skipped:
+        print(f"skipped {data.skipped} pictures that could not be read")
+        result["skipped"] = data.skipped
+    before = _fresh(run) if (folder / "initial.safetensors").exists() else None
+    labeled = data.num_classes > 1 and data.num_test > 0
+    split: Literal["train", "test"] = "test" if data.num_test else "train"
+    features = {}
+    if labeled:
+        rows, scores = [], {}
+        for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
+            if backbone is None:
+                continue
+            began = time.perf_counter()
+            train = extract_features(backbone, data, "train", view, device=run.device)
+            test = extract_features(backbone, data, "test", view, device=run.device)
+            features[name] = test[0]
+            shown = {"start": "random weights"}.get(name, name)
+            accuracy = linear.probe(*train, *test, device=run.device).accuracy
+            vote = knn.accuracy(*train, *test, device=run.device)
+            rows.append(Row(shown, knn=vote, linear=accuracy, seconds=time.perf_counter() - began))
+            if data.factors("test"):
+                scores[shown] = factors.probe(train[0], data.factors("train"), test[0], data.factors("test"))
+        rows = [rows[-1], controls.pixels(data, view, device=run.device), *rows[:-1]]
+        if full and before is not None:
+            rows.append(
+                controls.supervised(
+                    copy.deepcopy(before),
+                    data,
+                    run.method.views()[0],
+                    steps=run.clock.total_steps,
+                    batch_size=run.batch_size,
+                    evaluation_view=view,
+                    device=run.device,
+                )
+            )
+        chance = chance_row(data)
+        result["rows"] = to_json(rows, chance)
+        print(f"\nAccuracy on {data.num_test:,} test pictures\n{format_table(rows, chance)}")
+        if scores:
+            level = factors.chance_levels(data.factors("train"), data.factors("test"))
+            result["factors"] = {**scores, "chance": level}
+            print(f"\nWhat the features know of each factor\n{format_factors(scores, level)}")
+    else:
+        print("the pictures have no labels or no test split, so no accuracy is reported; the pictures below still are")
+        for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
+            if backbone is not None:
+                features[name] = extract_features(backbone, data, split, view, device=run.device)[0]
+    checkpoint.write_text(folder / "report.json", json.dumps(result, indent=2) + "\n")
+
+    draw_curves(run)
+    draw_views(run)
+    draw_reconstructions(run)
+    draw_neighbors(run, features, split)
+    draw_map(run, list(features.values())[-1], split)
+    made = ", ".join(sorted(p.name for p in folder.glob("*.png")))
+    print(f"\nIn {folder}: {made}; report.json; backbone.safetensors")
+    return result
+
+
+def _fresh(run: Run) -> nn.Module:
+    """The backbone as it was before the first step."""
+    from safetensors.torch import load_file
+
+    backbone = copy.deepcopy(run.method.backbone).cpu()
+    backbone.load_state_dict(load_file(run.folder / "initial.safetensors"))
+    return backbone.to(run.device)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _save(figure: style.Figure, path: Path) -> None:
+    checkpoint.write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=144, facecolor="white"))
+
+
+def draw_curves(run: Run) -> None:
+    """`curves.png`: the loss, and what was measured on the way."""
+    lines = read_metrics(run.folder / "metrics.jsonl") if (run.folder / "metrics.jsonl").exists() else []
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    measured = sorted({key for line in lines if "loss" not in line for key in line} - {"step", "epoch"})
+    if not losses:
+        return
+    alt = f"Training loss from {losses[0][1]:.3g} to {losses[-1][1]:.3g} over {losses[-1][0]} steps."
+    figure, axes = style.figure(alt, 1 + bool(measured), 1, width=5.6, height=2.6 * (1 + bool(measured)), squeeze=False)
+    axes[0, 0].plot(*zip(*losses), color=style.BLUE)
+    axes[0, 0].set(ylabel="loss", xlabel="step")
+    for i, name in enumerate(measured):
+        points = [(line["step"], line[name]) for line in lines if name in line and "loss" not in line]
+        axes[1, 0].plot(*zip(*points), color=style.COLORS[i + 1], marker="o", markersize=3)
+        axes[1, 0].annotate(f" {name}", points[-1], color=style.COLORS[i + 1], va="center")
+        axes[1, 0].set(ylabel="accuracy (%)", xlabel="step")
+    _save(figure, run.folder / "curves.png")
+
+
+def draw_views(run: Run, rows: int = 4, draws: int = 7) -> None:
+    """`views.png`: a picture in each row, as it is and as the method sees it in several epochs."""
+    data, views = run.data, run.method.views()
+    shown, titles = [], []
+    count = len(data.labels("train"))
+    for row in range(min(rows, count)):
+        position = row * count // rows
+        picture = data.picture("train", position)
+        whole = View.center(views[0].size, mean=(0, 0, 0), std=(1, 1, 1))
+        shown.append(apply_one(whole, picture, 0, 0, position, 0))
+        titles.append("picture" if row == 0 else "")
+        for draw in range(draws):
+            stream, epoch = draw % len(views), draw // len(views)
+            view = views[stream]
+            seen = apply_one(view, picture, run.clock.seed, epoch, position, stream)
+            shown.append(pictures.denormalize(seen, view.mean, view.std))
+            name = f"view {stream + 1}" if len(views) > 1 else "view"
+            titles.append(f"{name}" if row == 0 else "")
+    alt = f"{rows} pictures, each followed by {draws} random views of it."
+    inch = 0.9 if views[0].size < 64 else 1.2
+    _save(pictures.grid(torch.stack(shown), titles, alt=alt, columns=draws + 1, inch=inch), run.folder / "views.png")
+
+
+def draw_reconstructions(run: Run, rows: int = 6) -> None:
+    """`reconstructions.png`: picture, what was visible, what the method painted; for methods that paint."""
+    if not hasattr(run.method, "reconstruct"):
+        return
+    view = evaluation_view(run.method.views()[0])
+    split: Literal["train", "test"] = "test" if run.data.num_test else "train"
+    batch = next(iter(run.data.evaluation_batches(split, view, 64, run.device)))
+    chosen = torch.arange(min(rows, len(batch.index))) * (len(batch.index) // min(rows, len(batch.index)))
+    images, index = batch.views[0][chosen], batch.index[chosen]
+    was_training = run.method.training
+    run.method.eval()
+    masked, painted = run.method.reconstruct(images, index, run.clock)
+    run.method.train(was_training)
+    columns = [pictures.denormalize(x.float().cpu(), view.mean, view.std) for x in (images, masked, painted)]
+    shown = torch.stack(columns, dim=1).flatten(0, 1)
+    titles = ["picture", "visible", "painted"] * len(chosen)
+    alt = "Pictures, what the encoder saw of them, and what the decoder painted in the gaps."
+    titles = [title if i < 6 else "" for i, title in enumerate(titles)]
+    _save(pictures.grid(shown, titles, alt=alt, columns=6, inch=1.1), run.folder / "reconstructions.png")
+
+
+def draw_neighbors(run: Run, features: dict[str, Float[Tensor, "n d"]], split: str, rows: int = 6, k: int = 6) -> None:
+    """`neighbors.png`: nearest neighbors of a few pictures, before training and after."""
+    data, view = run.data, evaluation_view(run.method.views()[0])
+    count = len(next(iter(features.values())))
+    k, rows = min(k, count - 1), min(rows, count)
+    if k < 1:
+        return
+    queries = (torch.arange(rows) * count // rows).tolist()
+    labels = data.labels(split)
+    show = View.center(min(96, view.size), mean=(0, 0, 0), std=(1, 1, 1))
+
+    def picture(position: int) -> Tensor:
+        return apply_one(show, data.picture(split, position), 0, 0, position, 0)
+
+    for name, x in features.items():
+        _, found = knn.neighbors(x, x[queries], k + 1)
+        kept = [[j for j in row.tolist() if j != q][:k] for q, row in zip(queries, found)]
+        sheet = torch.stack([torch.stack([picture(j) for j in row]) for row in kept])
+        same = torch.stack([labels[row] == labels[q] for q, row in zip(queries, kept)]) if data.num_classes else None
+        when = "before" if name == "start" else "after"
+        alt = f"Each row: a picture and its {k} nearest neighbors {when} training; green frames share its class."
+        figure = pictures.neighbors(torch.stack([picture(q) for q in queries]), sheet, same, alt=alt)
+        figure.suptitle(f"nearest neighbors {when} training", fontsize=10)
+        _save(figure, run.folder / f"neighbors_{when}.png")
+
+
+def draw_map(run: Run, x: Float[Tensor, "n d"], split: str) -> None:
+    """`umap.png`: the features in the plane (McInnes, Healy and Melville, 2018), colored by class if there are any."""
+    if len(x) < 16:
+        return
+    print("drawing the UMAP map ...", flush=True)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from umap import UMAP
+
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MAP_POINTS]
+        neighbors = min(15, len(chosen) - 1)
+        mapper = UMAP(n_neighbors=neighbors, metric="cosine", random_state=0, n_jobs=1, init="pca")
+        points = torch.from_numpy(mapper.fit_transform(x[chosen].numpy())).float()
+    labels: Int[Tensor, "n"] = run.data.labels(split)[chosen]
+    alt = f"UMAP map of the features of {len(chosen)} pictures, colored by class."
+    names = run.data.class_names if run.data.num_classes <= 20 else ()
+    _save(pictures.scatter(points, labels, names, alt=alt), run.folder / "umap.png")
