@@ -44,6 +44,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in _BLOCKS:
             raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
+        self.init_args = {"depth": depth, "width": width, "stem": stem, "zero_init_residual": zero_init_residual}
         block, counts = _BLOCKS[depth]
         self.dim = 8 * width * block.expansion
 

@@ -160,6 +160,17 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"a transformer of dimension {dim} cannot be split over {heads} heads: use a divisor of {dim}"
             )
+        self.init_args = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "positions": positions,
+            "pool": pool,
+            "drop_path": drop_path,
+        }
         self.dim, self.patch_size, self.pool = dim, patch_size, pool
         self.grid = patch_grid(image_size, image_size, patch_size)
         self.patch_embed = PatchEmbedding(patch_size, dim)
