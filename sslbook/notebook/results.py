@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Result:
         hardware: processor, number of cores, accelerator.
         versions: of Python and of the packages that matter.
         seeds: the seeds of the runs, in the order of the lists in `values`.
+        settings: what else the values depend on.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Result:
     hardware: dict[str, Any]
     versions: dict[str, str]
     seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.values:
@@ -103,7 +105,13 @@ def load(name: str) -> Result:
 
 
 def save(
-    name: str, values: Mapping[str, Any], *, command: str | None = None, seeds: Sequence[int] = (), to: Path | None = None
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    command: str | None = None,
+    seeds: Sequence[int] = (),
+    settings: Mapping[str, Any] | None = None,
+    to: Path | None = None,
 ) -> Path:
     """Write `values` and their origin to `book/results/<name>.json` (or into the folder `to`), all or nothing.
 
@@ -112,6 +120,7 @@ def save(
         values: anything JSON can hold; by convention `{row: {column: number or one number per seed}}`.
         command: the command line; without it, this process's.
         seeds: the seeds of the runs.
+        settings: what else the values depend on.
         to: another folder.
     """
     where = to or folder()
@@ -130,6 +139,7 @@ def save(
         hardware=_hardware(),
         versions=_versions(),
         seeds=list(seeds),
+        settings=dict(settings or {}),
     )
     content = {key: value for key, value in asdict(result).items() if key != "name"}
     where.mkdir(parents=True, exist_ok=True)
