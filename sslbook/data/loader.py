@@ -285,14 +285,20 @@ class Data:
     ) -> Iterator[Batch]:
         loader, give_back = self._take_loader(_Cutter(source, views, seed, self.augment, training), device, len(parts))
         loader.sampler.keys = [(epoch, index) for index in parts]
-        cuts = iter(loader)
-        while True:
+        cuts = _start(loader)
+        for number in range(len(parts)):
+            died = None
             try:
-                cut = next(cuts, None)
+                cut = next(cuts)
             except RuntimeError as error:
-                raise worker_died(error) or error from None
-            if cut is None:
-                break
+                died = worker_died(error)
+                if died is None:
+                    raise
+            if died is not None:
+                del cuts, loader, give_back  # ends the other workers
+                raise died
+            if number == len(parts) - 1:
+                give_back()  # before the last yield: a caller that counts never comes back for the end
             self._note(cut.unreadable)
             if not len(cut.key):
                 continue
@@ -301,7 +307,6 @@ class Data:
                 keys = [(seed, epoch, cut.key, stream) for stream in range(len(views))]
                 made = [apply_color(view, pixels, *key) for view, pixels, key in zip(views, made, keys)]
             yield Batch(tuple(made), cut.shown.to(device), source.labels[cut.shown].to(device))
-        give_back()
 
     def _take_loader(
         self, cutter: "_Cutter", device: torch.device, parts: int
@@ -346,6 +351,22 @@ class Data:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_on_device": {}, "_idle": None}
+
+
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """`iter(loader)`, such that a dead worker is reported by `next`.
+
+    torch installs a handler of SIGCHLD that raises wherever the main process happens to be, in a training step or in
+    the writing of a checkpoint, and again at the end of any other child. Without it, `next` finds the death out by
+    itself, within five seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def worker_died(error: RuntimeError) -> UserError | None:

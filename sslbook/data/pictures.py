@@ -6,7 +6,7 @@ Every source counts its pictures, knows their labels (-1 where there is none) an
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,32 +101,30 @@ def _upright(rgb: Any, picture: Any) -> Any:
 # Sources -------------------------------------------------------------------------------------------------------------
 
 
-class Source(Protocol):
+class Source:
     """Pictures in a fixed order."""
 
     labels: Int[Tensor, "pictures"]
     """class of each, -1 where there is none"""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def open(self, position: int) -> Any:
         """One picture, as a PIL image in mode RGB or as a uint8 tensor; raises `UnreadablePicture`."""
-        ...
+        raise NotImplementedError
 
     def subset(self, positions: Int[Tensor, "some"]) -> "Source":
         """Only some of the pictures, in the order given."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass
-class Resident:
+class Resident(Source):
     """Pictures that lie in memory, all of one size."""
 
     images: UInt8[Tensor, "pictures channels height width"]
     labels: Int[Tensor, "pictures"]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def open(self, position: int) -> UInt8[Tensor, "channels height width"]:
         return self.images[position]
@@ -136,7 +134,7 @@ class Resident:
 
 
 @dataclass
-class Files:
+class Files(Source):
     """Pictures in files under one folder.
 
     The paths lie in one array of bytes: a list of strings would be copied into every loader worker, page by page.
@@ -145,9 +143,6 @@ class Files:
     root: Path
     paths: np.ndarray
     labels: Int[Tensor, "pictures"]
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def path(self, position: int) -> Path:
         return self.root / os.fsdecode(bytes(self.paths[position]))
@@ -160,15 +155,12 @@ class Files:
 
 
 @dataclass
-class Mapped:
+class Mapped(Source):
     """Somebody's map-style dataset: an item is a picture, or a tuple that begins with a picture and its label."""
 
     dataset: Any
     labels: Int[Tensor, "pictures"]
     positions: Int[Tensor, "pictures"]
-
-    def __len__(self) -> int:
-        return len(self.positions)
 
     def open(self, position: int) -> Any:
         place = int(self.positions[position])

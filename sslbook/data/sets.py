@@ -236,14 +236,18 @@ def _load_imported(name: str, root: str | Path) -> Sets:
         make = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"cannot import the data set {name} ({error}): check the path, or set PYTHONPATH") from error
-    known = inspect.signature(make).parameters
-    options = {"root": root} if "root" in known else {}
-    if "train" in known:
-        splits = [{"train": True}, {"train": False}]
-    elif "split" in known:
-        splits = [{"split": "train"}, {"split": "test"}]
-    else:
-        splits = [{}]
+    try:
+        signature = inspect.signature(make)
+        known = signature.parameters
+        options: dict[str, Any] = {"root": root} if "root" in known else {}
+        splits: list[dict[str, Any]] = [{}]
+        if "train" in known:
+            splits = [{"train": True}, {"train": False}]
+        elif "split" in known:
+            splits = [{"split": "train"}, {"split": "test"}]
+        signature.bind(**options, **splits[0])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot make the data set {name} ({error}): it gets root, train and split only") from error
     sources = [_mapped(make(**options, **split)) for split in splits]
     classes = getattr(sources[0].dataset, "classes", None)
     count = int(max(source.labels.max() for source in sources)) + 1

@@ -1,0 +1,339 @@
+"""Workers, processes and restarts change no view; broken pictures stop nothing, or everything."""
+
+import os
+import pickle
+import signal
+import sys
+import types
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslbook.data.loader import Batch, Data
+from sslbook.data.views import View
+from sslbook.data.world import World
+from sslbook.errors import UserError
+
+VIEWS = (
+    View(size=16, color_jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2, blur=0.5),
+    View(size=12, crop=(0.3, 0.6), solarize=0.5),
+)
+SMALL = World(pictures=50, test_pictures=13, size=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """46 pictures of three classes and many sizes: 40 to learn from, 6 to be judged on."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(46):
+        path = folder / "abc"[i % 3] / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        height, width = generator.integers(10, 40, 2)
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def epoch(data: Data, **options: object) -> list[Batch]:
+    settings = {"seed": 0, "epoch": 1} | options
+    return list(data.batches(VIEWS, 8, **settings))
+
+
+def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected):
+        assert a.index.tolist() == b.index.tolist()
+        assert a.label.tolist() == b.label.tolist()
+        for x, y in zip(a.views, b.views):
+            assert torch.equal(x, y)
+
+
+def make(kind: str, folder: Path, **options: object) -> Data:
+    return Data(world=SMALL, **options) if kind == "world" else Data(folder=folder, **{"workers": 0} | options)
+
+
+@pytest.mark.parametrize("kind", ["world", "files"])
+def test_an_epoch_shows_every_picture_once(kind, folder) -> None:
+    data = make(kind, folder)
+    batches = epoch(data)
+    assert len(batches) == data.steps_per_epoch(8) == data.num_train // 8
+    shown = torch.cat([batch.index for batch in batches])
+    assert len(shown.unique()) == len(shown) == 8 * len(batches)
+    assert torch.equal(torch.cat([batch.label for batch in batches]), data.labels("train")[shown])
+    assert [view.shape for view in batches[0].views] == [(8, 3, 16, 16), (8, 3, 12, 12)]
+    assert all(view.dtype == torch.float32 for view in batches[0].views)
+    assert not torch.equal(shown, torch.cat([batch.index for batch in epoch(data, epoch=2)]))
+    assert not torch.equal(shown, torch.cat([batch.index for batch in epoch(data, seed=1)]))
+
+
+@pytest.mark.parametrize("augment", ["device", "workers"])
+def test_workers_change_no_view(folder, augment) -> None:
+    alone = epoch(Data(folder=folder, workers=0, augment=augment))
+    several = Data(folder=folder, workers=2, augment=augment)
+    assert_same(epoch(several), alone)
+    assert_same(epoch(several, epoch=2), epoch(Data(folder=folder, workers=0, augment=augment), epoch=2))
+    assert_same(epoch(several), alone)  # the same processes again
+
+
+def test_spawned_workers_change_no_view(folder) -> None:
+    assert_same(epoch(Data(folder=folder, workers=1, start_method="spawn")), epoch(Data(folder=folder, workers=0)))
+
+
+def test_workers_live_on_when_the_caller_counts_batches(folder) -> None:
+    data = Data(folder=folder, workers=1)
+
+    def processes() -> list[int]:
+        assert data._idle is not None
+        return [worker.pid for worker in data._idle[1]._iterator._workers]
+
+    seen = []
+    for number in range(2):
+        batches = data.batches(VIEWS, 8, seed=0, epoch=number)
+        for _ in range(data.steps_per_epoch(8)):
+            next(batches)
+        seen.append(processes())
+    assert seen[0] == seen[1]
+
+
+def test_two_passes_at_once_do_not_meet(folder) -> None:
+    data = Data(folder=folder, workers=1)
+    epoch(data)
+    first, second = (data.batches(VIEWS, 8, seed=0, epoch=number) for number in (1, 2))
+    pairs = list(zip(first, second))
+    alone = Data(folder=folder, workers=0)
+    assert_same([pair[0] for pair in pairs], epoch(alone, epoch=1))
+    assert_same([pair[1] for pair in pairs], epoch(alone, epoch=2))
+
+
+@pytest.mark.parametrize("kind", ["world", "files"])
+def test_processes_change_no_view(kind, folder) -> None:
+    data = make(kind, folder)
+    parts = [epoch(data, rank=rank, world_size=2) for rank in range(2)]
+
+    def join(a: Batch, b: Batch) -> Batch:
+        views = tuple(torch.cat(pair) for pair in zip(a.views, b.views))
+        return Batch(views, torch.cat([a.index, b.index]), torch.cat([a.label, b.label]))
+
+    whole = epoch(data)
+    joined = [join(*pair) for pair in zip(*parts)]
+    for a, b in zip(joined, whole):
+        assert a.index.tolist() == b.index.tolist()
+        for x, y in zip(a.views, b.views):  # a matrix product may round otherwise in another batch size
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["world", "files"])
+@pytest.mark.parametrize("start", [1, 4])
+def test_a_restart_changes_no_view(kind, folder, start) -> None:
+    data = make(kind, folder)
+    assert_same(epoch(data, start=start), epoch(data)[start:])
+
+
+def test_the_state_of_torchs_generator_is_left_alone(folder) -> None:
+    for data in (make("world", folder), make("files", folder), make("files", folder, workers=1)):
+        before = torch.get_rng_state()
+        epoch(data)
+        list(data.evaluation_batches("test"))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_resident_pictures_take_either_way() -> None:
+    """Through workers or not, the views agree but for the rounding to bytes."""
+    here = epoch(Data(world=SMALL))
+    workers = epoch(Data(world=SMALL, augment="workers", workers=1))
+    for a, b in zip(here, workers):
+        assert a.index.tolist() == b.index.tolist()
+        assert (a.views[1] - b.views[1]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["world", "files"])
+def test_evaluation_shows_every_picture_in_order(kind, folder) -> None:
+    data = make(kind, folder, workers=2)
+    for split, count in (("train", data.num_train), ("test", data.num_test)):
+        batches = list(data.evaluation_batches(split, View.center(16), batch_size=6))
+        assert torch.cat([batch.index for batch in batches]).tolist() == list(range(count))
+        assert torch.equal(torch.cat([batch.label for batch in batches]), data.labels(split))
+    assert batches[0].views[0].shape == (min(6, count), 3, 16, 16)
+
+
+def test_evaluation_of_the_world_shows_it_as_it_is() -> None:
+    data = Data(world=SMALL)
+    view = View.center(16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    images, factors = SMALL.render("test")
+    shown = torch.cat([batch.views[0] for batch in data.evaluation_batches("test", view, 4)])
+    torch.testing.assert_close(shown, images / 255)
+    assert data.factors("test").keys() == factors.keys()
+    assert torch.equal(data.labels("test"), factors["shape"])
+    assert data.size == 16
+    assert np.array_equal(np.asarray(data.picture("test", 3)), images[3].permute(1, 2, 0).numpy())
+
+
+def test_limit_keeps_some_pictures_always_the_same() -> None:
+    data, whole = Data(world=SMALL, limit=20), Data(world=SMALL)
+    assert (data.num_train, data.num_test) == (20, 13)
+    kept = data.factors("train")["x"]
+    assert torch.equal(kept, Data(world=SMALL, limit=20).factors("train")["x"])
+    assert torch.isin(kept, whole.factors("train")["x"]).all()
+    assert torch.equal(data.factors("train")["shape"], data.labels("train"))
+    assert len(data.labels("train").unique()) > 3
+    assert Data(world=SMALL, limit=99).num_train == 50
+    assert sum(len(batch.index) for batch in epoch(data)) == 16
+
+
+def test_description(folder) -> None:
+    assert Data(world=SMALL).describe() == "world: 50 training pictures, 10 classes, 13 test pictures"
+    data = make("files", folder)
+    assert data.describe() == f"{folder.name}: 40 training pictures, 3 classes, 6 test pictures"
+    assert make("files", folder / "a").describe() == "a: 16 training pictures, no labels, no test pictures"
+
+
+def test_data_can_be_sent_to_another_process(folder) -> None:
+    data = make("files", folder, workers=1)
+    expected = epoch(data)
+    assert_same(epoch(pickle.loads(pickle.dumps(data))), expected)
+
+
+# Broken pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    """16 pictures, each of one color, of which 3, 8 and 9 are broken."""
+    for i in range(16):
+        path = tmp_path / "train" / "ab"[i // 8] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (16 * i, 0, 0)).save(path)
+        if i in (3, 8, 9):
+            path.write_bytes(path.read_bytes()[:40])
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    return tmp_path
+
+
+PLAIN = View(size=8, flip=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def colors(batch: Batch) -> Tensor:
+    return (batch.views[0][:, 0].mean((1, 2)) * 255 / 16).round().long()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_readable_picture_stands_in(broken, workers) -> None:
+    data = Data(folder=broken, workers=workers)
+    with pytest.warns(UserWarning, match=r"skipped the unreadable picture .*\.png") as caught:
+        batches = list(data.batches((PLAIN,), 4, seed=0, epoch=0))
+    assert len([w for w in caught if "unreadable" in str(w.message)]) == 1
+    shown = torch.cat([batch.index for batch in batches])
+    assert sorted(shown.tolist()) == sorted([0, 1, 2, 4, 4, 5, 6, 7, 10, 10, 10, 11, 12, 13, 14, 15])
+    for batch in batches:
+        assert torch.equal(colors(batch), batch.index)
+        assert torch.equal(batch.label, batch.index // 8)
+    assert data.skipped == 3
+    assert {Path(name).name for name in data.unreadable} == {"03.png", "08.png", "09.png"}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = list(data.batches((PLAIN,), 4, seed=0, epoch=0, start=2))
+    assert_same(again, batches[2:])
+    assert data.skipped == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_the_unreadable_out(broken, workers) -> None:
+    data = Data(folder=broken, workers=workers)
+    with pytest.warns(UserWarning, match="unreadable"):
+        batches = list(data.evaluation_batches("test", View.center(8, mean=(0.0,) * 3, std=(1.0,) * 3), 2))
+    shown = torch.cat([batch.index for batch in batches])
+    assert shown.tolist() == [i for i in range(16) if i not in (3, 8, 9)]
+    assert torch.equal(torch.cat([batch.label for batch in batches]), data.labels("test")[shown])
+    assert torch.equal(torch.cat([colors(batch) for batch in batches]), shown)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict_names_the_picture_and_stops(broken, workers) -> None:
+    data = Data(folder=broken, workers=workers, strict=True)
+    with pytest.raises(UserError, match=r"cannot read the picture .*(03|08|09)\.png \(.+\)") as caught:
+        list(data.batches((PLAIN,), 4, seed=0, epoch=0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_without_one_readable_picture_ends(tmp_path, workers) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.jpg").write_text("no picture")
+    data = Data(folder=tmp_path, workers=workers)
+    with (
+        pytest.warns(UserWarning, match="no picture|identify"),
+        pytest.raises(UserError, match="5 pictures in a row cannot be read, the last is"),
+    ):
+        list(data.batches((PLAIN,), 2, seed=0, epoch=0))
+
+
+# Other mishaps -------------------------------------------------------------------------------------------------------
+
+
+def test_impossible_requests_are_refused() -> None:
+    data = Data(world=SMALL)
+    with pytest.raises(UserError, match="a batch of 51 is more than the 50 pictures"):
+        data.steps_per_epoch(51)
+    with pytest.raises(UserError, match="give at least 1"):
+        data.steps_per_epoch(0)
+    with pytest.raises(UserError, match="does not divide among 3 processes"):
+        data.batches(VIEWS, 8, seed=0, epoch=0, world_size=3)
+    for options, name in (({"limit": 0}, "limit"), ({"workers": -1}, "workers")):
+        with pytest.raises(UserError, match=f"data.{name}"):
+            Data(**options)
+
+
+class Deadly:
+    """Kills the process that opens picture 11."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> Image.Image:
+        if i == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new("RGB", (9, 9))
+
+
+@pytest.fixture
+def deadly(monkeypatch) -> str:
+    module = types.ModuleType("a_deadly_module")
+    module.Deadly = Deadly
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return "a_deadly_module.Deadly"
+
+
+def test_a_dead_worker_is_reported_in_one_line(deadly) -> None:
+    data = Data(deadly, workers=1)
+    with pytest.raises(UserError, match=r"a loader worker died .*--data\.workers") as caught:
+        list(data.batches((PLAIN,), 4, seed=0, epoch=0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+def test_workers_leave_stopping_to_their_parent(folder) -> None:
+    """A scheduler's SIGTERM reaches every process of the job; the main one must find its workers alive."""
+    data = Data(folder=folder, workers=1)
+    batches = data.batches(VIEWS, 8, seed=0, epoch=0)
+    next(batches)
+    [frame] = [batches.gi_frame]
+    [worker] = frame.f_locals["cuts"]._workers
+    sender = os.fork()  # a stranger, not the worker's parent
+    if sender == 0:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+        os._exit(0)
+    os.waitpid(sender, 0)
+    assert len(list(batches)) == 4
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()

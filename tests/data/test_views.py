@@ -1,0 +1,214 @@
+"""One description, two executors, one draw."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from sslbook.data.views import View, apply_batch, apply_color, apply_one, cut_one, draw, draw_one
+from sslbook.errors import UserError
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+STRONG = {"color_jitter": (0.8, 0.8, 0.8, 0.2), "grayscale": 0.2, "blur": 0.5, "solarize": 0.3}
+
+
+def photographs(count: int, height: int, width: int) -> Tensor:
+    """Smooth colors with some grain."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, max(2, height // 8), max(2, width // 8), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    grain = torch.rand(count, 3, height, width, generator=generator)
+    return ((0.9 * smooth + 0.1 * grain) * 255).round().byte()
+
+
+def sizes(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return torch.full((count,), height), torch.full((count,), width)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(32, 32), (20, 25), (110, 90), (30, 300)], ids=str)
+@pytest.mark.parametrize("cut", [{}, {"crop": None}, {"crop": None, "resize": 37}], ids=["crop", "center", "resize"])
+def test_both_executors_give_the_same_picture(interpolation, shape, cut) -> None:
+    view = View(size=32, interpolation=interpolation, **cut, **PLAIN)
+    images, index = photographs(12, *shape), torch.arange(12) + 5
+    batched = apply_batch(view, images, 3, 2, index, 1)
+    single = torch.stack([apply_one(view, image, 3, 2, int(i), 1) for image, i in zip(images, index)])
+    assert batched.shape == (12, 3, 32, 32)
+    # Pillow rounds to bytes after the columns and again after the rows.
+    assert (batched - single).abs().max() * 255 < 1.6
+    assert (batched - single).abs().mean() * 255 < 0.4
+
+
+def test_both_executors_agree_on_every_change_of_color() -> None:
+    """At the pictures' own size there is no rounding, so colors must agree to the last digits of a float."""
+    view = View(size=32, crop=None, **STRONG)
+    images, index = photographs(64, 32, 32), torch.arange(64)
+    images[:4] = 0  # black, white and gray have no hue
+    images[4:8] = 255
+    images[8:12] = 128
+    batched = apply_batch(view, images, 0, 0, index, 0)
+    single = torch.stack([apply_one(view, image, 0, 0, int(i), 0) for image, i in zip(images, index)])
+    torch.testing.assert_close(batched, single, atol=2e-4, rtol=0)
+
+
+def test_colors_on_the_device_finish_what_workers_cut() -> None:
+    view = View(size=24, **STRONG)
+    images, index = photographs(16, 40, 50), torch.arange(16)
+    cuts = []
+    for image, i in zip(images, index):
+        picture = v2.functional.to_pil_image(image)
+        cuts.append(cut_one(view, picture, draw_one(view, 1, 2, int(i), 3, 40, 50).cut))
+    finished = apply_color(view, torch.stack(cuts), 1, 2, index, 3)
+    single = torch.stack([apply_one(view, image, 1, 2, int(i), 3) for image, i in zip(images, index)])
+    torch.testing.assert_close(finished, single, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (60, 45), (300, 40)], ids=str)
+def test_center_is_torchvisions_resize_and_center_crop(shape) -> None:
+    image = photographs(1, *shape)
+    expected = F.center_crop(F.resize(image.float() / 255, 40, antialias=True), [32, 32])
+    made = apply_batch(View.center(32, 40, **PLAIN), image, 0, 0, torch.tensor([0]), 0)
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_is_torchvisions_resized_crop(interpolation) -> None:
+    view = View(size=32, interpolation=interpolation, flip=0.0, **PLAIN)
+    images, index = photographs(8, 70, 50), torch.arange(8)
+    boxes = draw(view, 0, 0, index, 0, *sizes(8, 70, 50)).cut.box.tolist()
+    mode = v2.InterpolationMode(interpolation)
+    expected = [
+        F.resized_crop(image.float() / 255, *box, [32, 32], interpolation=mode, antialias=True).clamp(0, 1)
+        for image, box in zip(images, boxes)
+    ]
+    torch.testing.assert_close(apply_batch(view, images, 0, 0, index, 0), torch.stack(expected), atol=1e-4, rtol=0)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Kolmogorov-Smirnov: the greatest gap between two empirical distributions."""
+    points = torch.cat([ours, theirs]).unique()
+    parts = [torch.searchsorted(x.sort().values, points, right=True) / len(x) for x in (ours, theirs)]
+    return (parts[0] - parts[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (50, 80), (20, 200)], ids=str)
+def test_boxes_are_distributed_as_torchvisions(shape) -> None:
+    count = 4000
+    view = View(size=32, crop=(0.2, 0.9))
+    ours = draw(view, 0, 0, torch.arange(count), 0, *sizes(count, *shape)).cut.box
+    image = torch.empty(3, *shape)
+    torch.manual_seed(0)
+    crop = v2.RandomResizedCrop(32, scale=(0.2, 0.9))
+    theirs = torch.tensor([list(crop.make_params([image]).values()) for _ in range(count)])
+    assert ours[:, :2].min() >= 0
+    assert (ours[:, 0] + ours[:, 2]).max() <= shape[0]
+    assert (ours[:, 1] + ours[:, 3]).max() <= shape[1]
+    for column in range(4):  # 2 sqrt(2 / count) = 0.045 happens by chance once in a thousand
+        assert distance(ours[:, column].float(), theirs[:, column].float()) < 0.045
+
+
+def test_color_factors_are_distributed_as_torchvisions() -> None:
+    count, amounts = 4000, (0.4, 0.6, 1.5, 0.1)
+    view = View(color_jitter=amounts, color_jitter_p=0.7)
+    ours = draw(view, 0, 0, torch.arange(count), 0, *sizes(count, 9, 9)).color
+    torch.manual_seed(0)
+    jitter = v2.ColorJitter(*amounts)
+    drawn = [jitter.make_params([]) for _ in range(count)]
+    names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
+    for step, name in enumerate(names):
+        theirs = torch.tensor([float(one[name]) for one in drawn])
+        assert distance(ours.factors[:, step], theirs) < 0.045
+    assert abs(ours.jitter.float().mean().item() - 0.7) < 0.03
+    orders = ours.order @ torch.tensor([1000, 100, 10, 1])
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 24
+    assert counts.min() > 100  # of 167 expected
+
+
+def test_probabilities_are_kept() -> None:
+    count = 20000
+    view = View(flip=0.3, grayscale=0.2, blur=0.6, solarize=0.1, blur_sigma=(0.5, 1.5))
+    cut, color = draw(view, 1, 0, torch.arange(count), 0, *sizes(count, 32, 32))
+    for mask, expected in ((cut.flip, 0.3), (color.grayscale, 0.2), (color.blur, 0.6), (color.solarize, 0.1)):
+        assert abs(mask.float().mean().item() - expected) < 0.015
+    assert not color.jitter.any()
+    assert 0.5 <= color.sigma.min() < 0.51
+    assert 1.49 < color.sigma.max() <= 1.5
+
+
+def test_a_view_depends_on_its_key_alone() -> None:
+    view = View(size=16, **STRONG)
+    images = photographs(12, 16, 16)
+    index = torch.arange(12)
+    whole = apply_batch(view, images, 0, 0, index, 0)
+    order = torch.tensor([7, 2, 11])
+    assert torch.equal(apply_batch(view, images[order], 0, 0, order, 0), whole[order])
+    for other in ((1, 0, index, 0), (0, 1, index, 0), (0, 0, index, 1), (0, 0, index + 12, 0)):
+        assert not torch.equal(apply_batch(view, images, *other), whole)
+
+
+def test_a_field_does_not_shift_the_draws_of_others() -> None:
+    view = View(size=16)
+    more = replace(view, **STRONG)
+    index = torch.arange(50)
+    assert torch.equal(
+        draw(view, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box, draw(more, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box
+    )
+
+
+def test_these_draws_never_change() -> None:
+    """A resumed run, and a figure printed in the book, rely on it."""
+    view = View(size=16, **STRONG)
+    cut, color = draw(view, 0, 0, torch.arange(3), 0, *sizes(3, 40, 60))
+    assert cut.box.tolist() == [[3, 23, 31, 28], [4, 14, 20, 23], [16, 26, 20, 18]]
+    assert color.order.tolist() == [[2, 1, 0, 3], [3, 2, 1, 0], [2, 3, 0, 1]]
+
+
+def test_images_are_left_alone_and_gray_ones_become_three_channels() -> None:
+    view = View(size=16, **STRONG)
+    images = photographs(8, 16, 16)
+    before = images.clone()
+    apply_batch(view, images, 0, 0, torch.arange(8), 0)
+    apply_batch(View.center(16), images, 0, 0, torch.arange(8), 0)
+    assert torch.equal(images, before)
+    gray = images[:, :1]
+    spread = apply_batch(view, gray.expand(-1, 3, -1, -1).contiguous(), 0, 0, torch.arange(8), 0)
+    torch.testing.assert_close(apply_batch(view, gray, 0, 0, torch.arange(8), 0), spread)
+
+
+def test_normalize() -> None:
+    view = View.center(4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    made = apply_batch(view, torch.full((1, 3, 4, 4), 255, dtype=torch.uint8), 0, 0, torch.tensor([0]), 0)
+    expected = torch.tensor([0.9 / 0.5, 0.8 / 0.6, 0.7 / 0.7])
+    torch.testing.assert_close(made[0, :, 2, 2], expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (500, 2)], ids=str)
+def test_odd_shapes(shape) -> None:
+    for view in (View(size=12, **STRONG), View.center(12, 14)):
+        images = photographs(3, *shape)
+        batched = apply_batch(view, images, 0, 0, torch.arange(3), 0)
+        single = torch.stack([apply_one(view, image, 0, 0, i, 0) for i, image in enumerate(images)])
+        assert batched.isfinite().all()
+        assert (batched - single).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", 0),
+        ("crop", (0.9, 0.2)),
+        ("ratio", (0.0, 1.0)),
+        ("resize", 300),
+        ("flip", 1.5),
+        ("color_jitter", (0.1, 0.1, 0.1, 0.6)),
+        ("blur_sigma", (0.0, 1.0)),
+        ("std", (0.0, 1.0, 1.0)),
+    ],
+)
+def test_a_wrong_field_is_named(field, value) -> None:
+    with pytest.raises(UserError, match=f"view.{field} = "):
+        View(**{field: value})
