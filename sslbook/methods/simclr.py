@@ -111,5 +111,5 @@ class SimCLR(Method):
         return {
             "contrastive_accuracy": 100 * (positive >= best).float().mean(),
             "alignment": (2 - 2 * positive).mean(),
-            "uniformity": others.log(),
+            "uniformity": distributed.mean(others).log(),
         }

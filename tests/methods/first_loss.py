@@ -1,0 +1,27 @@
+"""Writes the loss of every method's first step, for `test_contracts.py` to compare with.
+
+python -m tests.methods.first_loss
+
+Run it only when a change is meant to change what a method computes, and say so in the commit.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from sslbook.schedules import Clock
+from tests.methods.cases import NAMES, make, make_batch
+
+FILE = Path(__file__).with_suffix(".json")
+
+
+def first_loss(name: str) -> dict[str, float]:
+    method = make(name)
+    with torch.no_grad():
+        out = method(make_batch(method, 8), Clock(step=3, total_steps=10, steps_per_epoch=2, seed=5))
+    return {key: float(value) for key, value in out.items()}
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({name: first_loss(name) for name in NAMES}, indent=2) + "\n", encoding="utf-8")

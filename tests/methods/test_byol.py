@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sslbook.methods.byol import regression_loss, spread, target_momentum
+from sslbook.schedules import Clock
+from tests.methods.cases import make, make_batch
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_regression_loss_is_equation_2(n: int) -> None:
+    p, z = torch.randn(2, n, 4, dtype=torch.float64)
+    expected = 0.0
+    for a, b in zip(p.tolist(), z.tolist()):
+        dot, norms = sum(x * y for x, y in zip(a, b)), math.hypot(*a) * math.hypot(*b)
+        expected += (2 - 2 * dot / norms) / n
+    assert float(regression_loss(p, z)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_momentum_rises_along_a_cosine() -> None:
+    assert target_momentum(0.996, 0.0) == 0.996
+    assert target_momentum(0.996, 1.0) == 1.0
+    assert target_momentum(0.9, 0.5) == pytest.approx(0.95)
+    assert target_momentum(0.9, 0.25) == pytest.approx(1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2)
+
+
+def test_both_directions_each_view_alone() -> None:
+    method = make("byol")
+    batch = make_batch(method, 5)
+    out = method(batch, Clock())
+    one, two = batch.views
+    expected = 0.0
+    for x, other in ((one, two), (two, one)):
+        p = method.predictor(method.projector(method.backbone(x)))
+        z = method.target_projector(method.target_backbone(other))
+        expected += float(regression_loss(p, z).detach())
+    assert float(out["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+    out["loss"].backward()
+    assert all(p.grad is None for p in method.target_backbone.parameters())
+
+
+def test_the_target_follows() -> None:
+    method = make("byol", momentum=0.5)
+    start = method.target_projector.module[0].weight.clone()
+    with torch.no_grad():
+        method.projector[0].weight += 1
+    method.after_step(Clock(0, 10))
+    torch.testing.assert_close(method.target_projector.module[0].weight, start + 0.5)
+    method.after_step(Clock(10, 10))
+    torch.testing.assert_close(method.target_projector.module[0].weight, start + 0.5)
+
+
+def test_spread() -> None:
+    assert spread(torch.ones(6, 4)) < 1e-6
+    assert spread(torch.randn(4000, 64)) == pytest.approx(1.0, abs=0.01)
+    assert spread(torch.ones(1, 4)) == 0
+
+
+def spread_after_training(predictor: bool) -> float:
+    method = make("byol", momentum=0.9)
+    if not predictor:
+        method.predictor = nn.Identity()
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for step in range(150):
+        out = method(make_batch(method, 16, seed=step), Clock())
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        method.after_step(Clock(0, 150))
+    return float(out["feature_spread"])
+
+
+def test_without_its_predictor_it_collapses() -> None:
+    kept, removed = spread_after_training(True), spread_after_training(False)
+    assert kept > 0.5
+    assert removed < 0.25

@@ -1,0 +1,156 @@
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook import chance
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods import mae
+from sslbook.methods.mae import normalize_patches, num_visible, patchify, random_mask, reconstruction_loss, unpatchify
+from sslbook.nn import ResNet, VisionTransformer
+from sslbook.schedules import Clock
+from tests.methods.cases import make, make_batch
+
+
+def test_patches_pixel_by_pixel() -> None:
+    images = torch.randn(2, 3, 4, 6)
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    for row in range(4):
+        for column in range(6):
+            patch = (row // 2) * 3 + column // 2
+            place = ((row % 2) * 2 + column % 2) * 3
+            assert torch.equal(patches[:, patch, place : place + 3], images[:, :, row, column])
+    assert torch.equal(unpatchify(patches, 2, (2, 3)), images)
+
+
+def test_masks_are_keyed_and_fair() -> None:
+    index, clock = torch.arange(4000), Clock(step=7, steps_per_epoch=2, seed=5)
+    visible, hidden = random_mask(index, 16, 0.75, clock)
+    assert (visible.shape, hidden.shape) == ((4000, 4), (4000, 12))
+    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(16).expand(4000, -1))
+    seen = visible.flatten().bincount(minlength=16) / 4000
+    torch.testing.assert_close(seen, torch.full((16,), 0.25), rtol=0, atol=0.03)
+    # The definition: the places of the smallest numbers.
+    noise = chance.uniform(5, 3, index[:1], chance.METHOD, 16)[0].tolist()
+    assert visible[0].tolist() == sorted(range(16), key=noise.__getitem__)[:4]
+    alone, _ = random_mask(index[37:38], 16, 0.75, clock)
+    assert torch.equal(alone[0], visible[37])
+    assert not torch.equal(random_mask(index, 16, 0.75, Clock(step=8, steps_per_epoch=2, seed=5))[0], visible)
+
+
+@pytest.mark.parametrize(("patches", "ratio", "visible"), [(196, 0.75, 49), (16, 0.75, 4), (10, 0.9, 1), (5, 0.5, 2)])
+def test_how_many_are_visible(patches: int, ratio: float, visible: int) -> None:
+    assert num_visible(patches, ratio) == visible
+
+
+def literal(method: mae.MAE, images: Tensor, index: Tensor, prediction: Tensor, hidden: Tensor) -> float:
+    """Mean over hidden patches and their values of the squared error, one at a time."""
+    size = method.backbone.patch_size
+    columns = images.shape[3] // size
+    errors = []
+    for i in range(len(images)):
+        for j, patch in enumerate(hidden[i].tolist()):
+            top, left = patch // columns * size, patch % columns * size
+            target = [
+                float(images[i, c, top + p, left + q]) for p in range(size) for q in range(size) for c in range(3)
+            ]
+            if method.norm_pix_loss:
+                mean = sum(target) / len(target)
+                variance = sum((t - mean) ** 2 for t in target) / (len(target) - 1)
+                target = [(t - mean) / (variance + 1e-6) ** 0.5 for t in target]
+            errors += [(a - b) ** 2 for a, b in zip(prediction[i, j].tolist(), target)]
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize(("n", "ratio"), [(3, 0.75), (1, 0.5)])
+def test_the_loss_is_the_papers(norm_pix_loss: bool, n: int, ratio: float) -> None:
+    method = make("mae", norm_pix_loss=norm_pix_loss, mask_ratio=ratio).double()
+    batch = make_batch(method, n)
+    batch = batch._replace(views=(batch.views[0].double(),))
+    prediction, hidden = method.predict(batch.views[0], batch.index, Clock())
+    expected = literal(method, batch.views[0], batch.index, prediction, hidden)
+    loss = float(method(batch, Clock())["loss"].detach())
+    assert loss == pytest.approx(expected, rel=1e-5)  # the method measures in float32
+    target = torch.zeros_like(prediction)
+    assert float(reconstruction_loss(prediction, target).detach()) == pytest.approx(
+        float(prediction.detach().square().mean()), rel=1e-5
+    )
+
+
+def test_the_decoder_knows_nothing_of_hidden_patches() -> None:
+    method = make("mae")
+    batch = make_batch(method, 2)
+    prediction, hidden = method.predict(batch.views[0], batch.index, Clock())
+    patches = patchify(batch.views[0], 4)
+    other = patches.scatter(1, hidden[:, :, None].expand(-1, -1, patches.shape[2]), 99.0)
+    again, _ = method.predict(unpatchify(other, 4, (4, 4)), batch.index, Clock())
+    torch.testing.assert_close(again, prediction)
+
+
+def test_reconstructions_keep_what_was_visible() -> None:
+    for norm_pix_loss in (True, False):
+        method = make("mae", norm_pix_loss=norm_pix_loss)
+        images = torch.randn(2, 3, 16, 24) + 1
+        masked, drawn = method.reconstruct(images, torch.arange(2))
+        hidden = masked == 0
+        assert hidden.float().mean() == 0.75
+        assert torch.equal(masked[~hidden], images[~hidden])
+        assert torch.equal(drawn[~hidden], images[~hidden])
+        assert (drawn - images)[hidden].abs().max() > 0
+
+
+def test_a_perfect_prediction_reconstructs_the_picture(monkeypatch) -> None:
+    method = make("mae")
+    images = torch.randn(2, 3, 16, 16)
+    monkeypatch.setattr(
+        mae.Decoder,
+        "forward",
+        lambda self, tokens, visible, hidden, grid: mae.take(normalize_patches(patchify(images, 4)), hidden),
+    )
+    torch.testing.assert_close(method.reconstruct(images, torch.arange(2))[1], images)
+    assert float(method(make_batch(method, 2)._replace(views=(images,)), Clock())["loss"]) < 1e-10
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot use a ResNet: choose .*VisionTransformer"):
+        make("mae", backbone=ResNet(18, width=8))
+    with pytest.raises(UserError, match="leaves nothing to predict"):
+        make("mae", mask_ratio=0.0)
+    with pytest.raises(UserError, match="leaves nothing to see"):
+        make("mae", mask_ratio=0.99)
+    with pytest.raises(UserError, match="leaves nothing to see"):
+        make("mae", mask_ratio=1.0)
+    with pytest.raises(UserError, match="nearest size that works is 20x20"):
+        make("mae", view=View(size=18 + 1))
+
+
+def loss_after_training() -> float:
+    torch.manual_seed(0)
+    method = make(
+        "mae",
+        backbone=VisionTransformer(8, 4, 32, 1, 4),
+        view=View(size=8),
+        mask_ratio=0.5,
+        norm_pix_loss=False,
+        decoder_dim=32,
+        decoder_heads=4,
+    )
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
+    for _ in range(100):
+        patches = torch.randn(16, 3, 2, 2).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        loss = method(make_batch(method, 16)._replace(views=(patches,)), Clock())["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def test_without_the_mask_it_copies(monkeypatch) -> None:
+    """Patches whose colors have nothing to do with each other: only who sees one can draw it."""
+    assert loss_after_training() > 0.8
+    monkeypatch.setattr(
+        mae, "random_mask", lambda index, n, ratio, clock: 2 * (torch.arange(n).expand(len(index), -1),)
+    )
+    assert loss_after_training() < 0.3
