@@ -7,7 +7,7 @@ the figures side by side.
 from sslbook.evaluation import controls, factors, features, knn, linear, table
 from sslbook.evaluation.features import extract_features
 from sslbook.evaluation.linear import LinearResult
-from sslbook.evaluation.table import Row, format_table, measure
+from sslbook.evaluation.table import Row, format_table, measure, score
 
 __all__ = [
     "LinearResult",
@@ -20,5 +20,6 @@ __all__ = [
     "knn",
     "linear",
     "measure",
+    "score",
     "table",
 ]

@@ -109,6 +109,8 @@ def supervised(
         for step, (x, y) in enumerate(_labelled(data, view, steps, batch_size, seed, device)):
             for group, peak in zip(chosen.param_groups, peaks):
                 group["lr"] = peak * _schedule(step, steps)
+            if bool((y < 0).all()):
+                raise UserError("the pictures to learn from have no labels, so there is no supervised control")
             loss = F.cross_entropy(network(x), y, ignore_index=-1)
             if not torch.isfinite(loss):
                 raise UserError(f"the supervised control's loss became {loss.item()} at step {step}; lower its lr")
@@ -168,4 +170,5 @@ def _schedule(step: int, steps: int) -> float:
 
 def _head_accuracy(network: nn.Module, data: Data, view: View, device: torch.device, progress: bool) -> float:
     logits, labels = extract_features(network, data, "test", view, device=device, progress=progress)
-    return 100 * (logits.argmax(1) == labels).double().mean().item()
+    known = labels >= 0
+    return 100 * (logits.argmax(1) == labels)[known].double().mean().item()

@@ -47,7 +47,7 @@ def probe(
     for x, factors in ((features_train, factors_train), (features_test, factors_test)):
         if wrong := [name for name, value in factors.items() if len(value) != len(x)]:
             raise UserError(f"factor {wrong[0]} has {len(factors[wrong[0]])} values for {len(x)} pictures")
-    names = [name for name in factors_train if name in factors_test and _varies(factors_train[name], factors_test[name])]
+    names = list(chance_levels(factors_train, factors_test))
     continuous = {name: factors_train[name] for name in names if factors_train[name].is_floating_point()}
     scores = _ridge(features_train, continuous, features_test, factors_test, seed) if continuous else {}
     for name in tqdm([n for n in names if n not in continuous], desc="factors", leave=False, disable=not progress):
@@ -107,7 +107,7 @@ def _ridge(
         held = ~held
     fit = ~held if (~held).any() else held
     tried = {p: _scores(train_x[held], y[held], owner, w) for p, w in _solve(train_x[fit], y[fit], PENALTIES).items()}
-    chosen = {name: max(PENALTIES, key=lambda p: tried[p][name]) for name in train}  # noqa: B023
+    chosen = {name: max(PENALTIES, key=lambda p: tried[p][name]) for name in train}
     final = _solve(train_x, y, tuple(sorted(set(chosen.values()))))
     scores = {p: _scores(test_x, test_y, owner, weights) for p, weights in final.items()}
     return {name: 100 * scores[chosen[name]][name] for name in train}

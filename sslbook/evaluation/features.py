@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sslbook.data.loader import Data
-from sslbook.data.views import View
+from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from sslbook.errors import UserError
 
 
@@ -32,6 +32,22 @@ def device_of(module: nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def center_view(
+    size: int,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    *,
+    resize: int | None = None,
+) -> View:
+    """The field's view for evaluation: the center, of a picture whose shorter side is first brought to 8/7 of it.
+
+    Small pictures (below 128 pixels) are seen whole.
+    """
+    if resize is None:
+        resize = round(size * 8 / 7) if size >= 128 else size
+    return View.center(size, resize=resize, mean=mean, std=std)
 
 
 def extract_features(
@@ -79,7 +95,7 @@ def extract_with_index(
     """`extract_features`, and the place of each picture in the split."""
     device = device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
-    total = data.num_train if split == "train" else data.num_test
+    total = len(data.labels(split))
     features: Tensor | None = None
     labels, indices, done = [], [], 0
     bar = tqdm(total=total, desc=f"features of {split}", unit="picture", leave=False, disable=not progress)

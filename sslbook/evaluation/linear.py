@@ -131,7 +131,7 @@ class _Heads:
     def __init__(self, mean: Tensor, deviation: Tensor, num_heads: int, num_classes: int, device: torch.device) -> None:
         self.mean, self.deviation = mean.to(device), deviation.to(device)
         self.num_heads, self.num_classes, self.device = num_heads, num_classes, device
-        # The last row is the bias; features get a column of ones. The problem is convex: zero is as good a start as any.
+        # The last row is the bias; features get a column of ones. The problem is convex: any start will do, so zero.
         self.weight = torch.zeros(len(mean) + 1, num_heads * num_classes, device=device)
 
     @classmethod

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from sslbook.data.loader import Data
 from sslbook.data.views import View
@@ -38,13 +39,10 @@ def measure(
     data: Data,
     view: View,
     *,
-    protocols: tuple[str, ...] = ("knn", "linear"),
-    k: int = 20,
-    temperature: float = 0.07,
-    seed: int = 0,
     device: torch.device | str | None = None,
     batch_size: int = 256,
     progress: bool = True,
+    **options,
 ) -> Row:
     """Extract the features of both splits, and measure them.
 
@@ -53,26 +51,50 @@ def measure(
         backbone: maps pictures to features.
         data: labelled pictures with a test split.
         view: a view without chance.
-        protocols: what to measure: `knn`, `linear`.
-        k: neighbors asked by kNN.
-        temperature: of kNN's votes.
-        seed: key of the linear probe.
         device: where to compute; by default where the backbone is.
         batch_size: pictures at a time.
         progress: show bars.
+        options: passed on to `score`.
 
     Raises:
         UserError: the data have no labels or no test pictures.
     """
     require_labels(data)
-    options = {"device": device, "batch_size": batch_size, "progress": progress}
-    train_x, train_y = extract_features(backbone, data, "train", view, **options)
-    test_x, test_y = extract_features(backbone, data, "test", view, **options)
+    given = {"device": device, "batch_size": batch_size, "progress": progress}
+    train = extract_features(backbone, data, "train", view, **given)
+    test = extract_features(backbone, data, "test", view, **given)
+    return score(name, train, test, device=device, **options)
+
+
+def score(
+    name: str,
+    train: tuple[Float[Tensor, "train dim"], Int[Tensor, "train"]],
+    test: tuple[Float[Tensor, "test dim"], Int[Tensor, "test"]],
+    *,
+    protocols: tuple[str, ...] = ("knn", "linear"),
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Row:
+    """Measure features that are already there. Pictures without a label neither teach nor count.
+
+    Args:
+        name: the row's name.
+        train: features and labels of the training pictures.
+        test: features and labels of the test pictures.
+        protocols: what to measure: `knn`, `linear`.
+        k: neighbors asked by kNN.
+        temperature: of kNN's votes.
+        seed: key of the linear probe.
+        device: where to compute; by default where the features are.
+    """
+    known = [part[labels >= 0] for features, labels in (train, test) for part in (features, labels)]
     row = {}
     if "knn" in protocols:
-        row["knn"] = knn.accuracy(train_x, train_y, test_x, test_y, k, temperature, device=device)
+        row["knn"] = knn.accuracy(*known, k=k, temperature=temperature, device=device)
     if "linear" in protocols:
-        row["linear"] = linear.probe(train_x, train_y, test_x, test_y, seed=seed, device=device).accuracy
+        row["linear"] = linear.probe(*known, seed=seed, device=device).accuracy
     return Row(name, **row)
 
 
@@ -82,19 +104,21 @@ def require_labels(data: Data) -> None:
         raise UserError("the pictures have no labels, so nothing can be measured; put them into one folder per class")
     if data.num_test == 0:
         raise UserError("there are no test pictures to measure on; put some aside, into FOLDER/test/CLASS")
+    if int(data.labels("test").max()) < 0:
+        raise UserError("the test pictures have no labels; put them into folders named like those of train/")
 
 
 def chance_row(data: Data) -> Row:
     """Always naming the most frequent training label: what knowing nothing yields."""
-    level = majority(data.labels("train"), data.labels("test"))
+    train_y, test_y = data.labels("train"), data.labels("test")
+    level = majority(train_y[train_y >= 0], test_y[test_y >= 0])
     return Row("chance", knn=level, linear=level)
 
 
 def format_table(rows: list[Row], chance: Row | None = None) -> str:
     """Aligned plain text: one line per row, percentages with one decimal, the level of chance under a rule."""
-    head = any(row.head is not None for row in rows)
-    columns = ["knn", "linear"] + (["head"] if head else [])
     titles = {"knn": "kNN %", "linear": "linear %", "head": "own head %"}
+    columns = [column for column in titles if any(getattr(row, column) is not None for row in rows)]
     width = max(len(row.name) for row in [*rows, *([chance] if chance else [])])
     sizes = [len(titles[column]) for column in columns]
 

@@ -1,0 +1,99 @@
+"""Features come in order, with their labels, and leave the network as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+from sslbook.data.world import World
+from sslbook.errors import UserError
+from sslbook.evaluation.features import center_view, extract_features, extract_with_index, frozen
+
+TINY = World(pictures=40, test_pictures=15)
+VIEW = View.center(16)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+    return nn.Sequential(convolution, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+
+@pytest.mark.parametrize("batch_size", [7, 40, 256])
+def test_in_order_and_independent_of_the_batch(batch_size: int) -> None:
+    data, backbone = Data(world=TINY), network()
+    features, labels = extract_features(backbone, data, "train", VIEW, batch_size=batch_size, progress=False)
+    assert (features.shape, features.dtype) == ((40, 16), torch.float32)
+    assert torch.equal(labels, data.labels("train"))
+    images, _ = TINY.render("train")
+    mean, std = torch.tensor(VIEW.mean)[:, None, None], torch.tensor(VIEW.std)[:, None, None]
+    with torch.no_grad():
+        expected = backbone.eval()((images / 255 - mean) / std)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    assert not features.requires_grad
+
+
+def test_the_network_is_left_as_it_was() -> None:
+    backbone = network().train()
+    backbone[0][1].eval()  # a batch norm that somebody froze
+    modes = [part.training for part in backbone.modules()]
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    extract_features(backbone, Data(world=TINY), "test", VIEW, progress=False)
+    assert [part.training for part in backbone.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    with frozen(backbone):
+        assert not any(part.training for part in backbone.modules())
+    with pytest.raises(TypeError), frozen(backbone):
+        backbone(None)
+    assert [part.training for part in backbone.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_unreadable_pictures_take_their_labels_with_them(tmp_path: Path) -> None:
+    for label, name in enumerate(("dark", "light")):
+        for i in range(6):
+            path = tmp_path / split_of(i) / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (20 + i, 30), 200 * label + 10).save(path)
+    (tmp_path / "train" / "dark" / "1.png").write_bytes(b"no picture")
+    data = Data(folder=tmp_path, workers=0)
+    mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    features, labels, index = extract_with_index(mean, data, "train", View.center(8), batch_size=3, progress=False)
+    assert labels.tolist() == [0] * 3 + [1] * 4
+    assert index.tolist() == [0, 2, 3, 4, 5, 6, 7]
+    assert torch.equal(features[:, 0] > 0, labels == 1)  # features and labels still belong together
+    (tmp_path / "test" / "dark" / "4.png").write_bytes(b"")
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no readable picture"):
+        extract_features(mean, Data(folder=tmp_path, workers=0), "test", View.center(8), progress=False)
+
+
+def split_of(i: int) -> str:
+    return "train" if i < 4 else "test"
+
+
+class Broken(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {"map": x, "scalar": x.mean(), "nan": x.flatten(1) * float("nan")}[self.kind]
+
+
+@pytest.mark.parametrize(("kind", "message"), [("map", "must return"), ("scalar", "must return"), ("nan", "NaN")])
+def test_useless_features_are_refused(kind: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        extract_features(Broken(kind), Data(world=TINY), "test", VIEW, progress=False)
+
+
+def test_center_view() -> None:
+    assert (center_view(224).size, center_view(224).resize) == (224, 256)
+    assert center_view(32).resize in (None, 32)
+    assert center_view(224, resize=224).resize == 224

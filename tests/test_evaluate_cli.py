@@ -1,0 +1,193 @@
+"""`python -m sslbook.evaluate` and `python -m sslbook.extract`, from the words of the command on."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from sslbook import checkpoint, evaluate, extract
+from sslbook.configuration import run as run_command
+from sslbook.data.loader import Data
+from sslbook.data.world import World
+from sslbook.evaluation.features import center_view, extract_features
+from sslbook.nn import ResNet
+from sslbook.notebook import results
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves behind, of a network too small to know anything."""
+    folder = tmp_path_factory.mktemp("runs") / "simclr-world"
+    world = {"pictures": 60, "test_pictures": 30, "size": 16}
+    view = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    data = {"class_path": "sslbook.Data", "init_args": {"name": "world", "world": world, "download": False}}
+    facts = {"method": "SimCLR", "view": view, "data": data}
+    with torch.random.fork_rng():
+        for seed, name in enumerate(("initial", "backbone")):
+            torch.manual_seed(seed)
+            checkpoint.export_backbone(folder / f"{name}.safetensors", ResNet(18, width=2, stem="small"), facts)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of any sizes and modes, one picture broken."""
+    for i in range(20):
+        path = tmp_path / "photos" / ("dark" if i % 2 else "light") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (20 + i, 40 - i), (20, 30, 40) if i % 2 else (220, 210, 200))
+        picture.convert(["RGB", "L", "RGBA", "P"][i % 4]).save(path)
+    (tmp_path / "photos" / "dark" / "5.png").write_bytes(b"no picture")
+    return tmp_path / "photos"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, command: object, *words: object) -> int:
+    """The exit status of the command."""
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, words)])
+    try:
+        run_command(command.main)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    return 0
+
+
+def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "deep" / "result.json"
+    words = [run, "--protocols", "knn", "linear", "factors", "--out", out, "--progress", "false", "--device", "cpu"]
+    assert call(monkeypatch, evaluate, *words) == 0
+    text = capsys.readouterr().out
+    assert "world: 60 training pictures, 10 classes, 30 test pictures" in text
+    for line in ("SimCLR", "pixels", "random weights", "chance", "shape", "background"):
+        assert f"\n{line} " in text
+    result = results.Result("result", **json.loads(out.read_text()))
+    assert list(result.values) == ["SimCLR", "pixels", "random weights", "chance", "factors"]
+    assert result.seeds == [0]
+    assert (result.settings["k"], result.settings["view"]["size"]) == (20, 16)
+    assert result.date
+    assert torch.__version__.startswith(result.versions["torch"])
+    assert result.hardware["cores"]
+    # The figures are those of the exported weights on the run's own pictures.
+    module, _ = checkpoint.load_backbone(run)
+    data = Data(world=World(pictures=60, test_pictures=30))
+    view = center_view(16, (0.5,) * 3, (0.25,) * 3)
+    from sslbook.evaluation.knn import accuracy
+
+    train, test = (extract_features(module, data, split, view, progress=False) for split in ("train", "test"))
+    assert result["SimCLR"]["knn"] == pytest.approx(accuracy(*train, *test))
+
+
+def test_evaluate_on_other_pictures(run: Path, photos: Path, monkeypatch, capsys) -> None:
+    words = [run / "backbone.safetensors", "--data.folder", photos, "--data.workers", 0, "--protocols", "knn"]
+    assert call(monkeypatch, evaluate, *words, "--k", 3, "--controls", "false", "--progress", "false") == 0
+    said = capsys.readouterr()
+    assert "photos: 18 training pictures, 2 classes, 2 test pictures" in said.out
+    assert "linear" not in said.out
+    assert "pixels" not in said.out
+    assert "5.png" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["RUN", "--protocls", "knn"], "did you mean --protocols"),
+        (["RUN", "--protocols", "knm"], "knm"),
+        (["RUN", "--k", "many"], "--k"),
+        (["RUN", "--data.folder", "/no/such/folder"], "does not exist"),
+        (["RUN", "--out", "result.txt"], ".json"),
+        (["RUN", "--out", "/dev/null/result.json"], "cannot be"),
+        (["RUN", "--device", "quantum"], "--device quantum"),
+        (["/no/such/run"], "no such run folder"),
+        ([], "which run?"),
+    ],
+)
+def test_bad_words_get_one_line(words: list[str], message: str, run: Path, monkeypatch, capsys) -> None:
+    assert call(monkeypatch, evaluate, *[str(run) if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_evaluate_refuses_to_overwrite_and_unlabelled_pictures(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "kept.json"
+    out.write_text("precious")
+    assert call(monkeypatch, evaluate, run, "--out", out) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    folder = [run, "--data.folder", photos / "light", "--data.workers", 0, "--progress", "false"]
+    assert call(monkeypatch, evaluate, *folder) == 2
+    assert "no labels" in capsys.readouterr().err
+    assert call(monkeypatch, evaluate, *folder, "--protocols", "factors") == 2
+    assert "only the embedded world" in capsys.readouterr().err
+
+
+def test_a_description_does_not_choose_code(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in ("backbone.safetensors", "backbone.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    facts = json.loads((tmp_path / "backbone.json").read_text())
+    facts["data"]["init_args"]["name"] = "somebody.elses.Dataset"
+    (tmp_path / "backbone.json").write_text(json.dumps(facts))
+    assert call(monkeypatch, evaluate, tmp_path) == 2
+    assert "a class of your own" in capsys.readouterr().err
+
+
+def test_extract_to_npz(run: Path, photos: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "features.npz"
+    words = [run, "--data.folder", photos, "--data.workers", 0, "--out", out, "--progress", "false"]
+    assert call(monkeypatch, extract, *words) == 0
+    said = capsys.readouterr()
+    assert "5.png" in said.err
+    with np.load(out) as table:
+        assert table["features"].shape == (19, ResNet(18, width=2, stem="small").dim)
+        assert table["features"].dtype == np.float32
+        assert set(table["paths"]) == {f"{'dark' if i % 2 else 'light'}/{i}.png" for i in range(20)} - {"dark/5.png"}
+        assert [str(table["class_names"][label]) for label in table["labels"]] == [
+            path.split("/")[0] for path in table["paths"]
+        ]
+        assert table["split"].tolist() == sorted(table["split"])
+        assert set(table["split"]) == {0, 1}
+        first = table["features"].copy()
+    # Nothing is overwritten unless asked, and then it is replaced whole.
+    assert call(monkeypatch, extract, *words) == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert call(monkeypatch, extract, *words, "--overwrite", "true", "--split", "test") == 0
+    with np.load(out) as table:
+        assert np.array_equal(table["features"], first[-len(table["features"]) :])
+    assert [path.name for path in tmp_path.glob("*feat*")] == ["features.npz"]
+
+
+def test_extract_unlabelled_to_safetensors(run: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "features.safetensors"
+    words = ["--out", out, "--data.folder", photos / "light", "--data.workers", 0, "--progress", "false"]
+    assert call(monkeypatch, extract, run, *words) == 0
+    table = load_file(out)
+    assert set(table["labels"]) == {-1}
+    paths = bytes(table["paths"]).decode().split("\0")[:-1]
+    assert paths == sorted(f"{i}.png" for i in range(0, 20, 2))
+    assert len(table["features"]) == 10
+
+
+def test_extract_the_runs_own_pictures(run: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "world.npz"
+    assert call(monkeypatch, extract, run, "--out", out, "--split", "test", "--progress", "false") == 0
+    with np.load(out) as table:
+        assert table["index"].tolist() == list(range(30))
+        assert "paths" not in table
+        assert np.array_equal(table["labels"], World(pictures=60, test_pictures=30).render("test")[1]["shape"])
+
+
+@pytest.mark.parametrize(("out", "message"), [("features.parquet", ".npz or .safetensors"), (None, "out")])
+def test_extract_needs_a_place(run: Path, tmp_path: Path, out: str | None, message: str, monkeypatch, capsys) -> None:
+    words = [] if out is None else ["--out", tmp_path / out]
+    assert call(monkeypatch, extract, run, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
