@@ -94,7 +94,7 @@ class Data:
         self.unreadable: dict[str, str] = {}
         """pictures that could not be read so far in this process, and why"""
         self._on_device: dict[tuple[int, str], Tensor] = {}
-        self._idle: tuple[Any, DataLoader] | None = None
+        self._idle: tuple[Any, DataLoader, _Keys] | None = None
         if folder is not None or name != "world":
             _ = self._sets  # what is missing shows at once; the world always is there, and is drawn when it is needed
 
@@ -267,7 +267,9 @@ class Data:
         images = source.images
         if images.nbytes <= RESIDENT_BYTES:
             key = (id(source), str(device))
-            images = self._on_device.setdefault(key, images.to(device))
+            if key not in self._on_device:
+                self._on_device[key] = images.to(device)
+            images = self._on_device[key]
         for index in parts:
             pictures = images[index.to(images.device)].to(device)
             made = tuple(apply_batch(view, pictures, seed, epoch, index, stream) for stream, view in enumerate(views))
@@ -283,20 +285,25 @@ class Data:
         device: torch.device,
         training: bool,
     ) -> Iterator[Batch]:
-        loader, give_back = self._take_loader(_Cutter(source, views, seed, self.augment, training), device, len(parts))
-        loader.sampler.keys = [(epoch, index) for index in parts]
+        if not parts:
+            return
+        loader, keys, give_back = self._take_loader(
+            _Cutter(source, views, seed, self.augment, training), device, len(parts)
+        )
+        keys.refill(epoch, parts)
         cuts = _start(loader)
         for number in range(len(parts)):
-            died = None
+            cut: _Cut | UserError
             try:
                 cut = next(cuts)
-            except RuntimeError as error:
-                died = worker_died(error)
+            except (RuntimeError, OSError, EOFError) as error:
+                died = worker_died(error) if loader.num_workers else None
                 if died is None:
                     raise
-            if died is not None:
+                cut = died
+            if isinstance(cut, UserError):
                 del cuts, loader, give_back  # ends the other workers
-                raise died
+                raise cut
             if number == len(parts) - 1:
                 give_back()  # before the last yield: a caller that counts never comes back for the end
             self._note(cut.unreadable)
@@ -304,25 +311,27 @@ class Data:
                 continue
             made = [view.to(device, non_blocking=True) for view in cut.views]
             if self.augment == "device":
-                keys = [(seed, epoch, cut.key, stream) for stream in range(len(views))]
-                made = [apply_color(view, pixels, *key) for view, pixels, key in zip(views, made, keys)]
+                made = [
+                    apply_color(v, pixels, seed, epoch, cut.key, i) for i, (v, pixels) in enumerate(zip(views, made))
+                ]
             yield Batch(tuple(made), cut.shown.to(device), source.labels[cut.shown].to(device))
 
     def _take_loader(
         self, cutter: "_Cutter", device: torch.device, parts: int
-    ) -> tuple[DataLoader, Callable[[], None]]:
+    ) -> tuple[DataLoader, "_Keys", Callable[[], None]]:
         """A loader for the task, and what to call at the end. In training its processes live on to the next epoch."""
         training, pin = cutter.replace, device.type == "cuda"
         key = (id(cutter.source), cutter.views, cutter.seed, cutter.augment, pin)
         if training and self._idle is not None and self._idle[0] == key:
-            loader = self._idle[1]
+            _, loader, keys = self._idle
             self._idle = None  # not twice at once
         else:
+            keys = _Keys()
             workers = min(self.workers, parts) if not training else self.workers
             loader = DataLoader(
                 cutter,
                 batch_size=None,
-                sampler=_Keys(),
+                sampler=keys,
                 num_workers=workers,
                 collate_fn=_same,
                 worker_init_fn=_heed_only_parent,
@@ -334,9 +343,9 @@ class Data:
 
         def give_back() -> None:
             if training:
-                self._idle = (key, loader)
+                self._idle = (key, loader, keys)
 
-        return loader, give_back
+        return loader, keys, give_back
 
     def _note(self, unreadable: list[tuple[str, str]]) -> None:
         for name, reason in unreadable:
@@ -369,9 +378,13 @@ def _start(loader: DataLoader) -> Iterator[Any]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def worker_died(error: RuntimeError) -> UserError | None:
-    """The message for a user if `error` is torch's report of a dead loader worker; else nothing."""
-    if "DataLoader worker" not in str(error):
+def worker_died(error: Exception) -> UserError | None:
+    """The message for a user if `error` is what torch raises when a loader worker has died; else nothing."""
+    reported = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    broken_off = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # while a batch was handed over
+    if not reported and (
+        not broken_off or str(error).startswith("Caught")
+    ):  # torch's word for the dataset's own errors
         return None
     return UserError(
         "a loader worker died (often for want of memory, or of /dev/shm): try a lower --data.workers, or 0"
@@ -407,6 +420,9 @@ class _Keys:
 
     def __init__(self) -> None:
         self.keys: list[tuple[int, Tensor]] = []
+
+    def refill(self, epoch: int, parts: list[Tensor]) -> None:
+        self.keys = [(epoch, index) for index in parts]
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         return iter(self.keys)
@@ -447,13 +463,13 @@ class _Cutter(Dataset):
         self.augment = augment
         self.replace = replace
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> _Cut:
-        epoch, index = item
+    def __getitem__(self, index: tuple[int, Tensor]) -> _Cut:
+        epoch, positions = index
         key: list[int] = []
         shown: list[int] = []
         made: list[list[Tensor]] = [[] for _ in self.views]
         unreadable: list[tuple[str, str]] = []
-        for part in index.split(DECODED_AT_ONCE):
+        for part in positions.split(DECODED_AT_ONCE):
             kept, pictures = [], []
             for position in part.tolist():
                 found = self._open(position, unreadable)

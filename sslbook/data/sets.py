@@ -175,8 +175,8 @@ def _load_small(root: Path, name: str, kind: str, download: bool) -> Sets:
 
     if name == "stl10":
         unlabeled, train, test = (get(split=split) for split in ("unlabeled", "train", "test"))
-        names = tuple(train.classes)
-        return Sets(*(_resident(part.data, part.labels) for part in (unlabeled, train, test)), names)
+        sources = [_resident(part.data, part.labels) for part in (unlabeled, train, test)]
+        return Sets(sources[0], sources[1], sources[2], tuple(train.classes))
     train, test = (get(train=train) for train in (True, False))
     sources = [_resident(part.data, part.targets) for part in (train, test)]
     return Sets(sources[0], sources[0], sources[1], tuple(train.classes))

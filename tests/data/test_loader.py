@@ -318,6 +318,19 @@ def test_a_dead_worker_is_reported_in_one_line(deadly) -> None:
     assert "\n" not in str(caught.value)
 
 
+class Faulty(Deadly):
+    """Raises an error of its own."""
+
+    def __getitem__(self, i: int) -> Image.Image:
+        raise RuntimeError("the disk is full")
+
+
+def test_a_datasets_own_error_is_not_taken_for_a_death(deadly) -> None:
+    sys.modules["a_deadly_module"].Faulty = Faulty
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        list(Data("a_deadly_module.Faulty", workers=1).batches((PLAIN,), 4, seed=0, epoch=0))
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
 def test_workers_leave_stopping_to_their_parent(folder) -> None:
     """A scheduler's SIGTERM reaches every process of the job; the main one must find its workers alive."""
