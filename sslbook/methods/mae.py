@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "batch 1+visible dim"],
+        tokens: Float[Tensor, "batch tokens dim"],
         visible: Int[Tensor, "batch visible"],
         hidden: Int[Tensor, "batch hidden"],
         grid: tuple[int, int],
