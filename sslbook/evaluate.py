@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -177,10 +177,15 @@ def view_of(facts: dict[str, Any], resize: int | None) -> View:
     """The view that suits an exported backbone."""
     try:
         view = facts["view"]
-        size, mean, std = int(view["size"]), tuple(map(float, view["mean"])), tuple(map(float, view["std"]))
+        size, mean, std = int(view["size"]), _colors(view["mean"]), _colors(view["std"])
     except (KeyError, TypeError, ValueError):
         raise UserError("the backbone's description does not say its view (size, mean, std); export it again") from None
     return center_view(size, mean, std, resize=resize)
+
+
+def _colors(values: Iterable[Any]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def own_data(run: str) -> list[str]:

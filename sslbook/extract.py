@@ -23,11 +23,12 @@ from torch import nn
 
 from sslbook import checkpoint
 from sslbook.data.loader import Data
+from sslbook.data.pictures import Files
 from sslbook.errors import UserError
 from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of
 from sslbook.evaluation.features import extract_with_index
 
-SPLITS = ("train", "test")
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
 def extract(
@@ -69,7 +70,8 @@ def extract(
     where = choose_device(device)
     module, facts = checkpoint.load_backbone(run, backbone)
     view = view_of(facts, resize)
-    wanted = [name for name in SPLITS if split in ("all", name) and (name == split or name == "train" or data.num_test)]
+    everything = SPLITS if data.num_test else SPLITS[:1]
+    wanted = everything if split == "all" else (split,)
     print(data.describe())
     parts: dict[str, list[Any]] = {"features": [], "labels": [], "split": [], "index": []}
     paths: list[str] = []
@@ -83,7 +85,7 @@ def extract(
             parts["split"].append(torch.full_like(labels, SPLITS.index(name), dtype=torch.uint8))
             parts["index"].append(index)
             paths += _paths(data, name, index.tolist())
-    table = {name: torch.cat(part).numpy() for name, part in parts.items()}
+    table: dict[str, Any] = {name: torch.cat(part).numpy() for name, part in parts.items()}
     if paths:
         table["paths"] = np.array(paths)
     checkpoint.write_atomically(target, lambda part: _write(part, table, target.suffix, facts, data))
@@ -96,13 +98,13 @@ def extract(
 def _paths(data: Data, split: str, positions: list[int]) -> list[str]:
     """Names of the files, relative to the folder that was given; none for pictures that are no files."""
     source = data._source(split)
-    if not hasattr(source, "path"):
+    if not isinstance(source, Files):
         return []
     top = Path(data.folder).expanduser() if data.folder is not None else source.root
     return [os.path.relpath(source.path(position), top) for position in positions]
 
 
-def _write(part: Path, table: dict[str, np.ndarray], suffix: str, facts: dict[str, Any], data: Data) -> None:
+def _write(part: Path, table: dict[str, Any], suffix: str, facts: dict[str, Any], data: Data) -> None:
     if suffix == ".npz":
         with open(part, "wb") as file:  # given a name, numpy would append .npz to it
             np.savez(file, **table, class_names=np.array(data.class_names, dtype=np.str_))

@@ -54,7 +54,8 @@ def neighbors(
                 keys = torch.cat([best[block], keys], dim=1)
                 survivors.append(keys.topk(min(k, keys.shape[1])).values)
             best = torch.cat(survivors) if survivors else best.new_empty(0, k)
-    return tuple(part.cpu() for part in _unpack(best))
+    similarities, indices = _unpack(best)
+    return similarities.cpu(), indices.cpu()
 
 
 def predict(
