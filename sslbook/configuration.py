@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from sslbook.data.loader import Data
 from sslbook.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -44,13 +45,17 @@ class Parser(ArgumentParser):
 
     def construct(self, config: Namespace) -> Namespace:
         """Call the constructors that the parsed configuration names."""
-        return self.instantiate(config) if hasattr(self, "instantiate") else self.instantiate_classes(config)
+        return self.instantiate(config)
+
+    def plain(self, config: Namespace) -> dict[str, Any]:
+        """The parsed options as plain values, nulls included: a default may be something else."""
+        return yaml.safe_load(self.dump(config, skip_validation=True, skip_unset=False))
 
     def format_help(self) -> str:
         text = super().format_help()
         own = "resnet18, resnet50, vit_tiny, vit_base, ... of sslbook.nn; timm/NAME; or the import path of a module)"
         text = re.sub(
-            r"type:\s+<class\s+'Module'>,\s+known\s+subclasses:[^)]*\)",
+            r"type:\s+(?:<class\s+'Module'>|Module\s+\|\s+null,\s+default:\s+null),\s+known\s+subclasses:[^)]*\)",
             lambda _: ("\n" + " " * 24).join(_wrap(own, 55)),
             text,
         )
@@ -63,9 +68,12 @@ class Parser(ArgumentParser):
             return f"unknown option {word}{_nearest_option(word.split('=')[0], options)}"
         if found := re.search(r"Option '(\w+)' is not accepted", message):
             owner = re.search(r"class_path[= ]*'([\w.]+)'", message)
+            places = re.findall(r'Parser key "([\w.]+)"', message)
+            place = [name for name in places if name != "config"][-1:]
+            if not owner and not place:
+                return f"unknown key {found[1]}{_nearest_option('--' + found[1], options).replace('--', '')}"
             words = _parameters(owner[1]) if owner else []
-            place = re.search(r'Parser key "([\w.]+)"', message)
-            where = f"{place[1]}: " if place else ""
+            where = f"{place[0]}: " if place else ""
             who = f" of {owner[1]}" if owner else ""
             return f"{where}unknown option {found[1]!r}{who}{nearest(found[1], words)}"
         if found := re.search(r"Group '([\w.]*)' does not accept option '([\w.]+)'", message):
@@ -92,7 +100,7 @@ def _short_names(found: re.Match) -> str:
 def _nearest_option(word: str, options: list[str]) -> str:
     tail = word.lstrip("-").split(".")[-1]
     same_tail = [o for o in options if o.split(".")[-1].lstrip("-") == tail]
-    found = same_tail or difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, same_tail or options, n=1, cutoff=0.0 if same_tail else 0.5)
     if not found:
         tails = {o.split(".")[-1].lstrip("-"): o for o in options}
         found = [tails[t] for t in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.5)]
@@ -241,11 +249,13 @@ def _take(argv: list[str], flag: str, bare: str | None = None) -> tuple[list[str
 
 def train_parser(method: type, engine: Callable, prog: str, description: str) -> Parser:
     """The parser of `python -m sslbook.train METHOD`."""
-    parser = Parser(prog=prog, description=description)
+    usage = f"{prog} [--recipe NAME] [--config FILE ...] [--OPTION VALUE ...]"
+    parser = Parser(prog=prog, description=description, usage=usage)
     parser.add_argument("--config", action="config", help="a YAML file with options; may be given several times")
     parser.add_argument("--recipe", type=str, help="world, folder, cifar10, imagenet, or a file; the options to begin with")
     parser.add_class_arguments(method, "method")
-    parser.add_function_arguments(engine, skip={"method", "config"})
+    parser.add_class_arguments(Data, "data")
+    parser.add_function_arguments(engine, skip={"method", "data", "config"})
     return parser
 
 
@@ -295,7 +305,7 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     parser = train_parser(method, engine, f"python -m sslbook.train {name}", "")
     resume = [f"--resume={resumes[-1]}"] if resumes else []
     config = parser.parse([f"--config={json.dumps(merged)}", *_expand_names(argv), *resume])
-    resolved = yaml.safe_load(parser.dump(config, skip_validation=True))
+    resolved = parser.plain(config)
     for key in ("config", "recipe", "resume", "out"):
         resolved.pop(key, None)
     path = f"{method.__module__}.{method.__qualname__}"
@@ -317,7 +327,10 @@ def _overview(name: str | None, method: type) -> str:
     doc = " ".join((inspect.getdoc(sys.modules[method.__module__]) or "").split("\n\n")[0].split())
     if name:
         recipes = ", ".join(sorted(p.stem for p in (RECIPES / name).glob("*.yaml"))) or "none of its own"
-        return f"{doc}\n\nRecipes: {recipes}."
+        return (
+            f"{doc} -- Recipes: {recipes}; without --recipe it is world, or folder when --data.folder is given. "
+            f"`python -m sslbook.train {name} --print_config` shows what a recipe sets; the defaults below are the paper's."
+        )
     return (
         "Learn features from pictures without labels. "
         f"METHOD is one of {', '.join(methods.METHODS)}, or the import path of your own; the options below are those of "

@@ -1,0 +1,87 @@
+"""Runs of the real command at the smallest size, shared by the tests of the engine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslbook import checkpoint, train
+from sslbook.hooks import Run
+
+CONVNET = '{"class_path": "sslbook.nn.ResNet", "init_args": {"depth": 18, "width": 4, "stem": "small"}}'
+TRANSFORMER = json.dumps(
+    {
+        "class_path": "sslbook.nn.VisionTransformer",
+        "init_args": {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2},
+    }
+)
+OPTIONS = {
+    "rotation": {"method.backbone": CONVNET},
+    "simclr": {"method.backbone": CONVNET, "method.projector_dim": 8},
+    "moco": {"method.backbone": CONVNET, "method.queue_size": 32, "method.batch_norm_groups": 2},
+    "byol": {"method.backbone": CONVNET, "method.hidden_dim": 16, "method.projector_dim": 8},
+    "mae": {"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_heads": 2},
+}
+METHODS = list(OPTIONS)
+COMMON = {
+    "data.world.pictures": 48,
+    "data.world.test_pictures": 24,
+    "batch_size": 8,
+    "epochs": 2,
+    "report": "none",
+    "progress": "false",
+    "log_every": 1,
+    "hooks": "[]",
+}
+
+
+def command(method: str, out: Path | None, **options: Any) -> list[str]:
+    """The command line of a tiny run; `a__b` stands for `a.b`, and None leaves an option out."""
+    chosen = {**COMMON, **OPTIONS[method], **{key.replace("__", "."): value for key, value in options.items()}}
+    words = [method] + [f"--{key}={value}" for key, value in chosen.items() if value is not None]
+    return words + ([f"--out={out}"] if out else [])
+
+
+def start(method: str, out: Path, **options: Any) -> None:
+    """The command, in this process."""
+    train.main(command(method, out, **options))
+
+
+def start_process(words: list[str], cwd: Path, **kwargs: Any) -> subprocess.Popen:
+    """The command, in a process of its own."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole state of the method in a run's newest checkpoint."""
+    return checkpoint.load(checkpoint.find(folder))["method"]
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Every tensor equal to the last bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"different: {different[:5]}"
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """The run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+__all__ = ["METHODS", "Run", "assert_same_bits", "command", "lines", "start", "start_process", "weights"]

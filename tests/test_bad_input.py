@@ -1,0 +1,183 @@
+"""Bad input: one line that names the cure, status 2, no traceback, nothing overwritten."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sslbook import checkpoint, configuration, train
+from sslbook.errors import UserError
+from tests.engine import command, start, start_process
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of twelve small pictures, two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "photos" / ("ab"[i % 2]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def refusal(*words: str) -> str:
+    """The message with which the command refuses; it must be one line."""
+    with pytest.raises(UserError) as caught:
+        train.main(list(words))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 450
+    return message
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (["simclrr"], "did you mean simclr?"),
+        (["my_module.Nothing"], "cannot be imported"),
+        (["os.path"], "not a subclass"),
+        (["simclr", "--method.temprature=0.1"], "did you mean --method.temperature?"),
+        (["simclr", "--temperature=0.1"], "did you mean --method.temperature?"),
+        (["simclr", "--bacth_size=8"], "did you mean --batch_size?"),
+        (["simclr", "--epochs=many"], "epochs"),
+        (["simclr", "--method.temperature=hot"], "float"),
+        (["simclr", "--method.backbone=resnet19"], "did you mean resnet18?"),
+        (["simclr", "--method.backbone.dpth=18"], "did you mean depth?"),
+        (["simclr", "--method.backbone.depth=19"], "use one of 18"),
+        (["simclr", "--optimizer.lrr=1"], "did you mean lr?"),
+        (["simclr", "--optimizer=Adamw2"], "optimizer"),
+        (["simclr", "--recipe=cifar"], "did you mean cifar10?"),
+        (["simclr", "--config=nowhere.yaml"], "cannot be read"),
+        (["simclr", "--data.name=cifra10"], "did you mean cifar10?"),
+        (["simclr", "--data.folder=nowhere"], "nowhere"),
+        (["simclr", "--data.world.size=8"], "16 to 96"),
+        (["simclr", "--data.world.pictures=12", "--batch_size=16"], "smaller batch"),
+        (["simclr", "--batch_size=10", "--accumulate=3"], "multiple of 3"),
+        (["simclr", "--resume=nowhere"], "no such run folder"),
+        (["simclr", "--precision=int8"], "precision"),
+        (["simclr", "--schedule=Cosin"], "schedule"),
+        (["simclr", "--rules=[{\"patern\": \"a\"}]"], "patern"),
+        (["simclr", "--method.view.flip=2"], "probability"),
+        (["mae", "--method.backbone=resnet18"], "vision transformer"),
+        (["mae", "--method.view.size=18"], "18"),
+        (["mae", "--method.mask_ratio=1.0"], "leaves nothing"),
+    ],
+    ids=lambda value: "_".join(value)[:60] if isinstance(value, list) else None,
+)
+def test_a_wrong_option_is_answered_with_the_cure(words: list[str], cure: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [] if any("data." in word for word in words) else ["--data.world.pictures=32"]
+    assert cure in refusal(*words, *small, "--steps=1", "--progress=false", "--report=none", "--hooks=[]")
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("method: {temprature: 0.1}", "did you mean method.temperature?"),
+        ("bacth_size: 4", "did you mean batch_size?"),
+        ("method: [1, 2", "not valid YAML"),
+        ("- a list", "mapping"),
+        ("method: {backbone: {class_path: sslbook.nn.ResNet, init_args: {dept: 18}}}", "did you mean depth?"),
+        ("data: {wrld: {size: 32}}", "did you mean data.world"),
+    ],
+)
+def test_a_wrong_configuration_file_too(text: str, cure: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    assert cure in refusal("simclr", f"--config={tmp_path / 'mine.yaml'}", f"--out={tmp_path / 'run'}", "--steps=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "no pictures" in refusal("simclr", f"--data.folder={tmp_path}")
+
+
+def test_a_used_run_folder_is_not_overwritten(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "run", steps=1)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert "holds another run" in refusal(*command("simclr", tmp_path / "run", steps=1))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refusal(*command("simclr", tmp_path / "file", steps=1))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "run", steps=1)
+    assert "method Rotation" in refusal(*command("simclr", None, steps=2, resume=str(tmp_path / "run")))
+    assert "batch_size 8" in refusal("rotation", f"--resume={tmp_path / 'run'}", "--batch_size=16")
+    assert "--weights" in refusal("rotation", f"--resume={tmp_path / 'run'}", "--weights=x.pt")
+
+
+@pytest.mark.parametrize("keep", [10, 0.7])
+def test_a_truncated_checkpoint(keep: float, tmp_path: Path) -> None:
+    start("rotation", tmp_path / "run", steps=1)
+    path = checkpoint.find(tmp_path / "run")
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    assert "truncated or not a checkpoint" in refusal("rotation", f"--resume={tmp_path / 'run'}", "--steps=2")
+
+
+def test_a_foreign_checkpoint(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "theirs.pt")
+    assert "not a checkpoint of sslbook" in refusal("rotation", f"--resume={tmp_path / 'theirs.pt'}", "--steps=2")
+
+
+def test_a_broken_picture_is_skipped_and_counted_or_refused(photos: Path, tmp_path: Path, capsys) -> None:
+    broken = photos / "a" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    options = {"data__world__pictures": None, "data__world__test_pictures": None, "data__folder": photos}
+    options = {**options, "steps": 2, "batch_size": 4, "method__view__size": 16}
+    with pytest.warns(UserWarning, match=r"0\.png"):
+        start("simclr", tmp_path / "run", **options)
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    message = refusal(*command("simclr", tmp_path / "strict", **options, data__strict="true", data__workers=0))
+    assert "0.png" in message
+
+
+def test_the_command_line_itself_exits_with_one_line(tmp_path: Path) -> None:
+    process = start_process(["-m", "sslbook.train", "simclrr"], tmp_path)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors == "error: there is no method simclrr; did you mean simclr?\n"
+    assert output == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+class Dies(torch.utils.data.Dataset):
+    """A data set whose loader process is killed, as when memory runs out."""
+
+    def __init__(self, root: str | None = None) -> None:
+        self.main = os.getpid()
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int):
+        if os.getpid() != self.main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new("RGB", (20, 20)), 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_worker_that_dies(tmp_path: Path) -> None:
+    options = {"data__world__pictures": None, "data__world__test_pictures": None, "data__workers": 1}
+    message = refusal(*command("simclr", tmp_path / "run", data__name="tests.test_bad_input.Dies", **options))
+    assert "--data.workers" in message
+
+
+def test_help_explains_itself(capsys) -> None:
+    for words in ([], ["mae"]):
+        with pytest.raises(SystemExit) as caught:
+            configuration.resolve([*words, "--help"], train.pretrain)
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) < 400
+        assert "--data.folder" in text
+        assert "known subclasses" not in text
+    assert "mask_ratio" in text

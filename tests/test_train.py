@@ -1,0 +1,246 @@
+"""The loop: it ends, it resumes to the bit, it stops cleanly, and several processes are one."""
+
+import json
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sslbook import Data, World, checkpoint, train
+from sslbook.errors import UserError
+from sslbook.hooks import Hook, OnlineKNN, TensorBoard, WandB
+from sslbook.methods.base import Method
+from sslbook.methods.simclr import SimCLR
+from sslbook.nn import ResNet
+from sslbook.data.views import View
+from tests.engine import METHODS, assert_same_bits, command, lines, start, start_process, weights
+
+WORLD = World(pictures=48, test_pictures=24)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def simclr() -> SimCLR:
+    torch.manual_seed(0)
+    return SimCLR(ResNet(18, 4, "small"), View(size=16), projector_dim=8)
+
+
+class Count(Hook):
+    """What was called, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self, run) -> None:
+        self.calls.append("start")
+
+    def step(self, run) -> None:
+        self.calls.append(f"step {run.clock.step}")
+
+    def epoch(self, run) -> None:
+        self.calls.append("epoch")
+
+    def save(self, run, path) -> None:
+        self.calls.append("save")
+
+    def end(self, run) -> None:
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_resumes_to_the_bit(method: str, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start(method, whole, steps=7)
+    start(method, parts, steps=7, checkpoint_every="4 steps", keep=0)  # 6 steps make an epoch: 4 is in the midst of one
+    for path in checkpoint.checkpoints(parts)[1:]:
+        path.unlink()
+    (parts / "backbone.safetensors").unlink()
+    train.main([method, f"--resume={parts}", "--report=none", "--progress=false"])
+    assert [line["step"] for line in lines(parts)] == [line["step"] for line in lines(whole)]
+    assert [line["loss"] for line in lines(parts)] == [line["loss"] for line in lines(whole)]
+    assert_same_bits(weights(parts), weights(whole))
+    assert (parts / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+
+
+def test_killed_at_a_random_moment_it_resumes_to_the_bit(tmp_path: Path) -> None:
+    options = {"steps": 40, "checkpoint_every": "1 steps", "data__world__pictures": 80}
+    start("byol", tmp_path / "whole", **options)
+    killed = tmp_path / "killed"
+    process = start_process(["-m", "sslbook.train", *command("byol", killed, **options)], tmp_path)
+    until = random.Random(time.time_ns()).randint(2, 25)
+    deadline = time.monotonic() + 120
+    while not any(checkpoint.checkpoints(killed)) or int(checkpoint.checkpoints(killed)[-1].stem[-8:]) < until:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    torch.set_num_threads(1)  # as the killed process had: sums over more threads round differently
+    start("byol", tmp_path / "single", **options)
+    train.main(["byol", f"--resume={killed}", "--progress=false", "--report=none"])
+    assert_same_bits(weights(killed), weights(tmp_path / "single"))
+    assert [line["step"] for line in lines(killed)] == list(range(1, 41))
+
+
+def test_sigterm_saves_and_leaves_cleanly(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = command("simclr", out, steps=100_000, checkpoint_every="100000 steps")
+    process = start_process(["-m", "sslbook.train", *words], tmp_path)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or not lines_so_far(out):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--resume" in output
+    state = checkpoint.load(checkpoint.find(out))
+    assert state["step"] == lines(out)[-1]["step"]
+
+
+def lines_so_far(folder: Path) -> int:
+    return (folder / "metrics.jsonl").read_text().count("\n")
+
+
+def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
+    options = {"steps": 4, "device": "cpu"}
+    torch.set_num_threads(1)
+    start("simclr", tmp_path / "one", **options)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sslbook.train"]
+    process = start_process([*torchrun, *command("simclr", tmp_path / "two", **options)], tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_accumulation_is_the_whole_batch_for_a_loss_without_interaction(tmp_path: Path) -> None:
+    """Rotation with a transformer: no batch norm and no negatives, so parts of a batch are independent."""
+    backbone = (
+        '{"class_path": "sslbook.nn.VisionTransformer", "init_args": '
+        '{"image_size": 16, "patch_size": 8, "dim": 8, "depth": 1, "heads": 1}}'
+    )
+    for name, parts in (("whole", 1), ("parts", 4)):
+        start("rotation", tmp_path / name, steps=3, accumulate=parts, method__backbone=backbone)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_hooks_see_everything_and_change_nothing(tmp_path: Path) -> None:
+    data, count = Data(world=WORLD), Count()
+    common = {"batch_size": 16, "steps": 4, "progress": False}
+    plain = train.pretrain(simclr(), data, SGD, out=str(tmp_path / "a"), **common)
+    hooks = [count, OnlineKNN(every=1, k=3), TensorBoard(every=1), WandB(every=1)]
+    watched = train.pretrain(simclr(), data, SGD, out=str(tmp_path / "b"), hooks=hooks, **common)
+    assert_same_bits(dict(plain.method.state_dict()), dict(watched.method.state_dict()))
+    assert count.calls == [
+        *("start", "step 1", "step 2", "step 3", "epoch", "save"),
+        *("step 4", "epoch", "save", "end"),
+    ]
+    assert 0 <= watched.figures["knn"] <= 100
+    assert any("knn" in line for line in lines(tmp_path / "b"))
+    assert list((tmp_path / "b" / "tensorboard").glob("events*"))
+    assert list((tmp_path / "b" / "wandb").glob("offline-run*"))
+
+
+def test_the_best_checkpoint_and_how_many_are_kept(tmp_path: Path) -> None:
+    class Score(Hook):
+        values = iter([10.0, 30.0, 20.0])
+
+        def epoch(self, run) -> None:
+            run.figures["score"] = next(self.values)
+
+    options = {"batch_size": 16, "epochs": 3, "progress": False, "best": "score", "keep": 2}
+    train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), hooks=[Score()], **options)
+    assert [path.stem for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000009"]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 6
+    with pytest.raises(UserError, match="did you mean score"):
+        Score.values = iter([1.0])
+        options = {**options, "best": "scor"}
+        train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path / "x"), hooks=[Score()], **options)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_with_clipping_compiles_down_to_numbers(precision: str, tmp_path: Path) -> None:
+    start("mae", tmp_path / "run", steps=3, precision=precision, clip=1.0)
+    assert all(line["loss"] == line["loss"] and "gradient_norm" in line for line in lines(tmp_path / "run"))
+
+
+def test_channels_last_changes_nothing_but_the_layout(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "a", steps=2)
+    start("rotation", tmp_path / "b", steps=2, channels_last="true")
+    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+class Explodes(Method):
+    """Its loss becomes NaN at step 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = ResNet(18, 4, "small")
+
+    def views(self) -> tuple[View, ...]:
+        return (View(size=16),)
+
+    def forward(self, batch, clock):
+        loss = self.backbone(batch.views[0]).mean()
+        return {"loss": loss * float("nan") if clock.step == 2 else loss}
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -> None:
+    with pytest.raises(UserError, match=r"became nan at step 2 \(epoch 0\).*replay"):
+        train.main(["tests.test_train.Explodes", f"--out={tmp_path}", "--batch_size=8", "--data.world.pictures=48"])
+    (failure,) = tmp_path.glob("failed-step-2-rank-0.pt")
+    from sslbook.tools.replay import replay
+
+    replay(str(failure))
+    output = capsys.readouterr().out
+    assert "0 parameters hold NaN" in output
+    assert "the loss itself is nan" in output
+
+
+def test_the_four_ways_to_start(tmp_path: Path) -> None:
+    """MMPretrain's load_from and resume: each combination has one spelling here."""
+    out = tmp_path / "run"
+    start("simclr", out, steps=3)
+    fresh = weights(out)
+    start("simclr", tmp_path / "warm", steps=3, weights=str(out))  # weights from elsewhere, a new run
+    assert checkpoint.load(checkpoint.find(tmp_path / "warm"))["step"] == 3
+    assert not torch.equal(weights(tmp_path / "warm")["backbone.conv1.weight"], fresh["backbone.conv1.weight"])
+    start("simclr", tmp_path / "new", steps=3, resume="auto")  # nothing to resume: a fresh run
+    assert_same_bits(weights(tmp_path / "new"), fresh)
+    train.main(["simclr", f"--out={out}", "--resume", "--steps=5"])  # bare --resume: go on in this folder
+    assert checkpoint.load(checkpoint.find(out))["step"] == 5
+    path = checkpoint.find(out)
+    train.main([f"--resume={path}", "--steps=6"])  # from a file; the method is read from its run
+    assert checkpoint.load(checkpoint.find(out))["step"] == 6
+
+
+def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "a", steps=2, method__view__crop="null", rules='[{"pattern": "head", "lr_scale": 2}]')
+    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert written["method"]["class_path"] == "sslbook.methods.rotation.Rotation"
+    assert written["method"]["init_args"]["view"]["crop"] is None
+    train.main(["--config", str(tmp_path / "a" / "config.yaml"), f"--out={tmp_path / 'b'}"])
+    assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text()) == written
+    assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
+
+
+def test_from_python_without_a_command_line(tmp_path: Path) -> None:
+    run = train.pretrain(simclr(), Data(world=WORLD), SGD, batch_size=16, epochs=1, out=str(tmp_path), progress=False)
+    assert run.finished
+    assert run.clock.step == 3
+    backbone, facts = checkpoint.load_backbone(tmp_path)
+    assert facts["view"]["size"] == 16
+    assert torch.equal(backbone.conv1.weight, run.method.backbone.conv1.weight)
+    assert json.loads((tmp_path / "backbone.json").read_text())["method"] == "SimCLR"
