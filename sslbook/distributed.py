@@ -87,11 +87,11 @@ def from_main(x: T) -> T:
     """What process 0 passes, on every process: a tensor (all must pass one of the same shape), or any object."""
     if world_size() == 1:
         return x
+    box: list[Any] = [x]
     if isinstance(x, Tensor):
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(x, src=0)
-        return x
-    box = [x]
+        box[0] = x.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(box[0], src=0)
+        return box[0]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -103,8 +103,8 @@ class _Gather(torch.autograd.Function):
         return gather(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
@@ -117,8 +117,8 @@ class _Sum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad
 
@@ -165,12 +165,15 @@ def launch(fn: Callable[..., T], processes: int, *args: Any) -> list[T]:
 
     For notebooks and demonstrations. The processes import `fn` afresh, so it must live in a module, not in a cell.
     """
+    # As bytes: torch would pickle tensors as shared memory, and every process would train the same weights in place.
+    work = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_launched, (fn, processes, folder, args), nprocs=processes)
+        torch.multiprocessing.spawn(_launched, (work, processes, folder), nprocs=processes)
         return [pickle.loads((Path(folder) / f"{r}.pickle").read_bytes()) for r in range(processes)]
 
 
-def _launched(rank: int, fn: Callable[..., Any], processes: int, folder: str, args: tuple[Any, ...]) -> None:
+def _launched(rank: int, work: bytes, processes: int, folder: str) -> None:
+    fn, args = pickle.loads(work)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     join(rank, processes, Path(folder) / "rendezvous")
     try:

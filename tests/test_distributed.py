@@ -86,6 +86,18 @@ def test_launch_returns_what_each_process_returned() -> None:
     assert distributed.launch(_sum_of_ranks, 2, 40) == [41, 41]
 
 
+def _add_one(x: torch.Tensor) -> float:
+    x.add_(1)
+    distributed.barrier()
+    return float(x)
+
+
+def test_launched_processes_share_no_memory() -> None:
+    x = torch.zeros(1)
+    assert distributed.launch(_add_one, 2, x) == [1.0, 1.0]
+    assert x == 0
+
+
 def test_setup_alone_and_its_errors(monkeypatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert distributed.setup(device="cpu") == torch.device("cpu")
@@ -107,3 +119,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="at most 2 processes"):
         distributed.setup()
+
+
+def _overwrite(x: Tensor) -> float:
+    distributed.barrier()
+    x += 1 + distributed.rank()
+    distributed.barrier()
+    return float(x)
+
+
+def test_launched_processes_share_no_memory() -> None:
+    x = torch.zeros(())
+    assert distributed.launch(_overwrite, 2, x) == [1.0, 2.0]
+    assert x == 0
