@@ -120,7 +120,7 @@ class MAE(Method):
         decoder_heads: attention heads of the decoder.
     """
 
-    backbone: VisionTransformer
+    backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(
         self,
@@ -185,6 +185,5 @@ class MAE(Method):
             prediction = prediction * (variance + 1e-6).sqrt() + mean
         place = hidden[:, :, None].expand_as(prediction)
         grid = patch_grid(images.shape[2], images.shape[3], size)
-        return tuple(
-            unpatchify(patches.scatter(1, place, x), size, grid) for x in (torch.zeros_like(prediction), prediction)
-        )
+        masked, drawn = (patches.scatter(1, place, x) for x in (torch.zeros_like(prediction), prediction))
+        return unpatchify(masked, size, grid), unpatchify(drawn, size, grid)

@@ -31,6 +31,6 @@ def timm_model(name: str, **options: Any) -> nn.Module:
         raise UserError('models of timm need timm: python -m pip install "sslbook[timm]"') from error
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name}{nearest(name, timm.list_models())}")
-    model = timm.create_model(name, num_classes=0, **options)
+    model: Any = timm.create_model(name, num_classes=0, **options)
     model.dim = backbone_dim(model)
     return model

@@ -45,7 +45,9 @@ class BatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         return super().extra_repr() + f", groups={self.groups}"
 
-    def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
+    def forward(  # pyrefly: ignore[bad-override-param-name]
+        self, x: Float[Tensor, "batch channels *space"]
+    ) -> Float[Tensor, "batch channels *space"]:
         processes = distributed.world_size()
         if (not self.training and self.running_mean is not None) or (self.groups == 1 and processes == 1):
             return super().forward(x)
@@ -107,6 +109,9 @@ class BatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Float[Tensor, "channels"], variance: Float[Tensor, "channels"]) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         new = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), new)

@@ -34,6 +34,11 @@ class ResNet(nn.Module):
         zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         depth: int = 50,
@@ -59,7 +64,7 @@ class ResNet(nn.Module):
 
         channels = width
         for stage, count in enumerate(counts):
-            layers = []
+            layers: list[nn.Module] = []
             for i in range(count):
                 planes, stride = width * 2**stage, 2 if stage > 0 and i == 0 else 1
                 downsample = None
