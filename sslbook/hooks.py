@@ -294,7 +294,7 @@ def keep_for_replay(run: Run, batch: Batch, loss: Tensor, optimizer: torch.optim
         "index": batch.index.cpu(),
         "label": batch.label.cpu(),
         "clock": vars(run.clock),
-        "loss": float(loss),
+        "loss": loss.detach().item(),
     }
     write_atomically(path, lambda part: torch.save(state, part))
     return path

@@ -57,7 +57,7 @@ def refusal(*words: str) -> str:
         (["simclr", "--data.name=cifra10"], "did you mean cifar10?"),
         (["simclr", "--data.folder=nowhere"], "nowhere"),
         (["simclr", "--data.world.size=8"], "16 to 96"),
-        (["simclr", "--data.world.pictures=12", "--batch_size=16"], "smaller batch"),
+        (["simclr", "--data.world.pictures=12", "--batch_size=16"], "use a smaller one"),
         (["simclr", "--batch_size=10", "--accumulate=3"], "multiple of 3"),
         (["simclr", "--resume=nowhere"], "no such run folder"),
         (["simclr", "--precision=int8"], "precision"),

@@ -13,7 +13,7 @@ LAYERS = [
     {"methods"},
     {"evaluation", "hooks", "report", "notebook"},
     {"train", "evaluate", "extract", "configuration"},
-    {"tools", "__init__", "__main__"},
+    {"tools", "compare", "__init__", "__main__"},
 ]
 
 

@@ -63,7 +63,7 @@ def supervised(
     batch_size: int,
     *,
     evaluation_view: View,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     weight_decay: float = 0.05,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     seed: int = 0,
@@ -102,7 +102,7 @@ def supervised(
     chosen = make([p for p in network.parameters() if p.requires_grad])
     peaks = [group["lr"] for group in chosen.param_groups]
     cuda = [device] if device.type == "cuda" else []
-    bar = tqdm(total=steps, desc="supervised control", unit="step", leave=False, disable=not progress)
+    bar = tqdm(total=steps, desc="supervised control", unit="step", leave=False, disable=None if progress else True)
     network.train()
     with torch.random.fork_rng(devices=cuda), bar:  # dropout in the backbone must not disturb the caller's chance
         torch.manual_seed(seed)

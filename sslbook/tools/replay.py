@@ -64,7 +64,7 @@ def first_not_finite(method: nn.Module, batch: Batch, clock: Clock) -> str | Non
 
     handles = [m.register_forward_hook(watch(name)) for name, m in method.named_modules() if name]
     try:
-        loss = float(method(batch, clock)["loss"])
+        loss = method(batch, clock)["loss"].detach().item()
     finally:
         for handle in handles:
             handle.remove()
