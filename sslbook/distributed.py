@@ -91,8 +91,8 @@ def from_main(x: T) -> T:
     if isinstance(x, Tensor):
         box[0] = x.clone(memory_format=torch.contiguous_format)
         dist.broadcast(box[0], src=0)
-        return box[0]
-    dist.broadcast_object_list(box, src=0)
+    else:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
