@@ -82,7 +82,8 @@ def supervised(
         steps: optimizer steps.
         batch_size: pictures per step.
         evaluation_view: the view that the method is measured with.
-        lr: peak learning rate of AdamW; it rises over the first twentieth and falls to zero along a cosine.
+        lr: peak learning rate of AdamW; it rises over the first twentieth and falls to zero along a cosine. Short runs
+            need the default (a small residual net, 250 steps: 72 % at 3e-3, 36 % at 1e-3); give a transformer 1e-3.
         weight_decay: of AdamW.
         optimizer: another optimizer, given its parameters; its own learning rate is then the peak.
         seed: key of the order of the pictures and of their views.
