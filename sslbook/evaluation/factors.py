@@ -50,7 +50,9 @@ def probe(
     names = list(chance_levels(factors_train, factors_test))
     continuous = {name: factors_train[name] for name in names if factors_train[name].is_floating_point()}
     scores = _ridge(features_train, continuous, features_test, factors_test, seed) if continuous else {}
-    for name in tqdm([n for n in names if n not in continuous], desc="factors", leave=False, disable=None if progress else True):
+    for name in tqdm(
+        [n for n in names if n not in continuous], desc="factors", leave=False, disable=None if progress else True
+    ):
         result = linear.probe(
             features_train, factors_train[name], features_test, factors_test[name], seed=seed, device=device
         )

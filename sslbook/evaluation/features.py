@@ -98,7 +98,9 @@ def extract_with_index(
     total = len(data.labels(split))
     features: Tensor | None = None
     labels, indices, done = [], [], 0
-    bar = tqdm(total=total, desc=f"features of {split}", unit="picture", leave=False, disable=None if progress else True)
+    bar = tqdm(
+        total=total, desc=f"features of {split}", unit="picture", leave=False, disable=None if progress else True
+    )
     with frozen(backbone), bar, torch.autocast(device.type, enabled=False):
         for batch in data.evaluation_batches(split, view, batch_size, device):
             output = backbone(batch.views[0])
