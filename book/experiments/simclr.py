@@ -1,0 +1,199 @@
+"""What the chapter on SimCLR quotes: its longer runs over several seeds, and its sabotages.
+
+    python book/experiments/simclr.py measure --seeds 3
+    python book/experiments/simclr.py sabotage          each some minutes on one CPU core
+
+Write `simclr_world` (accuracy on test pictures beside the controls), `simclr_factors` (what h and z know of every
+factor) and `simclr_sabotage`, which is measured on held-out training pictures: whoever chooses a setting from it has not
+looked at the test pictures.
+"""
+
+import argparse
+import copy
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslbook.data.loader import Batch, Data
+from sslbook.data.views import View
+from sslbook.data.world import World
+from sslbook.evaluation import controls, extract_features, factors, knn, linear
+from sslbook.methods.simclr import SimCLR
+from sslbook.notebook import results
+from sslbook.schedules import Clock
+
+WORLD = World(pictures=4000, test_pictures=1000)
+VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.8, 0.8, 0.8, 0.5), grayscale=0.2)
+CENTER = View.center(16)
+BATCH, LR, TEMPERATURE = 256, 5e-3, 0.2
+HELD_OUT = 800  # training pictures at the end that the sabotages are judged on
+TEMPERATURES = (0.02, 1.0)
+STEPS = 150
+
+
+class SmallNet(nn.Sequential):
+    """Four convolutions for pictures of 16 x 16: 131,000 weights, 128 features."""
+
+    def __init__(self, width: int = 32) -> None:
+        def block(inside: int, outside: int, size: int, stride: int) -> list[nn.Module]:
+            conv = nn.Conv2d(inside, outside, size, stride, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True)]
+
+        super().__init__(
+            *block(3, width, 4, 2),
+            *block(width, 2 * width, 3, 1),
+            *block(2 * width, 2 * width, 3, 2),
+            *block(2 * width, 4 * width, 3, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.dim = 4 * width
+
+
+class KeepsItself(SimCLR):
+    """The sabotage: a row's similarity to itself stays among the candidates."""
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        z_1, z_2 = self.projector(self.backbone(torch.cat(batch.views))).chunk(2)
+        z = F.normalize(torch.cat([z_1, z_2]), dim=1)
+        loss = 2 * F.cross_entropy(z @ z.T / self.temperature, torch.arange(len(z)).roll(len(z_1)))
+        return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
+
+
+def make(seed: int, kind: type[SimCLR] = SimCLR, view: View = VIEW, temperature: float = TEMPERATURE) -> SimCLR:
+    torch.manual_seed(seed)
+    return kind(SmallNet(), view, temperature, projector_layers=2, projector_dim=64)
+
+
+def train(method: SimCLR, data: Data, steps: int, seed: int) -> dict[str, float]:
+    """Train in place, as the chapter does; the mean of the last twenty steps' log."""
+    optimizer = torch.optim.AdamW(method.parameters(), LR, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
+    log, epoch = [], 0
+    method.train()
+    while len(log) < steps:
+        for batch in data.batches(method.views(), BATCH, seed=seed, epoch=epoch):
+            if len(log) == steps:
+                break
+            out = method(batch, Clock(len(log), steps))
+            optimizer.zero_grad()
+            out["loss"].backward()
+            optimizer.step()
+            rate.step()
+            log.append({name: value.item() for name, value in out.items()})
+        epoch += 1
+    return {name: sum(line[name] for line in log[-20:]) / len(log[-20:]) for name in log[0]}
+
+
+def features(network: nn.Module, data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    train_part = extract_features(network, data, "train", CENTER, progress=False)
+    return *train_part, *extract_features(network, data, "test", CENTER, progress=False)
+
+
+def judge(backbone: nn.Module, data: Data) -> dict[str, float]:
+    """On held-out training pictures: kNN, and linear probes of shape, hue and ground."""
+    x, y = extract_features(backbone, data, "train", CENTER, progress=False)
+    bank, asked = x[:-HELD_OUT], x[-HELD_OUT:]
+    found = {"kNN": knn.accuracy(bank, y[:-HELD_OUT], asked, y[-HELD_OUT:])}
+    for name in ("shape", "hue", "background"):
+        value = data.factors("train")[name]
+        found[name] = linear.probe(
+            bank, value[:-HELD_OUT], asked, value[-HELD_OUT:], lrs=(0.03, 0.1, 0.3), epochs=20
+        ).accuracy
+    return found
+
+
+def score(network: nn.Module, data: Data) -> dict[str, float]:
+    """On test pictures."""
+    x, y, test_x, test_y = features(network, data)
+    return {
+        "kNN": knn.accuracy(x, y, test_x, test_y),
+        "linear": linear.probe(x, y, test_x, test_y).accuracy,
+    }
+
+
+def factor(network: nn.Module, data: Data) -> dict[str, float]:
+    x, _, test_x, _ = features(network, data)
+    return factors.probe(x, data.factors("train"), test_x, data.factors("test"))
+
+
+NONE = "as it should be"
+VARIANTS = {
+    NONE: {},
+    "no color jitter": {"view": View(size=16, crop=VIEW.crop)},
+    "no projector": {},
+    "k = i kept": {"kind": KeepsItself},
+    **{f"temperature {t:g}": {"temperature": t} for t in TEMPERATURES},
+    "textured ground": {},
+}
+SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "pictures": WORLD.pictures}
+Table = dict[str, dict[str, list[float]]]
+
+
+def note(table: Table, row: str, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        table[row][name].append(round(value, 3))
+    print(row, {name: round(value, 2) for name, value in values.items()}, flush=True)
+
+
+def measure(seeds: list[int]) -> None:
+    """`simclr_world` and `simclr_factors`: the method as it should be, beside its controls, on test pictures."""
+    data = Data(world=WORLD)
+    world, known = (defaultdict(lambda: defaultdict(list)) for _ in range(2))
+
+    def factor(column: str, network: nn.Module) -> None:
+        x, _, test_x, _ = features(network, data)
+        for name, value in factors.probe(x, data.factors("train"), test_x, data.factors("test")).items():
+            known[name][column].append(round(value, 2))
+
+    for name, level in factors.chance_levels(data.factors("train"), data.factors("test")).items():
+        known[name]["chance"].append(round(level, 2))
+    factor("pixels", nn.Flatten())
+    pixels = score(nn.Flatten(), data)
+    for seed in seeds:
+        method = make(seed)
+        fresh = copy.deepcopy(method.backbone)
+        random = score(fresh, data)
+        if seed == 0:
+            factor("random weights", fresh)
+        train(method, data, STEPS, seed)
+        note(world, "SimCLR", score(method.backbone, data))
+        if seed == 0:
+            note(world, "pixels", pixels)
+        note(world, "random weights", random)
+        factor("h", method.backbone)
+        factor("z", nn.Sequential(method.backbone, method.projector))
+        row = controls.supervised(fresh, data, VIEW, STEPS, BATCH, evaluation_view=CENTER, seed=seed, progress=False)
+        note(world, "supervised", {"kNN": row.knn, "linear": row.linear})
+        results.save("simclr_world", world, seeds=seeds[: seed + 1], settings=SETTINGS)
+        results.save("simclr_factors", known, seeds=seeds[: seed + 1], settings=SETTINGS)
+
+
+def sabotage(seeds: list[int]) -> None:
+    """`simclr_sabotage`: one line changed at a time, on held-out training pictures."""
+    plain, textured = Data(world=WORLD), Data(world=World(**{**vars(WORLD), "texture": 1.0}))
+    table: Table = defaultdict(lambda: defaultdict(list))
+    for seed in seeds:
+        for name, options in VARIANTS.items():
+            method, data = make(seed, **options), textured if name == "textured ground" else plain
+            if name == "no projector":
+                method.projector = nn.Identity()
+            log = train(method, data, STEPS, seed)
+            note(table, name, {**log, **judge(method.backbone, data)})
+            if seed == 0 or name == list(VARIANTS)[-1]:
+                results.save("simclr_sabotage", table, seeds=seeds[: seed + 1], settings=SETTINGS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["measure", "sabotage"])
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    {"measure": measure, "sabotage": sabotage}[arguments.what](list(range(arguments.seeds)))
+
+
+if __name__ == "__main__":
+    main()
