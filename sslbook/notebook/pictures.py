@@ -75,7 +75,7 @@ def neighbors(
                 if same is not None:
                     right = bool(same[row, column])
                     spine.set(color=style.GREEN if right else style.ORANGE, linewidth=2, linestyle="-" if right else ":")
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
     return fig
 
 
