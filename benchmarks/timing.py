@@ -1,0 +1,39 @@
+"""The one way in which these benchmarks measure: sides take turns, medians are compared."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def take_turns(sides: dict[str, Callable[[], object]], repetitions: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of every side in every repetition, after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in range(repetitions + 1):
+        for name, work in sides.items():
+            if device != "cpu":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            work()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if repetition:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], items: int, unit: str) -> dict[str, dict[str, float]]:
+    """Print and return, for every side: items per second, and how many times the first side's time it takes."""
+    first = next(iter(seconds))
+    rows = {}
+    for name, values in seconds.items():
+        ratios = sorted(v / f for v, f in zip(values, seconds[first]))
+        rows[name] = {
+            f"{unit} per s": round(items / statistics.median(values), 1),
+            f"times {first}": round(statistics.median(ratios), 3),
+            "least": round(ratios[0], 3),
+            "most": round(ratios[-1], 3),
+        }
+        print(f"{name:42s}" + "".join(f"  {key} {value:,}" for key, value in rows[name].items()))
+    return rows
