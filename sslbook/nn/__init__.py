@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sslbook.nn.backbones import backbone_dim, timm_model
     from sslbook.nn.batch_norm import BatchNorm, convert_batch_norm
+    from sslbook.nn.convnet import ConvNet
     from sslbook.nn.ema import EMA
     from sslbook.nn.heads import MLP
     from sslbook.nn.queue import Queue
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "backbones": ["backbone_dim", "timm_model"],
     "batch_norm": ["BatchNorm", "convert_batch_norm"],
+    "convnet": ["ConvNet"],
     "ema": ["EMA"],
     "heads": ["MLP"],
     "queue": ["Queue"],
@@ -28,6 +30,7 @@ __all__ = [
     "EMA",
     "MLP",
     "BatchNorm",
+    "ConvNet",
     "Queue",
     "ResNet",
     "VisionTransformer",

@@ -1,0 +1,36 @@
+"""A plain convolutional network for the embedded world: small enough to learn from 16-pixel pictures on a CPU."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """Four convolutions with batch norm, the first and the third of stride 2, then the average over places.
+
+    Args:
+        width: channels of the first layer; the last has four times as many, which are the features.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.init_args = {"width": width}
+        self.dim = 4 * width
+        self.layers = nn.Sequential(
+            *_layer(3, width, kernel_size=4, stride=2),
+            *_layer(width, 2 * width),
+            *_layer(2 * width, 2 * width, stride=2),
+            *_layer(2 * width, 4 * width),
+        )
+
+    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """Features at every place; a quarter of the resolution remains."""
+        return self.layers(x.contiguous(memory_format=torch.channels_last))  # twice as fast on a CPU
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        return self.forward_map(x).mean(dim=(2, 3))
+
+
+def _layer(channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, out_channels, kernel_size, stride, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
