@@ -131,11 +131,16 @@ def run(main: Callable[[], object]) -> None:
 
 
 def cli(function: Callable, argv: list[str] | None = None, *, prog: str) -> object:
-    """Call `function` with what the command line says; its signature and docstring are the options and the help."""
+    """Call `function` with what the command line says; its signature and docstring are the options and the help.
+
+    The first word may be the function's first argument without its name: `python -m sslbook.evaluate RUN`.
+    """
     parser = Parser(prog=prog, description=(inspect.getdoc(function) or "").split("Args:")[0].strip())
     parser.add_argument("--config", action="config", help="a YAML file with options")
     parser.add_function_arguments(function)
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if argv and not argv[0].startswith("-"):
+        argv[0] = f"--{next(iter(inspect.signature(function).parameters))}={argv[0]}"
     values = parser.construct(parser.parse(_expand_names(argv)))
     values.pop("config", None)
     return function(**{key: value for key, value in vars(values).items()})
