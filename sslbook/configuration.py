@@ -306,16 +306,36 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     for layer in layers:
         merged = merge(merged, layer)
     merged.pop("recipe", None)
+    argv = _expand_names(argv)
+    _drop_replaced(merged, argv)
 
     parser = train_parser(method, engine, f"python -m sslbook.train {name}", "")
     resume = [f"--resume={resumes[-1]}"] if resumes else []
-    config = parser.parse([f"--config={json.dumps(merged)}", *_expand_names(argv), *resume])
+    config = parser.parse([f"--config={json.dumps(merged)}", *argv, *resume])
     resolved = parser.plain(config)
     for key in ("config", "recipe", "resume", "out"):
         resolved.pop(key, None)
     path = f"{method.__module__}.{method.__qualname__}"
     resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
     return parser, config, resolved
+
+
+def _drop_replaced(merged: dict[str, Any], argv: list[str]) -> None:
+    """Forget the arguments of a class that the command line replaces: a ResNet-50 must not get a ResNet-18's width."""
+    for i, word in enumerate(argv):
+        key, has_value, value = word.partition("=")
+        if not has_value:
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        *path, last = key.removeprefix("--").split(".")
+        place: Any = merged
+        for name in path:
+            place = place.get(name) if isinstance(place, dict) else None
+        old = place.get(last) if isinstance(place, dict) else None
+        if not (key.startswith("--") and isinstance(old, dict) and "class_path" in old):
+            continue
+        new = re.search(r'"class_path": "([\w.]+)"', value)
+        if (new[1] if new else value).split(".")[-1] != old["class_path"].split(".")[-1]:
+            del place[last]
 
 
 def _config_of_run(resume: str, outs: list[str]) -> Path | None:

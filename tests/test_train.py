@@ -238,6 +238,23 @@ def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
     assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
 
 
+def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
+    from sslbook import configuration
+
+    words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone=resnet50", "--optimizer", "SGD"]
+    _, _, resolved = configuration.resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], train.pretrain)
+    assert resolved["method"]["init_args"]["backbone"] == {
+        "class_path": "sslbook.nn.resnet50",
+        "init_args": {"width": 64, "stem": "imagenet", "zero_init_residual": False},
+    }
+    assert resolved["optimizer"]["init_args"]["lr"] == 0.3
+    assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.0
+    words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone.width=16", "--optimizer.lr=0.5"]
+    _, _, resolved = configuration.resolve(words, train.pretrain)
+    assert resolved["method"]["init_args"]["backbone"]["init_args"]["depth"] == 18
+    assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.05
+
+
 def test_from_python_without_a_command_line(tmp_path: Path) -> None:
     run = train.pretrain(simclr(), Data(world=WORLD), SGD, batch_size=16, epochs=1, out=str(tmp_path), progress=False)
     assert run.finished

@@ -70,6 +70,8 @@ class BYOL(Method):
         hidden_dim: hidden width of projector and predictor.
         projector_dim: width of the projection that is predicted.
         momentum: how much of itself the target keeps at a step, in the beginning; rises to 1.
+        projector: another network behind the backbone, instead of the MLP described.
+        predictor: another network from one projection to the other.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class BYOL(Method):
         hidden_dim: int = 4096,
         projector_dim: int = 256,
         momentum: float = 0.996,
+        projector: nn.Module | None = None,
+        predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.view_1, self.view_2, self.momentum = view_1, view_2, momentum
         self.backbone = backbone
-        self.projector = MLP(backbone_dim(backbone), hidden_dim, projector_dim, last_bias=False)
-        self.predictor = MLP(projector_dim, hidden_dim, projector_dim, last_bias=False)
+        self.projector = projector or MLP(backbone_dim(backbone), hidden_dim, projector_dim, last_bias=False)
+        self.predictor = predictor or MLP(projector_dim, hidden_dim, projector_dim, last_bias=False)
         self.target_backbone = EMA(self.backbone)
         self.target_projector = EMA(self.projector)
 

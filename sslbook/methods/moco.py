@@ -56,6 +56,7 @@ class MoCo(Method):
         queue_size: keys kept as wrong answers.
         batch_norm_groups: parts of the global batch that batch norm sees separately, 8 as on the authors' 8 GPUs;
             the keys are shuffled over them. With 1, all pictures share their statistics and nothing is shuffled.
+        projector: another network between backbone and loss; it must give `projector_dim` values.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class MoCo(Method):
         momentum: float = 0.999,
         queue_size: int = 65536,
         batch_norm_groups: int = 8,
+        projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.view, self.temperature, self.momentum = view, temperature, momentum
         self.backbone = convert_batch_norm(backbone, batch_norm_groups)
         dim = backbone_dim(backbone)
-        self.projector = MLP(dim, dim, projector_dim, layers=2 if mlp else 1, batch_norm=False)
+        self.projector = projector or MLP(dim, dim, projector_dim, layers=2 if mlp else 1, batch_norm=False)
         self.key_backbone = EMA(self.backbone)
         self.key_projector = EMA(self.projector)
         self.queue = Queue(queue_size, projector_dim)

@@ -72,6 +72,7 @@ class SimCLR(Method):
         temperature: divides the similarities; the smaller, the more the hardest wrong answers count.
         projector_layers: linear maps in the projector; 3 in the authors' code, 2 in the paper.
         projector_dim: width of the projection in which similarity is measured.
+        projector: another network between backbone and loss, instead of the one that these two describe.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class SimCLR(Method):
         temperature: float = 0.1,
         projector_layers: int = 3,
         projector_dim: int = 128,
+        projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.view, self.temperature = view, temperature
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = MLP(dim, dim, projector_dim, layers=projector_layers, last_batch_norm="scale")
+        self.projector = projector or MLP(dim, dim, projector_dim, layers=projector_layers, last_batch_norm="scale")
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)

@@ -169,7 +169,7 @@ def exercise(test: Callable[..., None]) -> Callable[[Callable], None]:
     """Turn `test(check, answer)` into the check a chapter calls with the reader's function."""
 
     @functools.wraps(test)
-    def run(answer: Callable) -> None:
+    def run(answer: Any) -> None:
         check = Check(test.__name__)
         if not callable(answer):
             check.fail(f"give the function itself, as in check.{test.__name__}(my_function)")

@@ -172,7 +172,7 @@ def through_normalization(check: Check, answer: Callable) -> None:
 
 @exercise
 def information_bound(check: Check, answer: Callable) -> None:
-    """`answer(scores) -> bound in nats`; `scores[i, k]` is f(x_i, y_k), the pairs stand on the diagonal."""
+    """`answer(scores) -> bound in nats`; `scores[i, k]` is phi(x_i, y_k), the pairs stand on the diagonal."""
     for n in (5, 12):
         scores = 2 * check.random(n, n) + 3 * torch.eye(n)
         given = check.call(answer, scores)

@@ -10,7 +10,7 @@ scripts (GitHub's preview) the default frame stands there as an ordinary picture
 import html
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import matplotlib.figure
@@ -119,7 +119,7 @@ def sweep(
     default: Any = None,
     alt: str | Callable[..., str] | None = None,
     labels: dict[str, str] | None = None,
-    **values: Sequence,
+    **values: Iterable,
 ) -> Sweep:
     """A slider over the one or two parameters named in `values`; `fn(**parameters)` draws a frame and changes nothing.
 
