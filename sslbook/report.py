@@ -134,14 +134,16 @@ def draw_curves(run: Run) -> None:
     if not losses:
         return
     alt = f"Training loss from {losses[0][1]:.3g} to {losses[-1][1]:.3g} over {losses[-1][0]} steps."
-    figure, axes = style.figure(alt, 1 + bool(measured), 1, width=5.6, height=2.6 * (1 + bool(measured)), squeeze=False)
+    shape = {"width": 5.6, "height": 2.6 * (1 + bool(measured)), "squeeze": False, "sharex": True}
+    figure, axes = style.figure(alt, 1 + bool(measured), 1, **shape)
     axes[0, 0].plot(*zip(*losses), color=style.BLUE)
-    axes[0, 0].set(ylabel="loss", xlabel="step")
+    axes[0, 0].set(ylabel="loss")
+    axes[-1, 0].set(xlabel="step")
     for i, name in enumerate(measured):
         points = [(line["step"], line[name]) for line in lines if name in line and "loss" not in line]
         axes[1, 0].plot(*zip(*points), color=style.COLORS[i + 1], marker="o", markersize=3)
         axes[1, 0].annotate(f" {name}", points[-1], color=style.COLORS[i + 1], va="center")
-        axes[1, 0].set(ylabel="accuracy (%)", xlabel="step")
+        axes[1, 0].set(ylabel="accuracy (%)")
     _save(figure, run.folder / "curves.png")
 
 

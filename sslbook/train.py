@@ -138,7 +138,7 @@ def pretrain(
     dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
     run = Run(method, data, folder, clock, device, batch_size, config or _plain_config(locals()))
-    watchers = [Metrics(log_every), *([Progress()] if progress else []), *(hooks or [])]
+    watchers = [*(hooks or []), Metrics(log_every), *([Progress()] if progress else [])]  # what hooks measure is logged
     best_value = -float("inf")
     description = {
         "backbone": checkpoint.describe(method.backbone),
