@@ -1,0 +1,56 @@
+"""The wheel holds all it needs: from an empty folder the same commands work; and `import sslbook` stays light."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.engine import command
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "sslbook").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    words = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(words, check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def run(words: list[str], cwd: Path, site: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_from_an_empty_folder_with_only_the_wheel(installed: Path, tmp_path: Path) -> None:
+    where = run(["-c", "import sslbook; print(sslbook.__file__)"], tmp_path, installed).stdout
+    assert str(installed) in where, "the checkout was imported, not the wheel"
+    done = run(["-m", "sslbook.train", *command("rotation", None, steps=1)], tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "rotation-world" / "backbone.safetensors").exists()
+    again = run(["-m", "sslbook", "train", *command("rotation", None, steps=1)], tmp_path, installed)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "runs" / "rotation-world-2" / "backbone.safetensors").exists()
+
+
+def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = "import sys, sslbook; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = run(["-c", script], tmp_path, ROOT).stdout
+    for heavy in ("torchvision", "sklearn", "matplotlib", "umap", "numba", "jsonargparse", "timm", "IPython"):
+        assert f"'{heavy}'" not in loaded

@@ -1,0 +1,80 @@
+"""What a finished run leaves: the table beside its controls, the pictures, the exported backbone; and comparisons."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sslbook import checkpoint, compare, train
+from sslbook.notebook import results
+from tests.engine import command, start
+
+PICTURES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
+
+
+def test_the_default_command_in_small(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    options = {"report": "full", "data__world__pictures": 64, "data__world__test_pictures": 32, "hooks": None}
+    train.main(command("simclr", out, **options))
+    printed = capsys.readouterr().out
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["SimCLR", "pixels", "random weights", "supervised", "chance"]
+    for row in rows:
+        assert row["name"] in printed
+        assert 0 <= row["knn"] <= 100
+    assert sorted(p.name for p in out.glob("*.png")) == PICTURES
+    for name in PICTURES:
+        picture = np.asarray(Image.open(out / name).convert("L"))
+        assert picture.std() > 5, f"{name} is blank"
+    assert "What the features know of each factor" in printed
+    backbone, facts = checkpoint.load_backbone(out)
+    assert facts["view"] == {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, backbone.dim)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if "knn" in line} <= {8, 16}
+
+
+def test_a_folder_without_labels_is_reported_without_accuracies(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    kinds = ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1", "LA"]
+    (tmp_path / "photos").mkdir()
+    for i, mode in enumerate(kinds * 3):
+        size = (20 + 3 * i, 50 - i)
+        if mode == "I;16":
+            picture = Image.fromarray(rng.integers(0, 65535, size, dtype=np.uint16))
+        else:
+            picture = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).convert(mode)
+        picture.save(tmp_path / "photos" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    options = {"data__world__pictures": None, "data__world__test_pictures": None, "method__view__size": 16}
+    start("mae", tmp_path / "run", **options, data__folder=tmp_path / "photos", report="full", steps=2)
+    assert "no labels" in capsys.readouterr().out
+    pictures = {p.name for p in (tmp_path / "run").glob("*.png")}
+    assert {"curves.png", "views.png", "reconstructions.png", "neighbors_after.png", "umap.png"} <= pictures
+
+
+def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "book" / "results").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    small = command("simclr", None, report="quick", steps=2)[1:]
+    small = [word for word in small if not word.startswith("--method")]
+    options = " ".join(f"'{word}'" for word in small)
+    drawn = []
+    monkeypatch.setattr("sslbook.report.draw_map", lambda *arguments: drawn.append(arguments))
+    compare.compare("tiny", ["rotation", "simclr"], [0, 1], options)
+    result = results.load("tiny")
+    assert list(result.values) == ["Rotation", "SimCLR", "pixels", "random weights", "chance"]
+    assert len(result["SimCLR"]["kNN"]) == len(result["pixels"]["linear"]) == 2
+    assert result["pixels"]["kNN"][0] == result["pixels"]["kNN"][1]
+    assert len(drawn) == 4
+    (tmp_path / "runs" / "compare" / "tiny" / "simclr-seed-1" / "report.json").unlink()
+    compare.compare("tiny", ["rotation", "simclr"], [0, 1], options)
+    assert len(drawn) == 5  # the one run that was not finished
+    assert results.load("tiny").values["SimCLR"]["kNN"] == result["SimCLR"]["kNN"]
+
+
+def test_the_pictures_hook_draws_on_the_way(tmp_path: Path) -> None:
+    hooks = '[{"class_path": "sslbook.hooks.Pictures", "init_args": {"every": 1}}]'
+    start("mae", tmp_path, steps=6, hooks=hooks)
+    assert {p.name for p in (tmp_path).glob("*.png")} == {"curves.png", "reconstructions.png", "views.png"}
