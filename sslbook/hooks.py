@@ -178,7 +178,7 @@ class OnlineKNN(Hook):
             from sslbook.report import quick_knn
 
             accuracy = quick_knn(run.method, run.data, run.device, k=self.k, limit=self.limit)
-            run.figures["knn"] = distributed.from_main(torch.tensor(accuracy)).item()
+            run.figures["knn"] = distributed.from_main(accuracy)
 
 
 class Pictures(Hook):
