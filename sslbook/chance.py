@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed integer: consecutive counters fall far apart
+_GOLDEN = 0x9E3779B97F4A7C15 - (
+    1 << 64
+)  # 2^64 / golden ratio, as a signed integer: consecutive counters fall far apart
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 

@@ -163,7 +163,9 @@ def build(description: dict[str, Any]) -> nn.Module:
     """
     path, init_args = str(description.get("class_path", "")), description.get("init_args")
     if not path.startswith("sslbook.nn.") or init_args is None:
-        raise UserError(f"the backbone {path or '(none)'} is not one of sslbook.nn: build it yourself and pass --backbone")
+        raise UserError(
+            f"the backbone {path or '(none)'} is not one of sslbook.nn: build it yourself and pass --backbone"
+        )
     module_name, _, name = path.rpartition(".")
     try:
         make = getattr(importlib.import_module(module_name), name)

@@ -31,9 +31,10 @@ class Parser(ArgumentParser):
     """A jsonargparse parser whose errors are one line with the nearest right name, and whose help fits a screen."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"exit_on_error": False, **kwargs})
+        kwargs.setdefault("exit_on_error", False)
+        super().__init__(*args, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> None:  # pyrefly: ignore
         raise UserError(self._one_line(message))
 
     def parse(self, argv: list[str]) -> Namespace:
@@ -51,7 +52,7 @@ class Parser(ArgumentParser):
         """The parsed options as plain values, nulls included: a default may be something else."""
         return yaml.safe_load(self.dump(config, skip_validation=True, skip_unset=False))
 
-    def format_help(self) -> str:
+    def format_help(self) -> str:  # pyrefly: ignore
         text = super().format_help()
         own = "resnet18, resnet50, vit_tiny, vit_base, ... of sslbook.nn; timm/NAME; or the import path of a module)"
         text = re.sub(
@@ -257,7 +258,9 @@ def train_parser(method: type, engine: Callable, prog: str, description: str) ->
     usage = f"{prog} [--recipe NAME] [--config FILE ...] [--OPTION VALUE ...]"
     parser = Parser(prog=prog, description=description, usage=usage)
     parser.add_argument("--config", action="config", help="a YAML file with options; may be given several times")
-    parser.add_argument("--recipe", type=str, help="world, folder, cifar10, imagenet, or a file; the options to begin with")
+    parser.add_argument(
+        "--recipe", type=str, help="world, folder, cifar10, imagenet, or a file; the options to begin with"
+    )
     parser.add_class_arguments(method, "method")
     parser.add_class_arguments(Data, "data")
     parser.add_function_arguments(engine, skip={"method", "data", "config"})
@@ -331,11 +334,11 @@ def _drop_replaced(merged: dict[str, Any], argv: list[str]) -> None:
         for name in path:
             place = place.get(name) if isinstance(place, dict) else None
         old = place.get(last) if isinstance(place, dict) else None
-        if not (key.startswith("--") and isinstance(old, dict) and "class_path" in old):
+        if not (key.startswith("--") and isinstance(place, dict) and isinstance(old, dict) and "class_path" in old):
             continue
         new = re.search(r'"class_path": "([\w.]+)"', value)
         if (new[1] if new else value).split(".")[-1] != old["class_path"].split(".")[-1]:
-            del place[last]
+            place.pop(last)
 
 
 def _config_of_run(resume: str, outs: list[str]) -> Path | None:

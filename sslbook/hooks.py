@@ -9,15 +9,16 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslbook import distributed
 from sslbook.checkpoint import write_atomically, write_text
 from sslbook.data.loader import Batch, Data
 from sslbook.errors import UserError
+from sslbook.methods.base import Method
 from sslbook.schedules import Clock
 
 
@@ -40,7 +41,7 @@ class Run:
         finished: whether all steps are done.
     """
 
-    method: nn.Module
+    method: Method
     data: Data
     folder: Path
     clock: Clock
@@ -95,7 +96,8 @@ class Progress(Hook):
         if now - self.shown > 0.2:
             figures = {name: f"{value:.1f}" for name, value in run.figures.items()}
             rate = f"{run.images_per_second:,.0f}"
-            self.bar.set_postfix(loss=f"{run.metrics['loss']:.4f}", images_per_s=rate, **figures, refresh=False)
+            shown = {"loss": f"{run.metrics['loss']:.4f}", "images_per_s": rate, **figures}
+            self.bar.set_postfix(shown, refresh=False)
             self.shown = now
         self.bar.update(run.clock.step - self.bar.n)
 
@@ -248,9 +250,9 @@ class WandB(Hook):
         every: steps between points.
     """
 
-    def __init__(self, project: str = "sslbook", mode: str = "offline", every: int = 10) -> None:
-        if mode not in ("offline", "online", "disabled"):
-            raise UserError(f"WandB: mode {mode!r} is none of offline, online, disabled")
+    def __init__(
+        self, project: str = "sslbook", mode: Literal["offline", "online", "disabled"] = "offline", every: int = 10
+    ) -> None:
         self.project, self.mode, self.every = project, mode, every
 
     def start(self, run: Run) -> None:

@@ -6,7 +6,7 @@ resumed run would otherwise go on with the rates of the moment it was saved.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -116,7 +116,7 @@ def layer_of(name: str, depth: int) -> int:
 
 def parameter_groups(
     method: nn.Module,
-    make_optimizer: object,
+    make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
     *,
     rules: list[ParamRule],
     schedule: Schedule,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sslbook import checkpoint
@@ -17,8 +17,10 @@ from sslbook.evaluation import controls, factors, knn, linear
 from sslbook.evaluation.features import extract_features
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
 from sslbook.hooks import Run, read_metrics
+from sslbook.methods.base import Method
 from sslbook.notebook import pictures, style
 
+Split = Literal["train", "test"]
 MAP_POINTS = 1000  # UMAP of more takes minutes and shows no more
 
 
@@ -28,7 +30,7 @@ def evaluation_view(view: View) -> View:
     return View.center(view.size, resize=resize, mean=view.mean, std=view.std)
 
 
-def quick_knn(method: nn.Module, data: Data, device: torch.device, k: int, limit: int) -> float:
+def quick_knn(method: Method, data: Data, device: torch.device, k: int, limit: int) -> float:
     """kNN accuracy (percent) of a method's backbone, with at most `limit` training pictures voting."""
     view = evaluation_view(method.views()[0])
     some = copy.copy(data)
@@ -56,7 +58,7 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
         result["skipped"] = data.skipped
     before = _fresh(run) if (folder / "initial.safetensors").exists() else None
     labeled = data.num_classes > 1 and data.num_test > 0
-    split: Literal["train", "test"] = "test" if data.num_test else "train"
+    split: Split = "test" if data.num_test else "train"
     features = {}
     if labeled:
         rows, scores = [], {}
@@ -172,16 +174,17 @@ def draw_views(run: Run, rows: int = 4, draws: int = 7) -> None:
 
 def draw_reconstructions(run: Run, rows: int = 6) -> None:
     """`reconstructions.png`: picture, what was visible, what the method painted; for methods that paint."""
-    if not hasattr(run.method, "reconstruct"):
+    reconstruct = getattr(run.method, "reconstruct", None)
+    if reconstruct is None:
         return
     view = evaluation_view(run.method.views()[0])
-    split: Literal["train", "test"] = "test" if run.data.num_test else "train"
+    split: Split = "test" if run.data.num_test else "train"
     batch = next(iter(run.data.evaluation_batches(split, view, 64, run.device)))
     chosen = torch.arange(min(rows, len(batch.index))) * (len(batch.index) // min(rows, len(batch.index)))
     images, index = batch.views[0][chosen], batch.index[chosen]
     was_training = run.method.training
     run.method.eval()
-    masked, painted = run.method.reconstruct(images, index, run.clock)
+    masked, painted = reconstruct(images, index, run.clock)
     run.method.train(was_training)
     columns = [pictures.denormalize(x.float().cpu(), view.mean, view.std) for x in (images, masked, painted)]
     shown = torch.stack(columns, dim=1).flatten(0, 1)
@@ -191,7 +194,9 @@ def draw_reconstructions(run: Run, rows: int = 6) -> None:
     _save(pictures.grid(shown, titles, alt=alt, columns=6, inch=1.1), run.folder / "reconstructions.png")
 
 
-def draw_neighbors(run: Run, features: dict[str, Float[Tensor, "n d"]], split: str, rows: int = 6, k: int = 6) -> None:
+def draw_neighbors(
+    run: Run, features: dict[str, Float[Tensor, "n d"]], split: Split, rows: int = 6, k: int = 6
+) -> None:
     """`neighbors.png`: nearest neighbors of a few pictures, before training and after."""
     data, view = run.data, evaluation_view(run.method.views()[0])
     count = len(next(iter(features.values())))
@@ -217,7 +222,7 @@ def draw_neighbors(run: Run, features: dict[str, Float[Tensor, "n d"]], split: s
         _save(figure, run.folder / f"neighbors_{when}.png")
 
 
-def draw_map(run: Run, x: Float[Tensor, "n d"], split: str) -> None:
+def draw_map(run: Run, x: Float[Tensor, "n d"], split: Split) -> None:
     """`umap.png`: the features in the plane (McInnes, Healy and Melville, 2018), colored by class if there are any."""
     if len(x) < 16:
         return
@@ -232,7 +237,7 @@ def draw_map(run: Run, x: Float[Tensor, "n d"], split: str) -> None:
         neighbors = min(15, len(chosen) - 1)
         mapper = UMAP(n_neighbors=neighbors, metric="cosine", random_state=0, n_jobs=1, init="pca")
         points = torch.from_numpy(mapper.fit_transform(x[chosen].numpy())).float()
-    labels: Int[Tensor, "n"] = run.data.labels(split)[chosen]
+    labels = run.data.labels(split)[chosen]
     alt = f"UMAP map of the features of {len(chosen)} pictures, colored by class."
     names = run.data.class_names if run.data.num_classes <= 20 else ()
     _save(pictures.scatter(points, labels, names, alt=alt), run.folder / "umap.png")

@@ -48,8 +48,10 @@ class Clock:
 
 def in_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
     """A duration in optimizer steps: `10` and `"10 epochs"`, `"500 steps"`, `"5 %"` of the run."""
-    number, unit = duration, "epochs"
-    if isinstance(duration, str):
+    number, unit = math.nan, "epochs"
+    if not isinstance(duration, str):
+        number = float(duration)
+    else:
         text = duration.strip().removesuffix("%").strip()
         head, _, tail = text.partition(" ")
         unit = "%" if duration.strip().endswith("%") else (tail.strip() or "epochs")

@@ -1,8 +1,8 @@
 """Pre-training: one loop, read downwards.
 
-    python -m sslbook.train                                   SimCLR on the embedded world, two minutes on a CPU
-    python -m sslbook.train mae --data.folder PHOTOS --epochs 5
-    torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
+python -m sslbook.train                                   SimCLR on the embedded world, two minutes on a CPU
+python -m sslbook.train mae --data.folder PHOTOS --epochs 5
+torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
 """
 
 import signal
@@ -105,7 +105,7 @@ def pretrain(
         UserError: something the caller can mend.
     """
     # -- where ---------------------------------------------------------------------------------------------------------
-    device = distributed.setup(backend, device)
+    where = distributed.setup(backend, device)
     torch.backends.cudnn.benchmark = cudnn_benchmark
     processes, rank = distributed.world_size(), distributed.rank()
     micro_batch = _micro_batch(batch_size, accumulate, processes)
@@ -121,10 +121,12 @@ def pretrain(
     if weights is not None and state is None:
         checkpoint.load_weights(method, Path(weights))
     if processes > 1:
-        method = convert_batch_norm(method)
-    method.to(device, memory_format=torch.channels_last) if channels_last else method.to(device)
+        convert_batch_norm(method)  # in place: a method is not a normalization itself
+    method.to(where)
+    if channels_last:
+        method.to(memory_format=torch.channels_last)  # pyrefly: ignore
     lr_factor = batch_size / lr_reference_batch if lr_reference_batch else 1.0
-    optimizer, plans = parameter_groups(
+    opt, plans = parameter_groups(
         method,
         optimizer,
         rules=rules or [],
@@ -134,10 +136,10 @@ def pretrain(
         layer_decay=layer_decay,
         lr_factor=lr_factor,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler(where.type, enabled=precision == "fp16")
     dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
-    run = Run(method, data, folder, clock, device, batch_size, config or _plain_config(locals()))
+    autocast = torch.autocast(where.type, dtype) if dtype else nullcontext()
+    run = Run(method, data, folder, clock, where, batch_size, config or _plain_config(locals()))
     watchers = [*(hooks or []), Metrics(log_every), *([Progress()] if progress else [])]  # what hooks measure is logged
     best_value = -float("inf")
     description = {
@@ -152,7 +154,7 @@ def pretrain(
     if state is not None:
         _check_same_run(state, method, batch_size, steps_per_epoch, seed)
         method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         clock = run.clock = replace(clock, step=state["step"])
         run.seconds, run.figures, best_value = state["seconds"], dict(state["figures"]), state["best"]
@@ -168,7 +170,7 @@ def pretrain(
         module.compile()
     model = method
     if processes > 1:
-        model = DistributedDataParallel(method, device_ids=[device.index] if device.type == "cuda" else None)
+        model = DistributedDataParallel(method, device_ids=[where.index] if where.type == "cuda" else None)
     method.train()
 
     def save() -> None:
@@ -177,7 +179,7 @@ def pretrain(
             path = folder / f"checkpoint-{clock.step:08d}.pt"
             contents = {
                 "method": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": opt.state_dict(),
                 "scaler": scaler.state_dict(),
                 "step": clock.step,
                 "steps_per_epoch": steps_per_epoch,
@@ -216,12 +218,12 @@ def pretrain(
                     start=place * accumulate,
                     rank=rank,
                     world_size=processes,
-                    device=device,
+                    device=where,
                 )
             )
             for _ in range(place, steps_per_epoch):
                 began = time.perf_counter()
-                for plan, group in zip(plans, optimizer.param_groups):
+                for plan, group in zip(plans, opt.param_groups):
                     plan.apply(group, clock)
 
                 logged: dict[str, float] = {}
@@ -231,7 +233,7 @@ def pretrain(
                         views = tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views)
                         batch = batch._replace(views=views)
                     wait = part < accumulate - 1 and processes > 1  # gradients are exchanged once, with the last part
-                    with model.no_sync() if wait else nullcontext():
+                    with model.no_sync() if wait else nullcontext():  # pyrefly: ignore
                         with autocast:
                             out_of_step = model(batch, clock)
                         loss = out_of_step["loss"]
@@ -240,20 +242,20 @@ def pretrain(
                     for name, value in zip(out_of_step, values):
                         logged[name] = logged.get(name, 0.0) + value / accumulate
                     if not abs(logged["loss"]) < float("inf"):
-                        path = keep_for_replay(run, batch, loss, optimizer)
+                        path = keep_for_replay(run, batch, loss, opt)
                         raise UserError(
                             f"the loss became {logged['loss']} at step {clock.step} (epoch {clock.epoch}); batch and "
                             f"state are in {path}: look with python -m sslbook.tools.replay, or lower the learning rate"
                         )
 
                 if clip is not None:
-                    scaler.unscale_(optimizer)
-                    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                    scaler.unscale_(opt)
+                    parameters = [p for group in opt.param_groups for p in group["params"]]
                     logged["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-                scaler.step(optimizer)
+                scaler.step(opt)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                logged["lr"] = optimizer.param_groups[0]["lr"]
+                opt.zero_grad(set_to_none=True)
+                logged["lr"] = opt.param_groups[0]["lr"]
 
                 clock = run.clock = replace(clock, step=clock.step + 1)
                 method.after_step(clock)
@@ -276,7 +278,7 @@ def pretrain(
                             raise UserError(f"best: nothing measures {best!r}{nearest(best, list(run.figures))}")
                         improved = run.figures[best] > best_value
                         best_value = max(best_value, run.figures[best])
-                leaving.agree(device)
+                leaving.agree(where)
                 if ended or leaving.now or improved or (every and clock.step % every == 0):
                     save()
                     improved = False
@@ -384,7 +386,9 @@ def _check_same_run(state: dict, method: Method, batch_size: int, steps_per_epoc
     for name, value in method.state_dict().items():
         if found.get(name) != tuple(value.shape):
             shape = found.get(name, "missing")
-            raise UserError(f"--resume: {name} is {tuple(value.shape)} here and {shape} in the checkpoint; same options?")
+            raise UserError(
+                f"--resume: {name} is {tuple(value.shape)} here and {shape} in the checkpoint; same options?"
+            )
 
 
 def _evaluation_view(view: View) -> dict[str, Any]:
@@ -474,7 +478,9 @@ def main(argv: list[str] | None = None) -> None:
 
             report(run, full=options.get("report", "full") == "full")
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory: lower --batch_size or raise --accumulate ({error})".split("\n")[0]) from None
+        raise UserError(
+            f"out of GPU memory: lower --batch_size or raise --accumulate ({error})".split("\n")[0]
+        ) from None
     finally:
         distributed.shutdown()
 

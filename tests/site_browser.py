@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +36,6 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_child, self.write = os.pipe()
         self.read, from_child = os.pipe()
-        # Chromium reads commands on descriptor 3 and answers on 4, whatever numbers the pipes have here.
         command = [
             self.program,
             "--headless=new",
@@ -49,14 +50,18 @@ class Browser:
             f"--user-data-dir={self.profile.name}",
             f"--window-size={self.size[0]},{self.size[1]}",
         ]
+        # Chromium reads commands on descriptor 3 and answers on 4. The pipes may have these numbers here, so they are
+        # first moved out of the way.
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_child, from_child)]
+        place = f"import os, sys; os.dup2({high[0]}, 3); os.dup2({high[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{to_child} 4>&{from_child}', "sh", *command],
-            pass_fds=(to_child, from_child),
+            [sys.executable, "-c", place, *command],
+            pass_fds=high,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(to_child)
-        os.close(from_child)
+        for fd in (to_child, from_child, *high):
+            os.close(fd)
         self.session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -143,11 +148,8 @@ class Browser:
     def errors(self) -> list[str]:
         """What scripts have thrown or logged as an error since `open`."""
         self.js("0")
-        thrown = [
-            e["params"]["exceptionDetails"].get("exception", {}).get("description", e["params"]["exceptionDetails"]["text"])
-            for e in self.events
-            if e.get("method") == "Runtime.exceptionThrown"
-        ]
+        details = [e["params"]["exceptionDetails"] for e in self.events if e.get("method") == "Runtime.exceptionThrown"]
+        thrown = [d.get("exception", {}).get("description", d["text"]) for d in details]
         logged = [
             e["params"]["entry"]["text"]
             for e in self.events

@@ -62,7 +62,7 @@ def refusal(*words: str) -> str:
         (["simclr", "--resume=nowhere"], "no such run folder"),
         (["simclr", "--precision=int8"], "precision"),
         (["simclr", "--schedule=Cosin"], "schedule"),
-        (["simclr", "--rules=[{\"patern\": \"a\"}]"], "patern"),
+        (["simclr", '--rules=[{"patern": "a"}]'], "patern"),
         (["simclr", "--method.view.flip=2"], "probability"),
         (["mae", "--method.backbone=resnet18"], "vision transformer"),
         (["mae", "--method.view.size=18"], "18"),

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from sslbook import Data, World, checkpoint, train
+from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.hooks import Hook, OnlineKNN, TensorBoard, WandB
 from sslbook.methods.base import Method
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import ResNet
-from sslbook.data.views import View
 from tests.engine import METHODS, assert_same_bits, command, lines, start, start_process, weights
 
 WORLD = World(pictures=48, test_pictures=24)
@@ -165,9 +165,9 @@ def test_the_best_checkpoint_and_how_many_are_kept(tmp_path: Path) -> None:
     train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), hooks=[Score()], **options)
     assert [path.stem for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000009"]
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 6
+    Score.values = iter([1.0])
+    options = {**options, "best": "scor"}
     with pytest.raises(UserError, match="did you mean score"):
-        Score.values = iter([1.0])
-        options = {**options, "best": "scor"}
         train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path / "x"), hooks=[Score()], **options)
 
 

@@ -67,7 +67,7 @@ class Data:
         name: str = "world",
         folder: Path | None = None,
         root: Path = Path("data"),
-        world: World = World(),  # noqa: B008 (frozen)
+        world: World = World(),
         download: bool = False,
         limit: int | None = None,
         strict: bool = False,

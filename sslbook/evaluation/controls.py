@@ -131,7 +131,8 @@ def _timed(make: Callable[[], Row]) -> Row:
 
 def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
     """A linear layer that starts at zero: no chance is needed where the problem is convex."""
-    layer = nn.utils.skip_init(nn.Linear, dim, num_classes)
+    with torch.random.fork_rng(devices=[]):  # its usual weights would take numbers from the caller's chance
+        layer = nn.Linear(dim, num_classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -170,7 +170,7 @@ class MAE(Method):
         self,
         images: Float[Tensor, "batch 3 height width"],
         index: Int[Tensor, "batch"],
-        clock: Clock = Clock(),  # noqa: B008
+        clock: Clock = Clock(),
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
         """The pictures with their hidden patches blank (zero), and with the decoder's drawing in their place.
 

@@ -66,7 +66,7 @@ class Check:
             raise
         except Exception as error:
             self.fail(f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        if returned is ...:
+        if returned is ...:  # pyrefly: ignore
             raise _NotWritten
         if returned is None:
             self.fail("returned None: is the return statement missing?")

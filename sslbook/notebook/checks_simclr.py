@@ -11,7 +11,6 @@ from sslbook import distributed
 from sslbook.methods import simclr
 from sslbook.notebook.checks import Check, exercise
 
-
 # Two processes --------------------------------------------------------------------------------------------------------
 
 
@@ -34,9 +33,7 @@ def shard_gradients(
     return found
 
 
-def nt_xent_detached(
-    z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperature: float
-) -> Float[Tensor, ""]:
+def nt_xent_detached(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperature: float) -> Float[Tensor, ""]:
     """The mistake: candidates are gathered as constants, so that a row learns as an anchor only."""
     first = distributed.rank() * len(z_1)
     positive = first + torch.arange(len(z_1))
@@ -95,7 +92,8 @@ def nt_xent(check: Check, answer: Callable) -> None:
                     logits, neighbor if n % 2 == 0 else neighbor.clamp(max=2 * n - 1)
                 ),
                 "only the first N rows ask: the second views are anchors too": F.cross_entropy(logits[:n], partner[:n]),
-                "twice the mean over all 2N rows (the authors' code): the exercise asks for the paper's mean": 2 * right,
+                "twice the mean over all 2N rows (the authors' code): the exercise asks for the paper's mean": 2
+                * right,
                 "the sum over the rows: divide by 2N": 2 * n * right,
                 "the positive is missing from the denominator: k runs over all rows but i": (
                     negatives.logsumexp(1) - positive
@@ -133,7 +131,8 @@ def anchor_gradient(check: Check, answer: Callable) -> None:
                 "the factor 1 / temperature is missing": right * tau,
                 "the sign is wrong: this is the direction that lowers the loss, the gradient points the other way": -right,
                 "p still contains k = i: leave the anchor out of its own softmax": (s.softmax(0) @ z - z[j]) / tau,
-                "p misses the positive: it runs over all k but i, the positive among them": (negatives @ z - z[j]) / tau,
+                "p misses the positive: it runs over all k but i, the positive among them": (negatives @ z - z[j])
+                / tau,
                 "the positive is missing: subtract z_j": p @ z / tau,
                 "the weights ignore the temperature: p is the softmax of s / temperature": (
                     (z @ z[i]).index_fill(0, torch.tensor([i]), -torch.inf).softmax(0) @ z - z[j]

@@ -42,7 +42,7 @@ def grid(
             _draw(ax, images[i])
             if titles:
                 ax.set_title(titles[i], fontsize=8, pad=2)
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # pyrefly: ignore
     return fig
 
 
@@ -73,9 +73,9 @@ def neighbors(
             for spine in ax.spines.values():
                 spine.set_visible(same is not None)
                 if same is not None:
-                    right = bool(same[row, column])
-                    spine.set(color=style.GREEN if right else style.ORANGE, linewidth=2, linestyle="-" if right else ":")
-    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
+                    color, line = (style.GREEN, "-") if same[row, column] else (style.ORANGE, ":")
+                    spine.set(color=color, linestyle=line, linewidth=2)
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)  # pyrefly: ignore
     return fig
 
 

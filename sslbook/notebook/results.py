@@ -68,7 +68,8 @@ class Result:
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.values:
-            raise UserError(f"{self.name} has no {key!r}; it has {', '.join(self.values)}{nearest(key, [*self.values])}")
+            known = list(self.values)
+            raise UserError(f"{self.name} has no {key!r}; it has {', '.join(known)}{nearest(key, known)}")
         return self.values[key]
 
     def origin(self) -> str:
@@ -164,8 +165,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         def line(cells: list[str], tag: str) -> str:
-            first = f'<th scope="{"col" if tag == "th" else "row"}" style="text-align:left">{html.escape(cells[0])}</th>'
-            scope = ' scope="col"' if tag == "th" else ""
+            head, scope = ("col", ' scope="col"') if tag == "th" else ("row", "")
+            first = f'<th scope="{head}" style="text-align:left">{html.escape(cells[0])}</th>'
             others = "".join(f'<{tag}{scope} style="text-align:right">{html.escape(c)}</{tag}>' for c in cells[1:])
             return f"<tr>{first}{others}</tr>"
 
@@ -184,7 +185,9 @@ class Table:
         return "\n".join([*lines, self.note])
 
 
-def show(name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, digits: int = 1) -> Table:
+def show(
+    name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, digits: int = 1
+) -> Table:
     """The result `name`, written as `{row: {column: number(s)}}`, as a table with its origin below.
 
     Args:

@@ -23,7 +23,7 @@ BLUE, ORANGE, GREEN, PINK, AMBER, VIOLET = COLORS = ("#1a7fc4", "#d55e00", "#009
 MAP = "viridis"  # for ordered values: monotone in lightness, also in gray
 
 RC: dict[str, Any] = {
-    "axes.prop_cycle": mpl.cycler(color=COLORS),
+    "axes.prop_cycle": mpl.cycler(color=COLORS),  # pyrefly: ignore
     "axes.edgecolor": GRAY,
     "axes.labelcolor": GRAY,
     "axes.titlecolor": GRAY,

@@ -129,9 +129,7 @@ def share(z: Tensor, label: Tensor, tau: float, mask: bool = True, unit: bool = 
 SHARE_MISTAKES = {
     "positive counts": lambda z, y, t: share(z, y, t, positive=True),
     "its own negative": lambda z, y, t: share(z, y, t, mask=False),
-    "count alike": lambda z, y, t: (
-        (((y[:, None] == y).sum(1) - 2).double() / (len(y) - 2)).sum().float() / len(y)
-    ),
+    "count alike": lambda z, y, t: (((y[:, None] == y).sum(1) - 2).double() / (len(y) - 2)).sum().float() / len(y),
     "OTHER classes": lambda z, y, t: 1 - share(z, y, t),
     "unit length": lambda z, y, t: share(z, y, t, unit=False),
 }
