@@ -1,0 +1,106 @@
+import json
+import subprocess
+
+import pytest
+
+from sslbook.errors import UserError
+from sslbook.notebook import results
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "book" / "results").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "book")
+    return tmp_path
+
+
+VALUES = {"SimCLR": {"kNN": [68.0, 70.0], "linear": [71.0, 71.5]}, "pixels": {"kNN": 20.0}}
+
+
+def test_what_is_saved_is_loaded_with_its_origin(checkout):
+    path = results.save("world", VALUES, command="python -m sslbook.train", seeds=[0, 1])
+    assert path == checkout / "book" / "results" / "world.json"
+    loaded = results.load("world")
+    assert loaded["pixels"] == {"kNN": 20.0}
+    assert loaded.seeds == [0, 1]
+    assert loaded.versions["torch"]
+    assert loaded.hardware["cores"] >= 1
+    assert "`python -m sslbook.train`; seeds 0, 1;" in loaded.origin()
+    assert [p.name for p in path.parent.iterdir()] == ["world.json"]  # nothing half-written stays
+
+
+def test_the_commit_is_kept_and_a_changed_tree_is_marked(checkout):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=checkout, check=True)
+
+    (checkout / "file").write_text("1")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-qm", "one")
+    results.save("world", VALUES)
+    clean = results.load("world").commit
+    assert len(clean) == 40
+    (checkout / "file").write_text("2")
+    results.save("world", VALUES)
+    assert results.load("world").commit == clean + "+"
+
+
+def test_a_result_that_json_cannot_hold_leaves_the_old_one(checkout):
+    path = results.save("world", VALUES)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        results.save("world", {"loss": float("nan")})
+    assert path.read_text() == before
+
+
+def test_table(checkout):
+    results.save("world", VALUES, seeds=[0, 1])
+    table = results.show("world")
+    assert repr(table).splitlines()[1].split("  ") == ["SimCLR", "69.0 ± 1.4", "71.2 ± 0.4"]
+    part = results.show("world", rows=["pixels"], columns=["kNN"], digits=0)
+    assert repr(part).splitlines()[1].split() == ["pixels", "20"]
+    assert "book/results/world.json" in table._repr_html_()
+    assert '<th scope="row"' in table._repr_html_()
+
+
+def test_number():
+    assert results.number(3) == "3.0"
+    assert results.number([1.0]) == "1.0"
+    assert results.number([1.0, 3.0], digits=2) == "2.00 ± 1.41"
+
+
+def test_missing_things_name_the_cure(checkout, monkeypatch, tmp_path):
+    results.save("world", VALUES)
+    with pytest.raises(UserError, match="no result 'word' in book/results; did you mean world"):
+        results.load("word")
+    with pytest.raises(UserError, match="world has no 'SimCRL'; it has SimCLR, pixels; did you mean SimCLR"):
+        results.load("world")["SimCRL"]
+    monkeypatch.setattr(results, "folder", lambda: None)  # an installed package outside any checkout
+    with pytest.raises(UserError, match="git clone"):
+        results.load("world")
+    with pytest.raises(UserError, match="run from a checkout"):
+        results.save("world", VALUES)
+
+
+def test_profile(monkeypatch):
+    monkeypatch.delenv("SSLBOOK_PROFILE", raising=False)
+    assert results.profile() == "colab"
+    monkeypatch.setenv("SSLBOOK_PROFILE", "smoke")
+    assert results.choose(smoke=1, colab=2, full=3) == 1
+    monkeypatch.setenv("SSLBOOK_PROFILE", "full")
+    assert results.choose(smoke=1, colab=2) == 2
+    assert results.choose(smoke=1, colab=2, full=3) == 3
+    monkeypatch.setenv("SSLBOOK_PROFILE", "colba")
+    with pytest.raises(UserError, match="one of smoke, colab, full; did you mean colab"):
+        results.profile()
+
+
+def test_committed_results_say_where_they_come_from():
+    where = results.Path(results.__file__).parents[2] / "book" / "results"
+    for path in where.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert content["values"], path.name
+        assert content["command"].startswith("python"), path.name
+        assert content["commit"], path.name
+        assert content["hardware"], path.name
+        assert content["date"], path.name
