@@ -92,6 +92,7 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
         result["rows"] = to_json(rows, chance)
         print(f"\nAccuracy on {data.num_test:,} test pictures\n{format_table(rows, chance)}")
         if scores:
+            scores = dict(reversed(scores.items()))  # the method first
             level = factors.chance_levels(data.factors("train"), data.factors("test"))
             result["factors"] = {**scores, "chance": level}
             print(f"\nWhat the features know of each factor\n{format_factors(scores, level)}")
