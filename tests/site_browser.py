@@ -93,7 +93,7 @@ class Browser:
         if self.session:
             message["sessionId"] = self.session
         os.write(self.write, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             answer = self._receive(deadline)
             if answer.get("id") == self.count:
@@ -127,7 +127,7 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", str(answer)))
         return answer["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 20) -> None:
+    def until(self, condition: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not self.js(f"Boolean({condition})"):
             if time.monotonic() > deadline:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 LINES, COLUMNS, SIZE = 25, 88, 1_500_000
-SECONDS_A_CELL = 120
+SECONDS_A_CELL = 600  # only against a cell that hangs
 
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 
