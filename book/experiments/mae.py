@@ -1,0 +1,223 @@
+"""Longer runs of the chapter on MAE: results with seeds, the sabotages, and the checkpoint that its sliders draw from.
+
+    python book/experiments/mae.py train        three seeds, the controls, and the checkpoint
+    python book/experiments/mae.py sabotage     one line changed at a time, two seeds each
+
+Each run is drawn, trained and measured on one CPU core; a second argument says how many runs go side by side.
+"""
+
+import copy
+import itertools
+import json
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sslbook.data.loader import Batch, Data
+from sslbook.data.views import View
+from sslbook.data.world import World
+from sslbook.evaluation import controls, extract_features, factors, knn, linear
+from sslbook.methods.mae import MAE, normalize_patches, patchify, random_mask, reconstruction_loss, take
+from sslbook.nn import VisionTransformer
+from sslbook.nn.vit import patch_grid
+from sslbook.notebook import results
+from sslbook.schedules import Clock, Cosine, Warmup
+from sslbook.train import pretrain
+
+SIZE, PATCH = 24, 4
+GRAY = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+WORLD = World(pictures=4000, test_pictures=1000, size=SIZE, background=0, position=1, scale=1, lighting=0, noise=0)
+VIEW = View(size=SIZE, crop=None, flip=0.5, **GRAY)
+LOOK = View.center(SIZE, **GRAY)
+BATCH, RATE = 64, 1.5e-3
+STEPS = {"train": 2400, "sabotage": 1000}
+LABELS = 300  # that fine-tuning may use
+SLIPS: dict[str, dict] = {
+    "MAE": {},
+    "mask 10 %": {"mask_ratio": 0.1},
+    "loss on all": {"on": "all"},
+    "loss on visible": {"on": "visible"},
+    "no positions": {},
+    "tokens in encoder": {"tokens": True},
+    "normalized patches": {"norm_pix_loss": True},
+    "no decoder blocks": {"depth": 0},
+    "4 decoder blocks": {"depth": 4},
+}
+
+
+class Broken(MAE):
+    """MAE with a choice of slips: `tokens` puts mask tokens into the encoder, `on` says where the loss is taken."""
+
+    def __init__(self, *args, on: str = "hidden", tokens: bool = False, **options) -> None:
+        super().__init__(*args, **options)
+        self.on = on
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, self.backbone.dim)) if tokens else None
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        (images,) = batch.views
+        size, decoder = self.backbone.patch_size, self.decoder
+        tokens = self.backbone.embed(images)
+        visible, hidden = random_mask(batch.index, tokens.shape[1], self.mask_ratio, clock)
+        order = torch.cat([visible, hidden], dim=1)
+        grid = patch_grid(images.shape[2], images.shape[3], size)
+        if self.token is None:
+            seen = decoder.embed(self.backbone.encode(take(tokens, visible)))
+            masks = decoder.mask_token.expand(len(images), hidden.shape[1], -1)
+            seen = torch.cat([seen, masks], dim=1)
+        else:
+            masks = (self.token + self.backbone.pos_embed[:, 1:]).expand(len(images), -1, -1)
+            seen = torch.cat([take(tokens, visible), take(masks, hidden)], dim=1)
+            seen = decoder.embed(self.backbone.encode(seen))
+        placed = torch.cat([seen[:, :1], seen[:, 1:] + decoder.positions[order]], dim=1)
+        drawn = decoder.predict(decoder.norm(decoder.blocks(placed)))[:, 1:]
+        assert grid == decoder.grid
+        target = take(patchify(images, size), order)
+        if self.norm_pix_loss:
+            target = normalize_patches(target)
+        count = visible.shape[1]
+        part = {"hidden": slice(count, None), "visible": slice(0, count), "all": slice(None)}[self.on]
+        return {"loss": reconstruction_loss(drawn[:, part], target[:, part])}
+
+
+def make(seed: int, depth: int = 1, **options) -> MAE:
+    torch.manual_seed(seed)
+    kind = Broken if {"on", "tokens"} & set(options) else MAE
+    options = {"norm_pix_loss": False, **options}
+    backbone = VisionTransformer(SIZE, PATCH, dim=64, depth=4, heads=4, pool="mean")
+    return kind(backbone, VIEW, decoder_dim=32, decoder_depth=depth, decoder_heads=4, **options)
+
+
+def learn(method: MAE, data: Data, steps: int, seed: int) -> list[float]:
+    """Train; returns the loss, averaged over every 25 steps."""
+    adamw = partial(torch.optim.AdamW, lr=RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain(
+            method, data, adamw, Warmup("10 %", then=Cosine()), batch_size=BATCH, steps=steps, seed=seed,
+            device="cpu", out=folder, checkpoint_every="1000000 steps", log_every=1, progress=False, report="none",
+        )  # fmt: skip
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    loss = torch.tensor([line["loss"] for line in lines if "loss" in line])
+    return [float(part.mean()) for part in loss.split(25)]
+
+
+def measure(backbone: nn.Module, data: Data, with_factors: bool = False) -> dict[str, float]:
+    (train_x, train_y), (test_x, test_y) = (
+        extract_features(backbone, data, split, LOOK, progress=False) for split in ("train", "test")
+    )
+    found = {
+        "kNN": knn.accuracy(train_x, train_y, test_x, test_y),
+        "linear": linear.probe(train_x, train_y, test_x, test_y).accuracy,
+    }
+    if with_factors:
+        found |= factors.probe(train_x, data.factors("train"), test_x, data.factors("test"))
+    return found
+
+
+def drawn(method: MAE, data: Data, rho: float = 0.75) -> float:
+    """Percentage of the structure within hidden patches of test pictures that the decoder draws rightly."""
+    method.mask_ratio, usual = rho, method.mask_ratio
+    (batch,) = data.evaluation_batches("test", LOOK, batch_size=data.num_test)
+    with torch.no_grad():
+        prediction, hidden = method.predict(batch.views[0], batch.index, Clock())
+    method.mask_ratio = usual
+    patches = take(patchify(batch.views[0], PATCH), hidden)
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+    if method.norm_pix_loss:
+        prediction = prediction * (variance + 1e-6).sqrt()
+    wrong = prediction - prediction.mean(2, keepdim=True) - (patches - mean)
+    return 100 * float(1 - wrong.square().sum() / (patches - mean).square().sum())
+
+
+def tuned(backbone: nn.Module, seed: int) -> float:
+    """Accuracy on test pictures of the encoder and a linear layer, both trained further on few labels."""
+    few = Data(world=WORLD, limit=LABELS)
+    row = controls.supervised(
+        copy.deepcopy(backbone), few, VIEW, 200, 50, evaluation_view=LOOK, protocols=(), seed=seed, progress=False
+    )
+    return row.head
+
+
+def split(found: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    return {key: found.pop(key) for key in ("kNN", "linear")}, found
+
+
+def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
+    """Rows of accuracies, rows of factors, and the loss."""
+    torch.set_num_threads(1)
+    data, rows, knowledge = Data(world=WORLD), {}, {}
+    method = make(seed)
+    networks = {"random weights": copy.deepcopy(method.backbone), "MAE": method.backbone}
+    loss = learn(method, data, STEPS["train"], seed)
+    for name, network in networks.items():
+        rows[name], knowledge[name] = split(measure(network, data, with_factors=True))
+        rows[name][f"fine-tuned, {LABELS} labels"] = tuned(network, seed)
+    if seed == 0:
+        folder = Path(__file__).parents[1] / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        weights = {name: value.clone() for name, value in method.state_dict().items() if "pos" not in name}
+        save_file(weights, folder / "mae_world.safetensors", metadata={"format": "pt"})
+        facts = {"command": "python book/experiments/mae.py train", "seed": seed, "world": vars(WORLD)}
+        facts |= settings("train")
+        (folder / "mae_world.json").write_text(json.dumps(facts, indent=2) + "\n")
+        rows["pixels"], knowledge["pixels"] = split(measure(nn.Flatten(), data, with_factors=True))
+        guided = make(seed).backbone
+        # A third of the steps: with all patches visible a step costs three times as much.
+        options = {"evaluation_view": LOOK, "protocols": (), "seed": seed, "progress": False}
+        controls.supervised(guided, data, VIEW, STEPS["train"] // 3, BATCH, **options)
+        rows["supervised, all labels"] = measure(guided, data)
+    print(seed, rows, flush=True)
+    return rows, knowledge, loss
+
+
+def one_slip(name: str, seed: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    data, method = Data(world=WORLD), make(seed, **SLIPS[name])
+    if name == "no positions":
+        method.backbone.pos_embed.zero_(), method.decoder.positions.zero_()
+    loss = learn(method, data, STEPS["sabotage"], seed)
+    found = {"first loss": loss[0], "last loss": loss[-1], **measure(method.backbone, data)}
+    if "tokens" not in SLIPS[name]:  # an encoder that expects mask tokens cannot draw without them
+        found["drawn"] = drawn(method, data)
+    print(name, seed, found, flush=True)
+    return found
+
+
+def settings(which: str) -> dict[str, float]:
+    return {"steps": STEPS[which], "batch": BATCH, "lr": RATE}
+
+
+def gather(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """One number per seed where every part is a seed's rows."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for rows in parts:
+        for name, found in rows.items():
+            for column, value in found.items():
+                table.setdefault(name, {}).setdefault(column, []).append(round(value, 4))
+    return table
+
+
+def train(pool: ProcessPoolExecutor, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    rows, knowledge, losses = zip(*pool.map(one_seed, seeds))
+    about = {"seeds": seeds, "settings": settings("train")}
+    results.save("mae_world", gather(rows), **about)
+    results.save("mae_factors", gather(knowledge), **about)
+    results.save("mae_loss", {"step": [25 * i + 12 for i in range(len(losses[0]))], "loss": losses}, **about)
+
+
+def sabotage(pool: ProcessPoolExecutor, seeds: tuple[int, ...] = (0, 1)) -> None:
+    runs = list(itertools.product(SLIPS, seeds))
+    found = pool.map(one_slip, *zip(*runs))
+    table = gather([{name: row} for (name, _), row in zip(runs, found)])
+    results.save("mae_sabotage", table, seeds=seeds, settings=settings("sabotage"))
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(int((sys.argv + ["1"])[2]), get_context("spawn")) as side_by_side:
+        {"train": train, "sabotage": sabotage}[sys.argv[1]](side_by_side)
