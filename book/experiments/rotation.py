@@ -1,12 +1,13 @@
 """What the chapter *Rotation prediction* reports: rotation prediction on the embedded world, whole and broken.
 
-    python book/experiments/rotation.py            about ten minutes on one CPU core
+    python book/experiments/rotation.py            about fifteen minutes on one CPU core
     python book/experiments/rotation.py measure    only book/results/rotation_world.json and rotation_stages.json
     python book/experiments/rotation.py labels     only book/results/rotation_labels.json
     python book/experiments/rotation.py break      only book/results/rotation_broken.json and rotation_curves.json
     python book/experiments/rotation.py break "watermark"    one row of these anew
 
-Step size, steps and network were chosen on World(seed=0). Everything here comes from the worlds of seeds 1, 2, 3.
+Step size, steps and network were chosen on World(seed=0). Everything here comes from the worlds of seeds 1 and 2, what
+is broken on purpose from seed 1 alone.
 """
 
 import copy
@@ -126,7 +127,7 @@ def world(seed: int) -> Data:
     return Data(world=World(pictures=3000, test_pictures=1000, seed=seed, **KNOBS))
 
 
-def measure(seeds=(1, 2, 3), steps=600) -> None:
+def measure(seeds=(1, 2), steps=600) -> None:
     table: dict[str, dict[str, list[float]]] = {}
     stages: dict[str, dict[str, list[float]]] = {}
 
@@ -169,7 +170,7 @@ def measure(seeds=(1, 2, 3), steps=600) -> None:
         results.save("rotation_stages", stages, seeds=done, settings=settings)
 
 
-def labels(seeds=(1, 2, 3), steps=600) -> None:
+def labels(seeds=(1, 2), steps=600) -> None:
     """The supervised control again, with as many rows a step as rotation prediction has: four times the pictures."""
     table: dict[str, dict[str, list[float]]] = {}
     name = "supervised, same rows"
