@@ -14,7 +14,7 @@ from sslbook import checkpoint
 from sslbook.data.loader import Data
 from sslbook.data.views import View, apply_one
 from sslbook.evaluation import controls, factors, knn, linear
-from sslbook.evaluation.features import extract_features
+from sslbook.evaluation.features import center_view, extract_features
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
 from sslbook.hooks import Run, read_metrics
 from sslbook.methods.base import Method
@@ -26,8 +26,7 @@ MAP_POINTS = 1000  # UMAP of more takes minutes and shows no more
 
 def evaluation_view(view: View) -> View:
     """The picture's center at the size a method was trained with; large pictures are first made 8/7 of it."""
-    resize = round(view.size * 8 / 7) if view.size >= 128 else view.size
-    return View.center(view.size, resize=resize, mean=view.mean, std=view.std)
+    return center_view(view.size, view.mean, view.std)
 
 
 def quick_knn(method: Method, data: Data, device: torch.device, k: int, limit: int) -> float:
