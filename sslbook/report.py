@@ -32,11 +32,11 @@ def evaluation_view(view: View) -> View:
 def quick_knn(method: Method, data: Data, device: torch.device, k: int, limit: int) -> float:
     """kNN accuracy (percent) of a method's backbone, with at most `limit` training pictures voting."""
     view = evaluation_view(method.views()[0])
-    some = copy.copy(data)
+    some = data
     if data.num_train > limit:
-        some = Data.__new__(Data)
-        some.__dict__.update({**data.__dict__, "limit": limit, "_on_device": {}, "_loader": None})
-        some.__dict__.pop("_sets", None)
+        some = copy.copy(data)
+        some.limit = limit
+        some.__dict__.pop("_sets", None)  # which it chooses anew
     train_x, train_y = extract_features(method.backbone, some, "train", view, device=device, progress=False)
     test_x, test_y = extract_features(method.backbone, some, "test", view, device=device, progress=False)
     return knn.accuracy(train_x, train_y, test_x, test_y, k=k)

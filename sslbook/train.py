@@ -108,7 +108,7 @@ def pretrain(
     where = distributed.setup(backend, device)
     torch.backends.cudnn.benchmark = cudnn_benchmark
     processes, rank = distributed.world_size(), distributed.rank()
-    micro_batch = _micro_batch(batch_size, accumulate, processes)
+    _check_batch(batch_size, accumulate, processes)
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = steps if steps is not None else round(epochs * steps_per_epoch)
     if total_steps < 1:
@@ -300,13 +300,12 @@ def pretrain(
 # -- the parts of it ---------------------------------------------------------------------------------------------------
 
 
-def _micro_batch(batch_size: int, accumulate: int, processes: int) -> int:
+def _check_batch(batch_size: int, accumulate: int, processes: int) -> None:
     if batch_size < 1 or accumulate < 1 or batch_size % (accumulate * processes):
         raise UserError(
             f"a batch of {batch_size} cannot be shared evenly by {processes} process(es) in {accumulate} part(s): "
             f"make --batch_size a multiple of {max(1, accumulate) * processes}"
         )
-    return batch_size // (accumulate * processes)
 
 
 def _open_folder(
