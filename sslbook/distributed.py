@@ -75,11 +75,27 @@ def sum_with_grad(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 @torch.no_grad()
 def mean(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The average over processes, without gradient."""
+    return total(x) / world_size() if world_size() > 1 else x
+
+
+@torch.no_grad()
+def total(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The sum over processes, without gradient."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
+@torch.no_grad()
+def maximum(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The greatest value over processes, without gradient."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x)
-    return x / world_size()
+    dist.all_reduce(x, operation)
+    return x
 
 
 @torch.no_grad()

@@ -118,6 +118,7 @@ def pretrain(
     folder, state = _open_folder(method, data, out, resume, weights)
 
     # -- what ----------------------------------------------------------------------------------------------------------
+    method.prepare(data)
     if weights is not None and state is None:
         checkpoint.load_weights(method, Path(weights))
     if processes > 1:
@@ -219,6 +220,7 @@ def pretrain(
                     rank=rank,
                     world_size=processes,
                     device=where,
+                    order=method.order(data, clock),
                 )
             )
             for _ in range(place, steps_per_epoch):

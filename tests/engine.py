@@ -11,22 +11,8 @@ import torch
 
 from sslbook import checkpoint, train
 from sslbook.hooks import Run
+from tests.methods.cases import case
 
-CONVNET = '{"class_path": "sslbook.nn.ResNet", "init_args": {"depth": 18, "width": 4, "stem": "small"}}'
-TRANSFORMER = json.dumps(
-    {
-        "class_path": "sslbook.nn.VisionTransformer",
-        "init_args": {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2},
-    }
-)
-OPTIONS = {
-    "rotation": {"method.backbone": CONVNET},
-    "simclr": {"method.backbone": CONVNET, "method.projector_dim": 8},
-    "moco": {"method.backbone": CONVNET, "method.queue_size": 32, "method.batch_norm_groups": 2},
-    "byol": {"method.backbone": CONVNET, "method.hidden_dim": 16, "method.projector_dim": 8},
-    "mae": {"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_heads": 2},
-}
-METHODS = list(OPTIONS)
 COMMON = {
     "data.world.pictures": 48,
     "data.world.test_pictures": 24,
@@ -41,7 +27,7 @@ COMMON = {
 
 def command(method: str, out: Path | None, **options: Any) -> list[str]:
     """The command line of a tiny run; `a__b` stands for `a.b`, and None leaves an option out."""
-    chosen = {**COMMON, **OPTIONS[method], **{key.replace("__", "."): value for key, value in options.items()}}
+    chosen = {**COMMON, **case(method).command, **{key.replace("__", "."): value for key, value in options.items()}}
     words = [method] + [f"--{key}={value}" for key, value in chosen.items() if value is not None]
     return words + ([f"--out={out}"] if out else [])
 
@@ -84,4 +70,4 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-__all__ = ["METHODS", "Run", "assert_same_bits", "command", "lines", "start", "start_process", "weights"]
+__all__ = ["Run", "assert_same_bits", "command", "lines", "start", "start_process", "weights"]

@@ -15,10 +15,11 @@ from sslbook import Data, World, checkpoint, train
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.hooks import Hook, OnlineKNN, TensorBoard, WandB
+from sslbook.methods import METHODS
 from sslbook.methods.base import Method
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import ResNet
-from tests.engine import METHODS, assert_same_bits, command, lines, start, start_process, weights
+from tests.engine import assert_same_bits, command, lines, start, start_process, weights
 
 WORLD = World(pictures=48, test_pictures=24)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)

@@ -200,6 +200,7 @@ class Data:
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
+        order: Int[Tensor, "pictures"] | None = None,
     ) -> Iterator[Batch]:
         """One epoch of views, from batch number `start`.
 
@@ -212,12 +213,13 @@ class Data:
             rank: which part of every batch this process takes.
             world_size: number of processes.
             device: where the views are wanted.
+            order: which pictures to show, in order, at least as many as fill the epoch; by default each once, shuffled.
         """
         steps = self.steps_per_epoch(batch_size)
         if batch_size % world_size:
             raise UserError(f"a batch of {batch_size} does not divide among {world_size} processes: use a multiple")
-        order = permutation(seed, epoch, self.num_train)[: steps * batch_size]
-        mine = list(order.view(steps, world_size, -1)[start:, rank])
+        order = permutation(seed, epoch, self.num_train) if order is None else order.cpu()
+        mine = list(order[: steps * batch_size].view(steps, world_size, -1)[start:, rank])
         return self._run(self._sets.pretrain, views, mine, seed, epoch, torch.device(device), training=True)
 
     def evaluation_batches(

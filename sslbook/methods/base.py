@@ -1,5 +1,6 @@
 """The contract of a method: a module whose forward is the loss."""
 
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from sslbook.data.loader import Batch, Data
@@ -10,7 +11,7 @@ from sslbook.schedules import Clock
 class Method(nn.Module):
     """Base of every self-supervised method.
 
-    A method owns everything that changes while it learns as a parameter or a buffer: teacher, queue, memory, centre.
+    A method owns everything that changes while it learns as a parameter or a buffer: teacher, queue, memory, center.
     Saving, moving to a device and spreading over processes then need no further code.
     """
 
@@ -25,8 +26,21 @@ class Method(nn.Module):
         """The loss under the key `loss`; every other entry is a detached scalar to be logged."""
         raise NotImplementedError
 
-    def after_step(self, clock: Clock) -> None:
-        """Called once after every optimizer step: teachers and centres move here."""
+    def prepare(self, data: Data) -> None:
+        """Called once before training, and before any state is loaded: memories with a row per picture are sized here.
+
+        Raises a `UserError` if the data do not suit the method.
+        """
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
-        """Called before every epoch: clusterings are made here."""
+        """Called before every epoch, in every process: clusterings are made here."""
+
+    def order(self, data: Data, clock: Clock) -> Int[Tensor, "pictures"] | None:
+        """Which pictures the epoch shows, in order, where a plain permutation will not do; the same in every process.
+
+        A pure function of the method's state and the clock's epoch, since a resumed run asks again.
+        """
+        return None
+
+    def after_step(self, clock: Clock) -> None:
+        """Called once after every optimizer step: teachers and centers move here."""

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from sslbook.nn.convnet import ConvNet
     from sslbook.nn.ema import EMA
     from sslbook.nn.heads import MLP
+    from sslbook.nn.memory import MemoryBank
     from sslbook.nn.queue import Queue
     from sslbook.nn.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
-    from sslbook.nn.vit import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
+    from sslbook.nn.vit import VisionTransformer, vit_base, vit_giant, vit_huge, vit_large, vit_small, vit_tiny
 
 _HOME = {
     "backbones": ["backbone_dim", "timm_model"],
@@ -22,15 +23,17 @@ _HOME = {
     "convnet": ["ConvNet"],
     "ema": ["EMA"],
     "heads": ["MLP"],
+    "memory": ["MemoryBank"],
     "queue": ["Queue"],
     "resnet": ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101"],
-    "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"],
+    "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"],
 }
 __all__ = [
     "EMA",
     "MLP",
     "BatchNorm",
     "ConvNet",
+    "MemoryBank",
     "Queue",
     "ResNet",
     "VisionTransformer",
@@ -42,6 +45,7 @@ __all__ = [
     "resnet101",
     "timm_model",
     "vit_base",
+    "vit_giant",
     "vit_huge",
     "vit_large",
     "vit_small",

@@ -6,12 +6,13 @@ two-dimensional sine-cosine table whose first half of channels encodes the colum
 initialization, LayerNorm with epsilon 1e-6.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sslbook.errors import UserError
@@ -63,9 +64,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "heads tokens tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -81,19 +84,64 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for every channel of a branch (Touvron et al., 2021, arXiv:2103.17239)."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        return x * self.gamma
+
+
+class RelativePositions(nn.Module):
+    """A learned bias of attention for every offset between two patches and every head (BEiT, arXiv:2106.08254).
+
+    The last three rows of the table stand for patch to cls token, cls token to patch, and cls token to itself.
+    """
+
+    index: Tensor
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        height, width = grid
+        offsets = (2 * height - 1) * (2 * width - 1)
+        self.table = nn.Parameter(torch.zeros(offsets + 3, heads))
+        row, column = (p.flatten() for p in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+        down, right = row[:, None] - row + height - 1, column[:, None] - column + width - 1
+        index = torch.full((1 + len(row), 1 + len(row)), offsets)
+        index[1:, 1:] = down * (2 * width - 1) + right
+        index[1:, 0], index[0, 1:], index[0, 0] = offsets, offsets + 1, offsets + 2
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Float[Tensor, "heads tokens tokens"]:
+        return rearrange(self.table[self.index], "n m heads -> heads n m")
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each normalized before and added to what came in.
 
     Args:
         drop_path: probability of leaving out a branch for a picture in training (stochastic depth, arXiv:1603.09382).
+        layer_scale: what the learned factors of the branches start at; null leaves them out.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
+        self.mlp = FeedForward(dim, round(dim * mlp_ratio))
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = drop_path
 
     def _keep(self, branch: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
@@ -102,9 +150,11 @@ class Block(nn.Module):
         kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
         return branch * kept / (1 - self.drop_path)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self._keep(self.attn(self.norm1(x)))
-        return x + self._keep(self.mlp(self.norm2(x)))
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "heads tokens tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self._keep(self.ls1(self.attn(self.norm1(x), bias)))
+        return x + self._keep(self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchEmbedding(nn.Module):
@@ -138,9 +188,11 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         heads: number of attention heads.
         mlp_ratio: hidden width of the feed-forward network in units of `dim`.
-        positions: `sincos`: MAE's fixed table; `learned`: parameters.
+        positions: `sincos`: MAE's fixed table; `learned`: parameters; `relative`: none are added to the tokens, but
+            attention has a learned bias for every offset between two patches, shared by all blocks (BEiT).
         pool: what becomes the feature after the last norm: the `cls` token, or the `mean` of the patch tokens.
         drop_path: probability of leaving out a branch in the last block, rising linearly from 0 in the first.
+        layer_scale: what the learned factors of all branches start at, such as 0.1; null leaves them out.
     """
 
     def __init__(
@@ -151,9 +203,10 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         heads: int = 12,
         mlp_ratio: float = 4.0,
-        positions: Literal["sincos", "learned"] = "sincos",
+        positions: Literal["sincos", "learned", "relative"] = "sincos",
         pool: Literal["cls", "mean"] = "cls",
         drop_path: float = 0.0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -170,6 +223,7 @@ class VisionTransformer(nn.Module):
             "positions": positions,
             "pool": pool,
             "drop_path": drop_path,
+            "layer_scale": layer_scale,
         }
         self.dim, self.patch_size, self.pool = dim, patch_size, pool
         self.grid = patch_grid(image_size, image_size, patch_size)
@@ -177,28 +231,62 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         # The first row is the cls token's position.
         table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
+        self.rel_pos_bias = None
         if positions == "learned":
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        else:
+        elif positions == "sincos":
             table[0, 1:] = sincos_positions(dim, *self.grid)
             self.register_buffer("pos_embed", table)
+        else:
+            self.register_buffer("pos_embed", table)  # zeros: what is added to the tokens is nothing
+            self.rel_pos_bias = RelativePositions(self.grid, heads)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*[Block(dim, heads, mlp_ratio, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate, layer_scale) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_transformer(self)
 
-    def embed(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+    def embed(
+        self,
+        x: Float[Tensor, "batch 3 height width"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        mask_token: Float[Tensor, "dim"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
         """Patch tokens with their positions, row by row, without the cls token.
+
+        Where `mask` is true, `mask_token` stands in place of the patch, at the patch's position.
 
         Raises a `UserError` if the pictures cannot be cut evenly into patches.
         """
         grid = patch_grid(x.shape[2], x.shape[3], self.patch_size)
-        return self.patch_embed(x) + resample_positions(self.pos_embed[0, 1:], self.grid, grid)
+        tokens = self.patch_embed(x)
+        if mask is not None and mask_token is not None:
+            tokens = torch.where(mask[:, :, None], mask_token.to(tokens.dtype), tokens)
+        return tokens + resample_positions(self.pos_embed[0, 1:], self.grid, grid)
+
+    def layers(self, tokens: Float[Tensor, "batch tokens dim"]) -> Iterator[Float[Tensor, "batch 1+tokens dim"]]:
+        """Puts the cls token in front of any tokens and yields what every block makes of them, before the last norm.
+
+        Raises a `UserError` if positions are relative and the tokens are not those of the whole grid.
+        """
+        bias = None
+        if self.rel_pos_bias is not None:
+            if tokens.shape[1] != self.grid[0] * self.grid[1]:
+                raise UserError(
+                    f"relative positions are for all {self.grid[0] * self.grid[1]} patches and {tokens.shape[1]} came: "
+                    "for pictures of other sizes, or with patches left out, use positions sincos or learned"
+                )
+            bias = self.rel_pos_bias()
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        x = torch.cat([cls.to(tokens.dtype), tokens], dim=1)
+        for block in self.blocks:
+            x = block(x, bias)
+            yield x
 
     def encode(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1+tokens dim"]:
         """Puts the cls token in front of any tokens and runs the blocks and the last norm."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        return self.norm(self.blocks(torch.cat([cls, tokens], dim=1)))
+        for x in self.layers(tokens):  # noqa: B007 (the last is what counts)
+            pass
+        return self.norm(x)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         tokens = self.encode(self.embed(x))
@@ -258,3 +346,14 @@ def vit_huge(
 ) -> VisionTransformer:
     """ViT-H: 631 million parameters, 1280 features. For the arguments see `VisionTransformer`."""
     return VisionTransformer(image_size, patch_size, 1280, 32, 16, 4.0, positions, pool, drop_path)
+
+
+def vit_giant(
+    image_size: int = 224,
+    patch_size: int = 14,
+    positions: Literal["sincos", "learned"] = "sincos",
+    pool: Literal["cls", "mean"] = "cls",
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """ViT-g: 1,012 million parameters, 1408 features (arXiv:2106.04560). For the arguments see `VisionTransformer`."""
+    return VisionTransformer(image_size, patch_size, 1408, 40, 16, 48 / 11, positions, pool, drop_path)

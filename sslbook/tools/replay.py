@@ -26,7 +26,9 @@ def replay(failure: str) -> None:
     from sslbook.train import pretrain
 
     parser, config, _ = configuration.resolve(["--config", str(written)], pretrain)
-    method = parser.construct(config).method
+    made = parser.construct(config)
+    method = made.method
+    method.prepare(made.data)
     method.load_state_dict(state["method"])
     method.train()
     bad = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]

@@ -1,27 +1,72 @@
 """The methods at the smallest size that still shows what they do, shared by the tests of this folder."""
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslbook import distributed
-from sslbook.data.loader import Batch
+from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.methods import load
+from sslbook.data.world import World
+from sslbook.methods import METHODS, load
 from sslbook.methods.base import Method
 from sslbook.nn import VisionTransformer, convert_batch_norm
 from sslbook.schedules import Clock
 
 SIZE = 16
 VIEW = View(size=SIZE)
-OPTIONS = {
-    "rotation": {"view": VIEW},
-    "simclr": {"view": VIEW, "projector_dim": 16},
-    "moco": {"view": VIEW, "projector_dim": 16, "queue_size": 21, "batch_norm_groups": 2},
-    "byol": {"view_1": VIEW, "view_2": VIEW, "hidden_dim": 32, "projector_dim": 16},
-    "mae": {"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-}
-NAMES = list(OPTIONS)
+PICTURES = 64
+WORLD = World(pictures=PICTURES, test_pictures=16, size=SIZE)  # what memories are sized by
+CONVNET = '{"class_path": "sslbook.nn.ResNet", "init_args": {"depth": 18, "width": 4, "stem": "small"}}'
+TRANSFORMER = json.dumps(
+    {
+        "class_path": "sslbook.nn.VisionTransformer",
+        "init_args": {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2},
+    }
+)
+NAMES = list(METHODS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method at the smallest size that still shows what it does; `CASE` in its `test_NAME.py`.
+
+    Args:
+        options: of the constructor, besides the backbone.
+        command: the same on the command line, the backbone included.
+        learned: whether the method, given what it says of a batch of 32 pictures, has learned these by heart.
+        backbone: makes the network.
+        full_scale: the name in `sslbook.nn` of a network that the defaults are for.
+        overfit: options with which it learns 32 pictures by heart ...
+        overfit_lr: ... and the rate.
+        lr: rate at which two processes are compared with one.
+        corners: further sizes, rates and options for that comparison.
+        order_free: options with which the order of the pictures in a batch does not matter.
+        other_backbones: further networks it must work with.
+    """
+
+    options: dict[str, Any]
+    command: dict[str, Any]
+    learned: Callable[[Method, Batch, dict[str, Tensor]], bool]
+    backbone: Callable[[], nn.Module] = lambda: Convolutions()
+    full_scale: str = "resnet50"
+    overfit: dict[str, Any] = field(default_factory=dict)
+    overfit_lr: float = 1e-2
+    lr: float = 0.05
+    corners: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
+    order_free: dict[str, Any] = field(default_factory=dict)
+    other_backbones: list[Callable[[], nn.Module]] = field(default_factory=list)
+
+
+def case(name: str) -> Case:
+    return import_module(f"tests.methods.test_{name}").CASE
 
 
 class Convolutions(nn.Module):
@@ -49,18 +94,22 @@ def transformer() -> VisionTransformer:
 
 
 def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options) -> Method:
+    this = case(name)  # before the seed: importing it may draw
     torch.manual_seed(seed)
-    if backbone is None:
-        backbone = transformer() if name == "mae" else Convolutions()
-    return load(name)(backbone, **{**OPTIONS[name], **options})
+    method = load(name)(this.backbone() if backbone is None else backbone, **{**this.options, **options})
+    method.prepare(Data(world=WORLD))
+    return method
 
 
 def make_batch(method: Method, size: int, seed: int = 0) -> Batch:
-    """Random pictures, whose second view is the first with noise."""
+    """Random pictures, whose further views are the first with noise, each at the size that the method asks for."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(size, 3, SIZE, SIZE, generator=generator)
-    views = [first + 0.5 * i * torch.randn(first.shape, generator=generator) for i in range(len(method.views()))]
-    index = torch.randint(1000, (size,), generator=generator)
+    views = []
+    for i, view in enumerate(method.views()):
+        noisy = first + 0.5 * i * torch.randn(first.shape, generator=generator)
+        views.append(noisy if view.size == SIZE else F.interpolate(noisy, view.size, mode="bilinear"))
+    index = torch.randint(PICTURES, (size,), generator=generator)
     return Batch(tuple(views), index, torch.full((size,), -1))
 
 

@@ -1,11 +1,12 @@
 """Writes the loss of every method's first step, for `test_contracts.py` to compare with.
 
-python -m tests.methods.first_loss
+python -m tests.methods.first_loss [NAME ...]
 
 Run it only when a change is meant to change what a method computes, and say so in the commit.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -24,4 +25,6 @@ def first_loss(name: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({name: first_loss(name) for name in NAMES}, indent=2) + "\n", encoding="utf-8")
+    stored = json.loads(FILE.read_text(encoding="utf-8"))
+    stored |= {name: first_loss(name) for name in sys.argv[1:] or NAMES}
+    FILE.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,7 +6,15 @@ from torch import nn
 
 from sslbook.methods.byol import regression_loss, spread, target_momentum
 from sslbook.schedules import Clock
-from tests.methods.cases import make, make_batch
+from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
+
+CASE = Case(
+    options={"view_1": VIEW, "view_2": VIEW, "hidden_dim": 32, "projector_dim": 16},
+    command={"method.backbone": CONVNET, "method.hidden_dim": 16, "method.projector_dim": 8},
+    learned=lambda method, batch, out: bool(out["loss"] < 0.2 and out["feature_spread"] > 0.5),
+    overfit={"momentum": 0.9},
+    other_backbones=[transformer],
+)
 
 
 @pytest.mark.parametrize("n", [1, 5])

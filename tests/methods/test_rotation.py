@@ -3,7 +3,15 @@ import torch.nn.functional as F
 
 from sslbook.methods.rotation import rotate, targets
 from sslbook.schedules import Clock
-from tests.methods.cases import make, make_batch
+from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
+
+CASE = Case(
+    options={"view": VIEW},
+    command={"method.backbone": CONVNET},
+    learned=lambda method, batch, out: bool(out["rotation_accuracy"] > 95),
+    corners=[(2, 0.05, {})],  # one picture in each process
+    other_backbones=[transformer],
+)
 
 
 def test_rotations_pixel_by_pixel() -> None:
