@@ -172,9 +172,9 @@ class Data:
         return f"{self.name}: {', '.join(parts)}"
 
     def _source(self, split: str) -> Source:
-        if split not in ("train", "test"):
+        if split not in ("pretrain", "train", "test"):
             raise UserError(f"there is no split {split!r}: choose train or test")
-        source = self._sets.train if split == "train" else self._sets.test
+        source = {"pretrain": self._sets.pretrain, "train": self._sets.train, "test": self._sets.test}[split]
         if source is None:
             raise UserError(f"{self.name} has no test pictures: put some into a folder test/ beside train/")
         return source
@@ -224,23 +224,28 @@ class Data:
 
     def evaluation_batches(
         self,
-        split: Literal["train", "test"],
+        split: Literal["pretrain", "train", "test"],
         view: View | None = None,
         batch_size: int = 256,
         device: str | torch.device = "cpu",
+        *,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[Batch]:
         """Every picture of a split once, in order; unreadable ones are left out.
 
         Args:
-            split: train or test.
+            split: train or test, or pretrain: all that is learnt from, which may be more than is labelled.
             view: what a picture becomes; by default its center, at its own size or (files) at 224 of 256 pixels.
             batch_size: pictures in a batch.
             device: where the views are wanted.
+            rank: which of the batches this process takes: every `world_size`-th from here on.
+            world_size: processes that share the batches.
         """
         source = self._source(split)
         if view is None:
             view = View.center(self.size) if self.size else View.center(224, resize=256)
-        parts = list(torch.arange(len(source)).split(batch_size))
+        parts = list(torch.arange(len(source)).split(batch_size))[rank::world_size]
         return self._run(source, (view,), parts, 0, 0, torch.device(device), training=False)
 
     def _run(
