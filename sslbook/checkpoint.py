@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -90,13 +90,32 @@ def find(path: Path) -> Path:
     return path
 
 
-def load_weights(module: nn.Module, path: Path) -> list[str]:
+class Loaded(NamedTuple):
+    """What became of a file of weights."""
+
+    taken: list[str]
+    """names in the module that got weights"""
+    resampled: list[str]
+    """those of them that were interpolated: tables of positions for another image size"""
+    missing: list[str]
+    """names in the module that found none"""
+    unused: list[str]
+    """names in the file that fit nothing"""
+
+    def __str__(self) -> str:
+        text = f"{len(self.taken)} of {len(self.taken) + len(self.missing)} tensors taken"
+        for what, names in (("resampled", self.resampled), ("left fresh", self.missing), ("not used", self.unused)):
+            shown = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+            text += f"; {what}: {shown}" if names else ""
+        return text
+
+
+def load_weights(module: nn.Module, path: Path) -> Loaded:
     """Start `module` from weights: a checkpoint of ours, an exported backbone, or a state dict saved by torch.
 
-    Weights whose name and shape fit the module, or its backbone, are taken.
-
-    Returns:
-        The names in the module that found no weights.
+    Weights whose name and shape fit the module, or its backbone, are taken: those of torchvision's ResNets and timm's
+    vision transformers among them, whose classifiers are not used. Tables of positions for another image size are
+    interpolated, by the method `resampled` of the part they belong to.
     """
     if path.is_dir():
         path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
@@ -116,16 +135,23 @@ def load_weights(module: nn.Module, path: Path) -> list[str]:
                 weights = weights[key]
                 break
     own = module.state_dict()
-    fitting = {}
+    fitting, resampled, unused = {}, [], []
     for name, value in weights.items() if isinstance(weights, dict) else ():
-        for target in (name, f"backbone.{name}", name.removeprefix("module.")):
-            if target in own and isinstance(value, torch.Tensor) and own[target].shape == value.shape:
-                fitting[target] = value
-                break
+        targets = [t for t in (name, f"backbone.{name}", name.removeprefix("module.")) if t in own]
+        target = next((t for t in targets if isinstance(value, torch.Tensor) and own[t].shape == value.shape), None)
+        if target is None and targets and isinstance(value, torch.Tensor):
+            owner, _, last = targets[0].rpartition(".")
+            resample = getattr(module.get_submodule(owner), "resampled", lambda *_: None)
+            value, target = resample(last, value), targets[0]
+            resampled += [target] if value is not None else []
+        if target is None or value is None:
+            unused.append(str(name))
+        else:
+            fitting[target] = value
     if not fitting:
         raise UserError(f"{path}: none of its weights fits {type(module).__name__}; is the backbone the same?")
     module.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
+    return Loaded(list(fitting), resampled, [name for name in own if name not in fitting], unused)
 
 
 # -- backbones to take elsewhere ---------------------------------------------------------------------------------------

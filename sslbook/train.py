@@ -120,7 +120,9 @@ def pretrain(
     # -- what ----------------------------------------------------------------------------------------------------------
     method.prepare(data)
     if weights is not None and state is None:
-        checkpoint.load_weights(method, Path(weights))
+        loaded = checkpoint.load_weights(method, Path(weights))
+        if distributed.is_main():
+            print(f"weights: {loaded}")
     if processes > 1:
         convert_batch_norm(method)  # in place: a method is not a normalization itself
     method.to(where)

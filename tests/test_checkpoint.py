@@ -91,7 +91,8 @@ def test_weights_from_many_kinds_of_files(tmp_path: Path) -> None:
     torch.save(source.backbone.state_dict(), tmp_path / "backbone.pt")
     for name, missing in (("plain.pt", 0), ("ddp.pth", 0), ("backbone.pt", 2)):
         target = Method()
-        assert len(checkpoint.load_weights(target, tmp_path / name)) == missing
+        loaded = checkpoint.load_weights(target, tmp_path / name)
+        assert (len(loaded.missing), loaded.unused) == (missing, [])
         assert torch.equal(target.backbone.weight, source.backbone.weight)
     with pytest.raises(UserError, match="none of its weights fits"):
         checkpoint.load_weights(nn.Conv2d(1, 1, 1), tmp_path / "plain.pt")

@@ -11,10 +11,19 @@ if TYPE_CHECKING:
     from sslbook.nn.batch_norm import BatchNorm, convert_batch_norm
     from sslbook.nn.convnet import ConvNet
     from sslbook.nn.ema import EMA
-    from sslbook.nn.heads import MLP
+    from sslbook.nn.heads import MLP, PrototypeHead
     from sslbook.nn.memory import MemoryBank
     from sslbook.nn.queue import Queue
-    from sslbook.nn.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+    from sslbook.nn.resnet import (
+        ResNet,
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        wide_resnet50_2,
+        wide_resnet101_2,
+    )
     from sslbook.nn.vit import VisionTransformer, vit_base, vit_giant, vit_huge, vit_large, vit_small, vit_tiny
 
 _HOME = {
@@ -22,10 +31,19 @@ _HOME = {
     "batch_norm": ["BatchNorm", "convert_batch_norm"],
     "convnet": ["ConvNet"],
     "ema": ["EMA"],
-    "heads": ["MLP"],
+    "heads": ["MLP", "PrototypeHead"],
     "memory": ["MemoryBank"],
     "queue": ["Queue"],
-    "resnet": ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101"],
+    "resnet": [
+        "ResNet",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ],
     "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"],
 }
 __all__ = [
@@ -34,6 +52,7 @@ __all__ = [
     "BatchNorm",
     "ConvNet",
     "MemoryBank",
+    "PrototypeHead",
     "Queue",
     "ResNet",
     "VisionTransformer",
@@ -43,6 +62,7 @@ __all__ = [
     "resnet34",
     "resnet50",
     "resnet101",
+    "resnet152",
     "timm_model",
     "vit_base",
     "vit_giant",
@@ -50,6 +70,8 @@ __all__ = [
     "vit_large",
     "vit_small",
     "vit_tiny",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]
 
 

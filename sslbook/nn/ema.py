@@ -11,7 +11,7 @@ class EMA(nn.Module):
     """A copy of a module whose parameters are the exponential moving average of the original's.
 
     Buffers are not averaged and not copied: the teacher runs in training mode on its own pictures, so its batch norm
-    gathers running statistics that fit its own weights, as in the code of MoCo and BYOL.
+    gathers running statistics that fit its own weights, as in the code of MoCo and BYOL. Drop path is for students only.
 
     Args:
         online: the module to copy.
@@ -20,6 +20,10 @@ class EMA(nn.Module):
     def __init__(self, online: nn.Module) -> None:
         super().__init__()
         self.module = deepcopy(online).requires_grad_(False)
+        for part in self.module.modules():
+            for name in ("drop_path", "drop_prob"):  # ours is a number, timm's a module with one
+                if isinstance(getattr(part, name, None), float):
+                    setattr(part, name, 0.0)
 
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:

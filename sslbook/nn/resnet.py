@@ -1,8 +1,9 @@
 """Residual networks: torchvision's blocks and parameter names, with what small pictures need.
 
 He, Zhang, Ren and Sun, 2016, "Deep residual learning for image recognition" (arXiv:1512.03385). State dicts are those
-of `torchvision.models.resnet*` without `fc`, so weights go in and out unchanged. The stem for small pictures is the one
-of SimCLR's CIFAR-10 experiments (arXiv:2002.05709, appendix B.9).
+of `torchvision.models.resnet*` and `wide_resnet*` without `fc`, so weights go in and out unchanged. The stem for small
+pictures is the one of SimCLR's CIFAR-10 experiments (arXiv:2002.05709, appendix B.9). What is called wide here are the
+networks of Zagoruyko and Komodakis, 2016 (arXiv:1605.07146): only the bottlenecks' inner convolutions are wider.
 """
 
 from typing import Literal
@@ -32,6 +33,7 @@ class ResNet(nn.Module):
         stem: `imagenet`: 7x7 convolution of stride 2 and max-pooling, a quarter of the resolution remains;
             `small`: 3x3 convolution of stride 1, for pictures of up to about 64 pixels.
         zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
+        inner_width: channels of the 3x3 convolutions of bottlenecks in units of the usual; 2 in `wide_resnet50_2`.
     """
 
     layer1: nn.Sequential
@@ -45,12 +47,21 @@ class ResNet(nn.Module):
         width: int = 64,
         stem: Literal["imagenet", "small"] = "imagenet",
         zero_init_residual: bool = False,
+        inner_width: int = 1,
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
             raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
-        self.init_args = {"depth": depth, "width": width, "stem": stem, "zero_init_residual": zero_init_residual}
         block, counts = _BLOCKS[depth]
+        if inner_width != 1 and block is BasicBlock:
+            raise UserError(f"a ResNet-{depth} has no bottlenecks to widen: use depth 50, 101 or 152, or width")
+        self.init_args = {
+            "depth": depth,
+            "width": width,
+            "stem": stem,
+            "zero_init_residual": zero_init_residual,
+            "inner_width": inner_width,
+        }
         self.dim = 8 * width * block.expansion
 
         if stem == "small":
@@ -73,7 +84,7 @@ class ResNet(nn.Module):
                         nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
                         nn.BatchNorm2d(planes * block.expansion),
                     )
-                layers.append(block(channels, planes, stride, downsample))
+                layers.append(block(channels, planes, stride, downsample, base_width=64 * inner_width))
                 channels = planes * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
 
@@ -120,3 +131,24 @@ def resnet101(
 ) -> ResNet:
     """ResNet-101: 42.5 million parameters, 2048 features. For the arguments see `ResNet`."""
     return ResNet(101, width, stem, zero_init_residual)
+
+
+def resnet152(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """ResNet-152: 58.1 million parameters, 2048 features. For the arguments see `ResNet`."""
+    return ResNet(152, width, stem, zero_init_residual)
+
+
+def wide_resnet50_2(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """Wide ResNet-50-2: 66.8 million parameters, 2048 features. For the arguments see `ResNet`."""
+    return ResNet(50, width, stem, zero_init_residual, inner_width=2)
+
+
+def wide_resnet101_2(
+    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+) -> ResNet:
+    """Wide ResNet-101-2: 124.8 million parameters, 2048 features. For the arguments see `ResNet`."""
+    return ResNet(101, width, stem, zero_init_residual, inner_width=2)

@@ -6,6 +6,7 @@ two-dimensional sine-cosine table whose first half of channels encodes the colum
 initialization, LayerNorm with epsilon 1e-6.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -42,6 +43,12 @@ def resample_positions(
     planes = rearrange(table, "(h w) dim -> 1 dim h w", h=grid[0])
     planes = F.interpolate(planes.float(), size=to, mode="bicubic", align_corners=False)
     return rearrange(planes, "1 dim h w -> (h w) dim").to(table.dtype)
+
+
+def square(count: int) -> tuple[int, int] | None:
+    """The square grid of so many patches, if there is one."""
+    side = math.isqrt(max(0, count))
+    return (side, side) if side and side**2 == count else None
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -105,6 +112,7 @@ class RelativePositions(nn.Module):
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
+        self.grid = grid
         height, width = grid
         offsets = (2 * height - 1) * (2 * width - 1)
         self.table = nn.Parameter(torch.zeros(offsets + 3, heads))
@@ -117,6 +125,14 @@ class RelativePositions(nn.Module):
 
     def forward(self) -> Float[Tensor, "heads tokens tokens"]:
         return rearrange(self.table[self.index], "n m heads -> heads n m")
+
+    def resampled(self, name: str, value: Tensor) -> Tensor | None:
+        """The weight `name` of another square grid for this one; None if it cannot be."""
+        grid = square(len(value) - 3)
+        if name != "table" or value.shape[1:] != self.table.shape[1:] or grid is None:
+            return None
+        to = (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)
+        return torch.cat([resample_positions(value[:-3], grid, to), value[-3:]])
 
 
 class Block(nn.Module):
@@ -288,6 +304,13 @@ class VisionTransformer(nn.Module):
             pass
         return self.norm(x)
 
+    def resampled(self, name: str, value: Tensor) -> Tensor | None:
+        """The weight `name` of a network for another image size, for this one; None if it cannot be."""
+        grid = square(value.shape[1] - 1) if value.ndim == 3 else None
+        if name != "pos_embed" or grid is None or value.shape[2] != self.dim:
+            return None
+        return torch.cat([value[:, :1], resample_positions(value[0, 1:], grid, self.grid)[None]], dim=1)
+
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         tokens = self.encode(self.embed(x))
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
@@ -355,5 +378,5 @@ def vit_giant(
     pool: Literal["cls", "mean"] = "cls",
     drop_path: float = 0.0,
 ) -> VisionTransformer:
-    """ViT-g: 1,012 million parameters, 1408 features (arXiv:2106.04560). For the arguments see `VisionTransformer`."""
+    """ViT-g: 1,011 million parameters, 1408 features (arXiv:2106.04560). For the arguments see `VisionTransformer`."""
     return VisionTransformer(image_size, patch_size, 1408, 40, 16, 48 / 11, positions, pool, drop_path)

@@ -9,6 +9,8 @@ from torch import nn
 from sslbook import nn as ours
 from sslbook.errors import UserError
 from sslbook.nn import backbone_dim, resnet18, timm_model
+from sslbook.schedules import Clock
+from tests.methods.cases import gradient, make, make_batch
 
 
 def test_every_name_is_there() -> None:
@@ -29,6 +31,29 @@ def test_any_model_of_timm(name: str) -> None:
     pytest.importorskip("timm", reason="needs timm")
     model = timm_model(name).eval()
     assert model(torch.randn(1, 3, 224, 224)).shape == (1, model.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4},
+        ),
+        ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8), "patch_size": 1}),
+    ],
+    ids=["swin", "convnext"],
+)
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_timms_models_are_backbones(method: str, name: str, options: dict) -> None:
+    pytest.importorskip("timm", reason="needs timm")
+    model = make(method, backbone=timm_model(name, **options))
+    out = model(make_batch(model, 4), Clock())
+    out["loss"].backward()
+    for key, parameter in model.backbone.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    assert gradient(model).norm() > 0
 
 
 def test_a_wrong_name_gets_the_nearest() -> None:

@@ -1,10 +1,23 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from sslbook.checkpoint import export_backbone, load_backbone, load_weights
 from sslbook.errors import UserError
-from sslbook.nn import ResNet, resnet18, resnet34, resnet50, resnet101
+from sslbook.methods.simclr import SimCLR
+from sslbook.nn import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +28,9 @@ from sslbook.nn import ResNet, resnet18, resnet34, resnet50, resnet101
         (resnet34, "resnet34", 21_797_672 - 513_000),
         (resnet50, "resnet50", 25_557_032 - 2_049_000),
         (resnet101, "resnet101", 44_549_160 - 2_049_000),
+        (resnet152, "resnet152", 60_192_808 - 2_049_000),
+        (wide_resnet50_2, "wide_resnet50_2", 68_883_240 - 2_049_000),
+        (wide_resnet101_2, "wide_resnet101_2", 126_886_696 - 2_049_000),
     ],
 )
 def test_it_is_torchvisions(factory, name: str, parameters: int) -> None:
@@ -26,13 +42,39 @@ def test_it_is_torchvisions(factory, name: str, parameters: int) -> None:
     assert ours.dim == theirs.fc.in_features
 
 
-def test_torchvisions_weights_give_torchvisions_features() -> None:
-    theirs = torchvision.models.resnet18(num_classes=2).eval()
-    ours = resnet18().eval()
+@pytest.mark.parametrize(("factory", "name"), [(resnet18, "resnet18"), (wide_resnet50_2, "wide_resnet50_2")])
+def test_torchvisions_weights_give_torchvisions_features(factory, name: str) -> None:
+    theirs = getattr(torchvision.models, name)(num_classes=2).eval()
+    ours = factory().eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     theirs.fc = nn.Identity()
     x = torch.randn(2, 3, 64, 48)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_file_of_torchvisions_weights_starts_a_methods_backbone(tmp_path: Path) -> None:
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    method = SimCLR(resnet18(), projector_dim=8)
+    loaded = load_weights(method, tmp_path / "resnet18.pth")
+    assert loaded.unused == ["fc.weight", "fc.bias"]
+    assert all(name.startswith("projector.") for name in loaded.missing)
+    theirs.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(method.backbone.eval()(x), theirs.eval()(x))
+    assert str(loaded).startswith("120 of ")
+    assert str(loaded).endswith("not used: fc.weight, fc.bias")
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
+    assert "layer1.0.conv1.weight" in load_weights(method, tmp_path / "resnet50.pth").unused
+
+
+def test_an_exported_wide_network_comes_back(tmp_path: Path) -> None:
+    wide = ResNet(50, 4, "small", inner_width=2)
+    export_backbone(tmp_path / "backbone.safetensors", wide, {})
+    again, _ = load_backbone(tmp_path / "backbone.safetensors")
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again.eval()(x), wide.eval()(x))
+    assert wide.layer1[0].conv2.weight.shape == (8, 8, 3, 3)
 
 
 def test_small_stem_keeps_the_resolution() -> None:
@@ -57,3 +99,5 @@ def test_zero_init_makes_every_block_the_identity(depth: int) -> None:
 def test_unknown_depth_is_refused() -> None:
     with pytest.raises(UserError, match="use one of 18, 34, 50, 101, 152"):
         ResNet(51)
+    with pytest.raises(UserError, match="no bottlenecks to widen: use depth 50"):
+        ResNet(18, inner_width=2)

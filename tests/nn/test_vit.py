@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sslbook.errors import UserError
-from sslbook.nn import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
+from sslbook.nn import VisionTransformer, vit_base, vit_giant, vit_huge, vit_large, vit_small, vit_tiny
 from sslbook.nn.vit import resample_positions, sincos_positions
 
 
@@ -17,6 +17,7 @@ from sslbook.nn.vit import resample_positions, sincos_positions
         (vit_base, 85_798_656),
         (vit_large, 303_301_632),
         (vit_huge, 630_764_800),
+        (vit_giant, 1_011_202_432),  # "g/14, 1011 M" (arXiv:2106.04560, table 2)
     ],
 )
 def test_published_parameter_counts(factory, parameters: int) -> None:
