@@ -6,52 +6,61 @@ one that was stopped is resumed, so the command can be stopped and started at wi
 
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from sslbook import configuration
 from sslbook.errors import UserError
+from sslbook.methods import METHODS
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
+PROTOCOLS = {"knn": "kNN", "linear": "linear"}
 
 
 def compare(
     name: str,
-    methods: list[str] = ["rotation", "simclr", "moco", "byol", "mae"],  # noqa: B006 (never changed)
-    seeds: list[int] = [0],  # noqa: B006
+    methods: list[str] | None = None,
+    seeds: list[int] = [0],  # noqa: B006 (never changed)
     options: str = "",
     runs: Path = Path("runs/compare"),
 ) -> None:
     """Train every method with every seed, and write one table to book/results/NAME.json.
 
+    Beside its accuracies stand those of its network before training, the seconds of training for 1,000 pictures, and
+    the most memory that was used, in MB (of the GPU, or else of the process). The controls are those of the first
+    method's network.
+
     Args:
         name: name of the result.
-        methods: which methods.
+        methods: which methods; all by default.
         seeds: which seeds.
         options: options of sslbook.train for all runs, in one string, such as "--recipe cifar10 --epochs 100".
         runs: where the runs' folders are kept.
     """
     from sslbook.notebook import results
 
+    methods = list(METHODS) if methods is None else methods
     values: dict[str, dict[str, list[float]]] = {}
     factors: dict[str, dict[str, list[float]]] = {}
     for method in methods:
+        first = method == methods[0]
         for seed in seeds:
-            folder = runs / name / f"{method}-seed-{seed}"
-            measured = one_run(method, seed, folder, shlex.split(options))
+            words = shlex.split(options) + ([] if first else ["--report=quick"])
+            measured = one_run(method, seed, runs / name / f"{method}-seed-{seed}", words)
             if "rows" not in measured:
-                raise UserError(f"{folder}: the pictures have no labels, so there is nothing to compare")
+                raise UserError(f"{name}: the pictures have no labels, so there is nothing to compare")
+            rows = {row["name"]: row for row in measured["rows"]}
             label = measured["rows"][0]["name"]
-            for row in measured["rows"]:
-                control = row["name"] in CONTROLS
-                if control and method != methods[0]:
-                    continue  # pixels are the same for all, and one network stands for the others
-                line = values.setdefault(row["name"], {})
-                for key, title in (("knn", "kNN"), ("linear", "linear")):
-                    line.setdefault(title, []).append(round(row[key], 2))
-            values[label].setdefault("seconds", []).append(measured["train_seconds"])
+            for row in rows if first else [label]:
+                for key, title in PROTOCOLS.items():
+                    values.setdefault(row, {}).setdefault(title, []).append(round(rows[row][key], 2))
+            facts = {f"{title}, untrained": rows["random weights"][key] for key, title in PROTOCOLS.items()}
+            facts |= {"s per 1,000": measured["seconds_per_1000"], "memory (MB)": measured["peak_memory"]}
+            for title, value in facts.items():
+                values[label].setdefault(title, []).append(round(value, 2))
             for row, scores in measured.get("factors", {}).items():
-                for factor, score in scores.items() if row == label or method == methods[0] else ():
+                for factor, score in scores.items() if first or row == label else ():
                     factors.setdefault(row, {}).setdefault(factor, []).append(round(score, 2))
     order = [row for row in values if row not in CONTROLS] + [row for row in CONTROLS if row in values]
     command = f"python -m sslbook.compare {shlex.join(sys.argv[1:])}"
@@ -63,13 +72,14 @@ def compare(
 
 
 def one_run(method: str, seed: int, folder: Path, options: list[str]) -> dict:
-    """The report of one run; it is trained first if it is not finished."""
-    from sslbook import train
-
+    """The report of one run; it is trained first, in a process of its own, if it is not finished."""
     done = folder / "report.json"
     if not done.exists():
         print(f"\n{method}, seed {seed}: {folder}", flush=True)
-        train.main([method, *options, f"--seed={seed}", f"--out={folder}", "--resume=auto"])
+        words = [method, *options, f"--seed={seed}", f"--out={folder}", "--resume=auto"]
+        status = subprocess.run([sys.executable, "-m", "sslbook.train", *words]).returncode
+        if status:
+            raise UserError(f"{folder}: the run failed; mend it and give the same command again to go on")
     if not done.exists():
         raise UserError(f"{folder}: stopped before the end; give the same command again to go on")
     return json.loads(done.read_text(encoding="utf-8"))

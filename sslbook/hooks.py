@@ -38,6 +38,7 @@ class Run:
         figures: what hooks measured, such as `knn`; a figure can be monitored for the best checkpoint.
         seconds: time spent training, over all resumptions.
         images_per_second: over the last steps.
+        peak_memory: the most memory so far, in MB: of the GPU by tensors, or else of the whole process.
         finished: whether all steps are done.
     """
 
@@ -52,6 +53,7 @@ class Run:
     figures: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     images_per_second: float = 0.0
+    peak_memory: float = 0.0
     finished: bool = False
 
 

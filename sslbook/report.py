@@ -51,7 +51,14 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
     """
     folder, data = run.folder, run.data
     view = evaluation_view(run.method.views()[0])
-    result: dict[str, object] = {"run": folder.name, "steps": run.clock.step, "train_seconds": round(run.seconds, 1)}
+    pictures = max(1, run.clock.step * run.batch_size)
+    result: dict[str, object] = {
+        "run": folder.name,
+        "steps": run.clock.step,
+        "train_seconds": round(run.seconds, 1),
+        "seconds_per_1000": round(1000 * run.seconds / pictures, 4),
+        "peak_memory": round(run.peak_memory),
+    }
     if data.skipped:
         print(f"skipped {data.skipped} pictures that could not be read")
         result["skipped"] = data.skipped
@@ -154,17 +161,19 @@ def draw_views(run: Run, rows: int = 4, draws: int = 7) -> None:
     data, views = run.data, run.method.views()
     shown, titles = [], []
     count = len(data.labels("train"))
+    side = max(view.size for view in views)  # small crops are drawn as large as the others
     for row in range(min(rows, count)):
         position = row * count // rows
         picture = data.picture("train", position)
-        whole = View.center(views[0].size, mean=(0, 0, 0), std=(1, 1, 1))
+        whole = View.center(side, mean=(0, 0, 0), std=(1, 1, 1))
         shown.append(apply_one(whole, picture, 0, 0, position, 0))
         titles.append("picture" if row == 0 else "")
         for draw in range(draws):
             stream, epoch = draw % len(views), draw // len(views)
             view = views[stream]
             seen = apply_one(view, picture, run.clock.seed, epoch, position, stream)
-            shown.append(pictures.denormalize(seen, view.mean, view.std))
+            seen = pictures.denormalize(seen, view.mean, view.std)
+            shown.append(torch.nn.functional.interpolate(seen[None], side)[0])
             name = f"view {stream + 1}" if len(views) > 1 else "view"
             titles.append(f"{name}" if row == 0 else "")
     alt = f"{rows} pictures, each followed by {draws} random views of it."

@@ -294,6 +294,7 @@ def pretrain(
             hook.end(run)
 
     run.finished = clock.step >= total_steps
+    run.peak_memory = _peak_memory(where)
     method.eval()
     if distributed.is_main():
         checkpoint.export_backbone(folder / "backbone.safetensors", method.backbone, description)
@@ -302,6 +303,18 @@ def pretrain(
 
 
 # -- the parts of it ---------------------------------------------------------------------------------------------------
+
+
+def _peak_memory(where: torch.device) -> float:
+    """The most memory used so far, in MB: by tensors on the GPU, or by the whole process."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB elsewhere
 
 
 def _check_batch(batch_size: int, accumulate: int, processes: int) -> None:

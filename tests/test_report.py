@@ -60,17 +60,20 @@ def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) ->
     small = command("simclr", None, report="quick", steps=2)[1:]
     small = [word for word in small if not word.startswith("--method")]
     options = " ".join(f"'{word}'" for word in small)
-    drawn = []
-    monkeypatch.setattr("sslbook.report.draw_map", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     compare.compare("tiny", ["rotation", "simclr"], [0, 1], options)
     result = results.load("tiny")
     assert list(result.values) == ["Rotation", "SimCLR", "pixels", "random weights", "chance"]
     assert len(result["SimCLR"]["kNN"]) == len(result["pixels"]["linear"]) == 2
     assert result["pixels"]["kNN"][0] == result["pixels"]["kNN"][1]
-    assert len(drawn) == 4
-    (tmp_path / "runs" / "compare" / "tiny" / "simclr-seed-1" / "report.json").unlink()
+    assert set(result["SimCLR"]) >= {"kNN, untrained", "linear, untrained", "s per 1,000", "memory (MB)"}
+    assert min(result["SimCLR"]["memory (MB)"]) > 50
+    reports = sorted((tmp_path / "runs" / "compare" / "tiny").glob("*/report.json"))
+    written = {path: path.stat().st_mtime_ns for path in reports}
+    (lost,) = (path for path in reports if path.parent.name == "simclr-seed-1")
+    lost.unlink()
     compare.compare("tiny", ["rotation", "simclr"], [0, 1], options)
-    assert len(drawn) == 5  # the one run that was not finished
+    assert [path for path in reports if path.stat().st_mtime_ns != written[path]] == [lost]  # what was not finished
     assert results.load("tiny").values["SimCLR"]["kNN"] == result["SimCLR"]["kNN"]
 
 

@@ -21,7 +21,14 @@ DATA = {
     "cifar10_jpeg": "CIFAR-10 (JPEG)",
     "clothing_160": "Clothing, photographs of 160 pixels",
 }
-COLUMNS = {"kNN": ("kNN (%)", 1), "linear": ("linear (%)", 1), "seconds": ("training (s)", 0)}
+COLUMNS = {
+    "kNN": ("kNN (%)", 1),
+    "linear": ("linear (%)", 1),
+    "kNN, untrained": ("kNN, untrained", 1),
+    "linear, untrained": ("linear, untrained", 1),
+    "s per 1,000": ("s per 1,000 pictures", 2),
+    "memory (MB)": ("memory (MB)", 0),
+}
 
 
 def table(values: Mapping[str, Mapping[str, float | Sequence[float]]]) -> list[str]:
