@@ -13,7 +13,18 @@ METHODS = {
     "simclr": "sslbook.methods.simclr.SimCLR",
     "moco": "sslbook.methods.moco.MoCo",
     "byol": "sslbook.methods.byol.BYOL",
+    "simsiam": "sslbook.methods.simsiam.SimSiam",
+    "barlow_twins": "sslbook.methods.barlow_twins.BarlowTwins",
+    "vicreg": "sslbook.methods.vicreg.VICReg",
+    "swav": "sslbook.methods.swav.SwAV",
     "mae": "sslbook.methods.mae.MAE",
+    "milan": "sslbook.methods.milan.MILAN",
+    "eva": "sslbook.methods.eva.EVA",
+    "spark": "sslbook.methods.spark.SparK",
+    "simmim": "sslbook.methods.simmim.SimMIM",
+    "maskfeat": "sslbook.methods.maskfeat.MaskFeat",
+    "pixmim": "sslbook.methods.pixmim.PixMIM",
+    "mff": "sslbook.methods.mff.MFF",
 }
 """Short names of the methods, and where their classes live; nothing is imported until it is used."""
 
