@@ -279,6 +279,11 @@ class VisionTransformer(nn.Module):
             tokens = torch.where(mask[:, :, None], mask_token.to(tokens.dtype), tokens)
         return tokens + resample_positions(self.pos_embed[0, 1:], self.grid, grid)
 
+    def start(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1+tokens dim"]:
+        """Any tokens with the cls token in front: what comes into the first block."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return torch.cat([cls.to(tokens.dtype), tokens], dim=1)
+
     def layers(self, tokens: Float[Tensor, "batch tokens dim"]) -> Iterator[Float[Tensor, "batch 1+tokens dim"]]:
         """Puts the cls token in front of any tokens and yields what every block makes of them, before the last norm.
 
@@ -292,8 +297,7 @@ class VisionTransformer(nn.Module):
                     "for pictures of other sizes, or with patches left out, use positions sincos or learned"
                 )
             bias = self.rel_pos_bias()
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        x = torch.cat([cls.to(tokens.dtype), tokens], dim=1)
+        x = self.start(tokens)
         for block in self.blocks:
             x = block(x, bias)
             yield x

@@ -44,6 +44,7 @@ class Case:
         learned: whether the method, given what it says of a batch of 32 pictures, has learned these by heart.
         backbone: makes the network.
         full_scale: the name in `sslbook.nn` of a network that the defaults are for.
+        full_options: makes what the constructor needs besides, such as a teacher.
         overfit: options with which it learns 32 pictures by heart ...
         overfit_lr: ... and the rate.
         lr: rate at which two processes are compared with one.
@@ -57,6 +58,7 @@ class Case:
     learned: Callable[[Method, Batch, dict[str, Tensor]], bool]
     backbone: Callable[[], nn.Module] = lambda: Convolutions()
     full_scale: str = "resnet50"
+    full_options: Callable[[], dict[str, Any]] = dict
     overfit: dict[str, Any] = field(default_factory=dict)
     overfit_lr: float = 1e-2
     lr: float = 0.05

@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_finite(name: str) -> None:
 @methods
 def test_the_defaults_are_for_full_scale(name: str) -> None:
     with torch.device("meta"):
-        method = load(name)(getattr(nets, case(name).full_scale)())
+        method = load(name)(getattr(nets, case(name).full_scale)(), **case(name).full_options())
     assert max(view.size for view in method.views()) >= 224
 
 

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from sslbook.errors import UserError
+from sslbook.methods.eva import cosine_loss
+from sslbook.nn import ConvNet, ResNet, VisionTransformer
+from sslbook.schedules import Clock
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+
+
+def seeded_teacher() -> VisionTransformer:
+    """The same in every process that imports this file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionTransformer(SIZE, 4, 12, 1, 2)
+
+
+TEACHER = seeded_teacher()
+CASE = Case(
+    options={"view": VIEW, "teacher": TEACHER, "min_block": 2},
+    command={
+        "method.backbone": TRANSFORMER,
+        "method.teacher": json.dumps({"class_path": "sslbook.nn.ConvNet", "init_args": {"width": 4}}),
+    },
+    learned=lambda method, batch, out: bool(out["loss"] < 0.2),
+    backbone=transformer,
+    full_scale="vit_giant",
+    full_options=lambda: {"teacher": VisionTransformer(patch_size=14)},
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "teacher": ConvNet(8)},
+    overfit_lr=3e-3,
+    corners=[(2, 0.05, {})],
+    other_backbones=[lambda: VisionTransformer(SIZE, 4, 16, 2, 2, positions="relative", layer_scale=0.1)],
+)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 2), (7, 5)])
+def test_the_loss_by_loops(rows: int, dim: int) -> None:
+    p, t = 10 * torch.randn(rows, dim).double(), torch.randn(rows, dim).double()
+    total = 0.0
+    for a, b in zip(p.tolist(), t.tolist()):
+        cos = sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+        total += 2 - 2 * cos
+    assert float(cosine_loss(p, t)) == pytest.approx(total / rows, rel=1e-5)
+
+
+def test_only_hidden_patches_are_asked_for() -> None:
+    method = make("eva")
+    batch = make_batch(method, 5)
+    mask = method.mask(batch.index, (4, 4), Clock())
+    assert mask.sum(dim=1).tolist() == [6] * 5  # 0.4 of 16
+    seen = method.teacher(batch.views[0])
+    tokens = method.backbone.encode(method.backbone.embed(batch.views[0], mask, method.mask_token))
+    total, count = 0.0, 0
+    for i in range(5):
+        for j in range(16):
+            if mask[i, j]:
+                p, t = method.head(tokens[i, 1 + j]).double(), seen.patches[i, j].double()
+                total, count = total + float((2 - 2 * (p @ t) / (p.norm() * t.norm())).detach()), count + 1
+    assert float(method(batch, Clock())["loss"].detach()) == pytest.approx(total / count, rel=1e-4)
+
+
+def loss_after_training() -> float:
+    """On pictures whose patches have nothing to do with each other, with a teacher that sees each by itself."""
+    torch.manual_seed(0)
+    teacher = nn.Conv2d(3, 8, 4, stride=4)
+    method = make("eva", backbone=VisionTransformer(SIZE, 4, 32, 1, 4), teacher=teacher)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(80):
+        patches = torch.randn(16, 3, 4, 4).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        loss = method(make_batch(method, 16)._replace(views=(patches,)), Clock())["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def test_without_the_mask_token_it_copies(monkeypatch) -> None:
+    assert loss_after_training() > 1.2
+    embed = VisionTransformer.embed
+    # The mask token still gets a gradient, but covers nothing.
+    monkeypatch.setattr(VisionTransformer, "embed", lambda self, x, mask, token: embed(self, x) + 0 * token)
+    assert loss_after_training() < 0.4
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot use a ResNet: choose .*VisionTransformer"):
+        make("eva", backbone=ResNet(18, width=8))
+    with pytest.raises(UserError, match=r"there is no teacher: set --method.teacher to a run folder"):
+        make("eva", teacher=None)
+    with pytest.raises(UserError, match=r"2x2 patches and the student one of 4x4: .*--method.teacher_size 32"):
+        make("eva", teacher=VisionTransformer(SIZE, 8, 16, 1, 2))
+    with pytest.raises(UserError, match="leaves nothing to predict"):
+        make("eva", mask_ratio=0.0)
+    with pytest.raises(UserError, match="leaves nothing to see"):
+        make("eva", mask_ratio=1.0)
+
+
+def test_the_teacher_learns_nothing() -> None:
+    method = make("eva", teacher=ConvNet(4)).train()
+    before = {key: value.clone() for key, value in method.teacher.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        method(make_batch(method, 4, seed=step), Clock(step))["loss"].backward()
+        optimizer.step()
+    assert not any(module.training for module in method.teacher.modules())
+    for key, value in method.teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key

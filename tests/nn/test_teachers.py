@@ -1,0 +1,258 @@
+import builtins
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslbook.checkpoint import export_backbone
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.nn import ConvNet, ResNet, VisionTransformer
+from sslbook.nn.teachers import Teacher, attention_of_cls
+
+VIEW = View(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+
+
+def test_it_is_frozen_and_stays_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Dropout(0.5))
+    teacher = nn.ModuleList([Teacher(model.train(), VIEW)]).train()[0]
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    x = torch.randn(4, 3, 16, 16, requires_grad=True)
+    first, again = teacher(x), teacher(x)
+    assert torch.equal(first.patches, again.patches)
+    assert not first.patches.requires_grad
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("positions", ["sincos", "relative"])
+def test_a_transformers_patches_and_its_class_tokens_attention(depth: int, positions: str) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 4, 16, depth, 2, positions=positions)
+    if positions == "relative":
+        nn.init.normal_(model.rel_pos_bias.table)
+    teacher = Teacher(model, VIEW)
+    x = torch.randn(2, 3, 16, 16)
+    seen = teacher(x)
+    tokens = model.encode(model.embed(x))
+    torch.testing.assert_close(seen.patches, tokens[:, 1:])
+    torch.testing.assert_close(seen.cls, tokens[:, 0])
+    assert (teacher.grid, teacher.dim, teacher.has_cls, seen.grid) == ((4, 4), 16, True, (4, 4))
+    # The attention by loops: the input of the last block is what comes out of the one before.
+    before = torch.cat([model.cls_token.expand(2, -1, -1), model.embed(x)], dim=1)
+    for block in model.blocks[:-1]:
+        before = block(before, model.rel_pos_bias() if model.rel_pos_bias is not None else None)
+    block = model.blocks[-1]
+    qkv = block.attn.qkv(block.norm1(before)).double()
+    for i in range(2):
+        expected = torch.zeros(17, dtype=torch.float64)
+        for head in range(2):
+            q = qkv[i, 0, 8 * head : 8 * head + 8]
+            scores = [float(q @ qkv[i, j, 16 + 8 * head : 24 + 8 * head]) / 8**0.5 for j in range(17)]
+            if model.rel_pos_bias is not None:
+                scores = [score + float(model.rel_pos_bias()[head, 0, j]) for j, score in enumerate(scores)]
+            expected += torch.tensor(scores, dtype=torch.float64).softmax(dim=0) / 2
+        expected = expected[1:] / expected[1:].sum()
+        torch.testing.assert_close(seen.attention[i], expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_class_token_a_place_counts_by_what_it_contributes() -> None:
+    model = ConvNet(4).eval()
+    seen = Teacher(model, VIEW)(x := torch.rand(3, 3, 16, 16))
+    maps = model.forward_map(x)
+    assert seen.cls is None
+    torch.testing.assert_close(seen.patches, maps.flatten(2).mT)
+    mean = maps.mean(dim=(2, 3))
+    for i in range(3):
+        share = [float(maps[i, :, j // 4, j % 4] @ mean[i]) / (16 * float(mean[i] @ mean[i])) for j in range(16)]
+        torch.testing.assert_close(seen.attention[i], torch.tensor(share), rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_to_attend_to_is_even() -> None:
+    seen = Teacher(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Threshold(1e9, 0.0)), VIEW)(torch.randn(2, 3, 16, 16))
+    assert torch.equal(seen.attention, torch.full((2, 16), 1 / 16))
+
+
+def test_pictures_are_normalized_as_the_teacher_wants(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(18, 4, "small")
+    facts = {"view": {"size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}}
+    export_backbone(tmp_path / "backbone.safetensors", model, facts)
+    raw = torch.rand(2, 3, 16, 16)
+    ours, theirs = (
+        (raw - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]
+        for m, s in [(VIEW.mean, VIEW.std), (facts["view"]["mean"], facts["view"]["std"])]
+    )
+    expected = model.eval().forward_map(theirs).flatten(2).mT
+    for name in (tmp_path, tmp_path / "backbone.safetensors"):
+        torch.testing.assert_close(Teacher(str(name), VIEW)(ours).patches, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(Teacher(model, VIEW)(ours).patches, expected, rtol=1e-2)  # a module: as the student's
+    assert Teacher(str(tmp_path), VIEW, size=32)(ours).patches.shape == (2, 16, 32)
+
+
+def test_pictures_are_brought_to_the_teachers_size() -> None:
+    model = VisionTransformer(24, 6, 16, 1, 2)
+    with pytest.raises(UserError, match="nearest size that works is 18x18"):
+        Teacher(model, VIEW)
+    teacher = Teacher(model, VIEW, size=24)
+    x = torch.randn(1, 3, 16, 16)
+    big = F.interpolate(x, (24, 24), mode="bicubic", antialias=True)
+    torch.testing.assert_close(teacher(x).patches, Teacher(model, View(size=24))(big).patches)
+    teacher.require_grid((4, 4))
+
+
+def test_grids_that_do_not_match_are_refused_with_the_size_that_does() -> None:
+    teacher = Teacher(ResNet(18, 4, "small"), VIEW)
+    with pytest.raises(UserError, match=r"a grid of 2x2 patches and the student one of 4x4: .*teacher_size 32"):
+        teacher.require_grid((4, 4))
+    Teacher(ResNet(18, 4, "small"), VIEW, size=32).require_grid((4, 4))
+
+
+def tiny(name: str, **options) -> nn.Module:
+    timm = pytest.importorskip("timm", reason="needs timm")
+    return timm.create_model(name, num_classes=0, **options)
+
+
+def test_models_of_timm_by_name(monkeypatch) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm")
+    model = tiny("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
+    model.pretrained_cfg = {"mean": (0.1, 0.1, 0.1), "std": (0.5, 0.5, 0.5)}
+    asked = {}
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.update(name=name, **options) or model)
+    teacher = Teacher("timm/vit_tiny_patch16_224", VIEW)
+    assert asked == {"name": "vit_tiny_patch16_224", "num_classes": 0, "pretrained": True}
+    assert teacher.grid == (2, 2)
+    raw = torch.rand(2, 3, 16, 16)
+    theirs = (raw - 0.1) / 0.5
+    ours = (raw - torch.tensor(VIEW.mean)[:, None, None]) / torch.tensor(VIEW.std)[:, None, None]
+    seen, tokens = teacher(ours), model.forward_features(theirs)
+    torch.testing.assert_close(seen.patches, tokens[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.cls, tokens[:, 0], rtol=1e-4, atol=1e-5)
+    twin = VisionTransformer(16, 8, 16, 2, 2, positions="learned")
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(seen.attention, Teacher(twin, VIEW)(theirs).attention, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="did you mean resnet18"):
+        Teacher("timm/resnet_18", VIEW)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "grid"),
+    [
+        ("resnet18", {"block_args": {}}, (1, 1)),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4},
+            (4, 4),
+        ),
+    ],
+    ids=["resnet", "swin"],
+)
+def test_models_of_timm_without_a_class_token(name: str, options: dict, grid: tuple[int, int]) -> None:
+    model = tiny(name, **options).eval()
+    teacher = Teacher(model, VIEW)
+    x = torch.randn(2, 3, 16, 16)
+    seen = teacher(x)
+    assert (teacher.grid, seen.cls) == (grid, None)
+    torch.testing.assert_close(seen.patches.mean(dim=1), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Visual(nn.Module):
+    """What open_clip's transformers look like from outside."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 4, 4)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+        self.output_tokens = False
+        self.image_mean, self.image_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def forward(self, x: Tensor):
+        x = self.conv1(x).flatten(2).mT
+        self.came = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        q = self.came if self.attn.batch_first else self.came.transpose(0, 1)
+        x, self.weights = self.attn(q, q, q, need_weights=True)
+        x = x if self.attn.batch_first else x.transpose(0, 1)
+        return (x[:, 0, :8], x[:, 1:]) if self.output_tokens else x[:, 0, :8]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_models_of_open_clip_by_name(batch_first: bool, monkeypatch) -> None:
+    visual, asked = Visual(batch_first), {}
+    fake = types.SimpleNamespace(
+        create_model=lambda name, **options: asked.update(name=name, **options) or types.SimpleNamespace(visual=visual)
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    teacher = Teacher("open_clip/ViT-B-16:openai", View(size=16))
+    assert asked == {"name": "ViT-B-16", "pretrained": "openai"}
+    seen = teacher(torch.randn(2, 3, 16, 16))
+    weights = visual.weights[:, 0, 1:]
+    torch.testing.assert_close(seen.attention, weights / weights.sum(dim=1, keepdim=True), rtol=1e-4, atol=1e-6)
+    assert (seen.patches.shape, seen.cls, seen.grid) == ((2, 16, 16), None, (4, 4))
+
+
+def test_models_of_transformers_by_name(monkeypatch) -> None:
+    class Model(nn.Module):
+        config = types.SimpleNamespace(patch_size=4)
+
+        def forward(self, pixel_values: Tensor, output_attentions: bool, interpolate_pos_encoding: bool):
+            tokens = torch.cat([torch.zeros(len(pixel_values), 5, 16)] + [torch.ones(len(pixel_values), 16, 16)], dim=1)
+            weights = torch.arange(21.0).expand(len(pixel_values), 2, 21, 21)
+            return types.SimpleNamespace(last_hidden_state=tokens, attentions=[None, weights])
+
+    asked = {}
+    fake = types.SimpleNamespace(
+        AutoModel=types.SimpleNamespace(
+            from_pretrained=lambda name, **options: (
+                asked.update(name=name, **options) or types.SimpleNamespace(vision_model=Model())
+            )
+        ),
+        AutoImageProcessor=types.SimpleNamespace(
+            from_pretrained=lambda name: types.SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    seen = Teacher("transformers/facebook/dinov2-base", View(size=16))(torch.randn(2, 3, 16, 16))
+    assert asked == {"name": "facebook/dinov2-base", "attn_implementation": "eager"}
+    assert bool((seen.patches == 1).all())  # four registers and the class token are no patches
+    torch.testing.assert_close(seen.attention[0], torch.arange(5.0, 21) / torch.arange(5.0, 21).sum())
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args, **kwargs):
+        if name in ("timm", "open_clip", "transformers"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    for name, cure in (
+        ("timm/resnet18", r"sslbook\[timm\]"),
+        ("open_clip/ViT-B-16:openai", "install open_clip_torch"),
+        ("transformers/facebook/dinov2-base", "install transformers"),
+    ):
+        with pytest.raises(UserError, match=cure):
+            Teacher(name, VIEW)
+
+
+def test_what_cannot_teach_is_refused(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"set --method.teacher to a run folder .* timm/NAME"):
+        Teacher(None, VIEW)
+    with pytest.raises(UserError, match="no such run folder or exported backbone"):
+        Teacher(str(tmp_path / "nowhere"), VIEW)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"`python -m sslbook.train` makes runs/simclr-world"):
+        Teacher("runs/simclr-world", VIEW)
+    with pytest.raises(UserError, match=r"Flatten makes no map of features .*forward_map"):
+        Teacher(nn.Flatten(), VIEW)
+
+
+def test_attention_of_one_token_is_all_of_it() -> None:
+    torch.testing.assert_close(attention_of_cls(torch.randn(2, 1, 48), 4), torch.ones(2, 1))
