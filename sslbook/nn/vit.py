@@ -72,7 +72,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "heads tokens tokens"] | None = None
+        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "*heads tokens tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
@@ -167,7 +167,7 @@ class Block(nn.Module):
         return branch * kept / (1 - self.drop_path)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "heads tokens tokens"] | None = None
+        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "*heads tokens tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         x = x + self._keep(self.ls1(self.attn(self.norm1(x), bias)))
         return x + self._keep(self.ls2(self.mlp(self.norm2(x))))
