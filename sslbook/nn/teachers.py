@@ -5,6 +5,7 @@ whose result, or whose `forward_map`, is a map of features `(n, dim, rows, colum
 evaluation mode.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def open_model(name: str, size: int, normalization: tuple[Numbers, Numbers]) -> 
             model.set_input_size(img_size=(size, size))
         return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
     if library == "open_clip":
-        return _open_clip(rest, normalization)
+        return _open_clip(rest, size, normalization)
     if library == "transformers":
         return _transformers(rest, normalization)
     if not Path(name).exists():
@@ -134,13 +135,15 @@ def open_model(name: str, size: int, normalization: tuple[Numbers, Numbers]) -> 
     return model, tuple(view.get("mean", normalization[0])), tuple(view.get("std", normalization[1]))
 
 
-def _open_clip(name: str, normalization: tuple[Numbers, Numbers]) -> tuple[nn.Module, Numbers, Numbers]:
+def _open_clip(name: str, size: int, normalization: tuple[Numbers, Numbers]) -> tuple[nn.Module, Numbers, Numbers]:
     try:
         import open_clip  # pyrefly: ignore
     except ImportError:
-        raise UserError("teachers open_clip/... need open_clip: python -m pip install open_clip_torch") from None
+        raise UserError('teachers open_clip/... need open_clip: python -m pip install "sslbook[open_clip]"') from None
     architecture, _, weights = name.partition(":")
-    visual = open_clip.create_model(architecture, pretrained=weights or None).visual
+    visual = open_clip.create_model(architecture, pretrained=weights or None, force_image_size=size).visual
+    if not hasattr(visual, "output_tokens"):
+        raise UserError(f"{architecture} is no transformer of open_clip: take its ViT-B-16:openai, or timm/NAME")
     mean, std = (getattr(visual, f"image_{key}", None) or normalization[i] for i, key in enumerate(("mean", "std")))
     return _OpenCLIP(visual), tuple(mean), tuple(std)
 
@@ -149,7 +152,7 @@ def _transformers(name: str, normalization: tuple[Numbers, Numbers]) -> tuple[nn
     try:
         import transformers  # pyrefly: ignore
     except ImportError:
-        raise UserError("teachers transformers/... need transformers: python -m pip install transformers") from None
+        raise UserError('teachers transformers/... need it: python -m pip install "sslbook[transformers]"') from None
     # Only this implementation of attention hands its weights out.
     model = transformers.AutoModel.from_pretrained(name, attn_implementation="eager")
     processor = transformers.AutoImageProcessor.from_pretrained(name)
@@ -185,10 +188,15 @@ class _Transformers(nn.Module):
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Seen:
         patch = self.model.config.patch_size
         grid = (x.shape[2] // patch, x.shape[3] // patch)
-        out = self.model(pixel_values=x, output_attentions=True, interpolate_pos_encoding=True)
-        tokens, weights = out.last_hidden_state, out.attentions[-1].mean(dim=1)
+        options = {"output_attentions": True, "interpolate_pos_encoding": True}
+        accepted = inspect.signature(self.model.forward).parameters  # DINOv2 always interpolates, and does not ask
+        out = self.model(pixel_values=x, **{key: value for key, value in options.items() if key in accepted})
+        tokens = out.last_hidden_state
         prefix = tokens.shape[1] - grid[0] * grid[1]
-        return Seen(tokens[:, prefix:], _shares(weights[:, 0, prefix:]), tokens[:, 0], grid)
+        if prefix == 0:
+            return _of_patches(tokens, grid)
+        weights = out.attentions[-1].mean(dim=1)[:, 0, prefix:]
+        return Seen(tokens[:, prefix:], _shares(weights), tokens[:, 0], grid)
 
 
 # -- how each kind is read ---------------------------------------------------------------------------------------------
@@ -207,9 +215,12 @@ def _of_map(maps: Any, name: str) -> Seen:
             f"the teacher {name} makes no map of features (n, dim, rows, columns): "
             "give it a forward_map that does, or choose another"
         )
-    patches = rearrange(maps, "b d h w -> b (h w) d")
+    return _of_patches(rearrange(maps, "b d h w -> b (h w) d"), (maps.shape[2], maps.shape[3]))
+
+
+def _of_patches(patches: Float[Tensor, "batch patches dim"], grid: tuple[int, int]) -> Seen:
     contribution = (patches @ patches.mean(dim=1, keepdim=True).mT)[:, :, 0]  # sums to n times the mean's square
-    return Seen(patches, _shares(contribution.float().clamp_min(0)), None, (maps.shape[2], maps.shape[3]))
+    return Seen(patches, _shares(contribution.float().clamp_min(0)), None, grid)
 
 
 def _of_ours(model: VisionTransformer, x: Float[Tensor, "batch 3 height width"]) -> Seen:

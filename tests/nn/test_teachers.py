@@ -190,20 +190,25 @@ def test_models_of_open_clip_by_name(batch_first: bool, monkeypatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "open_clip", fake)
     teacher = Teacher("open_clip/ViT-B-16:openai", View(size=16))
-    assert asked == {"name": "ViT-B-16", "pretrained": "openai"}
+    assert asked == {"name": "ViT-B-16", "pretrained": "openai", "force_image_size": 16}
     seen = teacher(torch.randn(2, 3, 16, 16))
     weights = visual.weights[:, 0, 1:]
     torch.testing.assert_close(seen.attention, weights / weights.sum(dim=1, keepdim=True), rtol=1e-4, atol=1e-6)
     assert (seen.patches.shape, seen.cls, seen.grid) == ((2, 16, 16), None, (4, 4))
+    fake.create_model = lambda name, **options: types.SimpleNamespace(visual=nn.Conv2d(3, 8, 4, 4))
+    with pytest.raises(UserError, match="RN50 is no transformer of open_clip"):
+        Teacher("open_clip/RN50:openai", VIEW)
 
 
 def test_models_of_transformers_by_name(monkeypatch) -> None:
     class Model(nn.Module):
         config = types.SimpleNamespace(patch_size=4)
+        prefix = 5
 
-        def forward(self, pixel_values: Tensor, output_attentions: bool, interpolate_pos_encoding: bool):
-            tokens = torch.cat([torch.zeros(len(pixel_values), 5, 16)] + [torch.ones(len(pixel_values), 16, 16)], dim=1)
-            weights = torch.arange(21.0).expand(len(pixel_values), 2, 21, 21)
+        def forward(self, pixel_values: Tensor, output_attentions: bool):  # no interpolate_pos_encoding, as DINOv2
+            n = len(pixel_values)
+            tokens = torch.cat([torch.zeros(n, self.prefix, 16), torch.ones(n, 16, 16)], dim=1)
+            weights = torch.arange(16.0 + self.prefix).expand(n, 2, 16 + self.prefix, 16 + self.prefix)
             return types.SimpleNamespace(last_hidden_state=tokens, attentions=[None, weights])
 
     asked = {}
@@ -222,6 +227,10 @@ def test_models_of_transformers_by_name(monkeypatch) -> None:
     assert asked == {"name": "facebook/dinov2-base", "attn_implementation": "eager"}
     assert bool((seen.patches == 1).all())  # four registers and the class token are no patches
     torch.testing.assert_close(seen.attention[0], torch.arange(5.0, 21) / torch.arange(5.0, 21).sum())
+    monkeypatch.setattr(Model, "prefix", 0)  # SigLIP has no class token
+    seen = Teacher("transformers/google/siglip-base-patch16-224", View(size=16))(torch.randn(2, 3, 16, 16))
+    assert seen.cls is None
+    torch.testing.assert_close(seen.attention, torch.full((2, 16), 1 / 16))
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch) -> None:
@@ -235,8 +244,8 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch) -> None
     monkeypatch.setattr(builtins, "__import__", refuse)
     for name, cure in (
         ("timm/resnet18", r"sslbook\[timm\]"),
-        ("open_clip/ViT-B-16:openai", "install open_clip_torch"),
-        ("transformers/facebook/dinov2-base", "install transformers"),
+        ("open_clip/ViT-B-16:openai", r"sslbook\[open_clip\]"),
+        ("transformers/facebook/dinov2-base", r"sslbook\[transformers\]"),
     ):
         with pytest.raises(UserError, match=cure):
             Teacher(name, VIEW)
