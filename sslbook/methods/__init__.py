@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "rotation": "sslbook.methods.rotation.Rotation",
+    "relative_location": "sslbook.methods.relative_location.RelativeLocation",
     "simclr": "sslbook.methods.simclr.SimCLR",
     "moco": "sslbook.methods.moco.MoCo",
     "byol": "sslbook.methods.byol.BYOL",
@@ -20,6 +21,7 @@ METHODS = {
     "npid": "sslbook.methods.npid.NPID",
     "deepcluster": "sslbook.methods.deepcluster.DeepCluster",
     "deepcluster_v2": "sslbook.methods.deepcluster_v2.DeepClusterV2",
+    "dino": "sslbook.methods.dino.DINO",
     "mae": "sslbook.methods.mae.MAE",
     "milan": "sslbook.methods.milan.MILAN",
     "eva": "sslbook.methods.eva.EVA",
