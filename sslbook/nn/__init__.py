@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         wide_resnet50_2,
         wide_resnet101_2,
     )
+    from sslbook.nn.tokenizers import DiscreteEncoder, VQTokenizer
     from sslbook.nn.vit import VisionTransformer, vit_base, vit_giant, vit_huge, vit_large, vit_small, vit_tiny
 
 _HOME = {
@@ -44,6 +45,7 @@ _HOME = {
         "wide_resnet50_2",
         "wide_resnet101_2",
     ],
+    "tokenizers": ["DiscreteEncoder", "VQTokenizer"],
     "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"],
 }
 __all__ = [
@@ -51,10 +53,12 @@ __all__ = [
     "MLP",
     "BatchNorm",
     "ConvNet",
+    "DiscreteEncoder",
     "MemoryBank",
     "PrototypeHead",
     "Queue",
     "ResNet",
+    "VQTokenizer",
     "VisionTransformer",
     "backbone_dim",
     "convert_batch_norm",

@@ -2,7 +2,10 @@
 
 from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
@@ -45,3 +48,52 @@ class MLP(nn.Sequential):
                 norm.bias.requires_grad_(False)
             modules.append(norm)
         super().__init__(*modules)
+
+
+class PrototypeHead(nn.Module):
+    """An MLP with GELU to a point on the unit sphere, and its cosine to every prototype (DINO, arXiv:2104.14294).
+
+    The prototypes are the rows of the authors' weight-normalized last layer with its scale fixed at 1. They are
+    computed in float32, since the temperatures that follow magnify rounding.
+
+    Args:
+        in_dim: width of what comes in.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: width of the point on the sphere.
+        num_prototypes: width of what comes out.
+        layers: number of linear maps before the sphere.
+        batch_norm: normalize every hidden layer.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_prototypes: int,
+        layers: int = 3,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
+        modules: list[nn.Module] = []
+        for i in range(layers):
+            normalized = batch_norm and i < layers - 1
+            linear = nn.Linear(dims[i], dims[i + 1], bias=not normalized)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+            modules.append(linear)
+            if normalized:
+                modules.append(nn.BatchNorm1d(dims[i + 1]))
+            if i < layers - 1:
+                modules.append(nn.GELU())
+        self.mlp = nn.Sequential(*modules)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, bottleneck_dim), dim=1))
+
+    def forward(self, x: Float[Tensor, "*batch in_dim"], frozen: bool = False) -> Float[Tensor, "*batch prototypes"]:
+        """Cosines to the prototypes; these get a gradient of zero if `frozen`, instead of none, which DDP waits for."""
+        weight = self.prototypes.detach() + 0 * self.prototypes if frozen else self.prototypes
+        z = self.mlp(x)
+        with torch.autocast(z.device.type, enabled=False):
+            return F.normalize(z.float(), dim=-1) @ F.normalize(weight, dim=1).T

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslbook.nn import EMA
+from sslbook.nn import EMA, VisionTransformer
 
 
 def test_update_from_its_definition() -> None:
@@ -41,3 +41,11 @@ def test_running_statistics_are_its_own() -> None:
 def test_another_module_is_refused() -> None:
     with pytest.raises(ValueError):
         EMA(nn.Linear(3, 2)).update(nn.Linear(3, 2, bias=False), 0.5)
+
+
+def test_a_teacher_leaves_no_branches_out() -> None:
+    online = VisionTransformer(8, 4, 8, 2, 2, drop_path=0.9)
+    teacher = EMA(online)
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(teacher(x), teacher(x))
+    assert (online(x) - online(x)).abs().max() > 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslbook.nn import MLP
+from sslbook.nn import MLP, PrototypeHead
 
 
 def test_layers_in_order() -> None:
@@ -32,3 +32,32 @@ def test_last_batch_norm(last: str, trained: set[str]) -> None:
     assert head[-2].bias is None
     z = head(torch.randn(64, 5))
     torch.testing.assert_close(z.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_cosines_to_prototypes() -> None:
+    head = PrototypeHead(5, 7, 3, 4)
+    assert [type(m) for m in head.mlp] == [nn.Linear, nn.GELU] * 2 + [nn.Linear]
+    with torch.no_grad():
+        head.prototypes *= torch.tensor([[1.0], [2.0], [0.1], [5.0]])  # lengths mean nothing
+    x = torch.randn(2, 6, 5)
+    expected = torch.cosine_similarity(head.mlp(x)[:, :, None], head.prototypes, dim=-1)
+    torch.testing.assert_close(head(x), expected)
+
+
+def test_frozen_prototypes_get_a_gradient_of_zero() -> None:
+    head = PrototypeHead(5, 7, 3, 4)
+    x = torch.randn(6, 5)
+    torch.testing.assert_close(head(x, frozen=True), head(x))
+    head(x, frozen=True).square().sum().backward()
+    assert head.prototypes.grad is not None
+    assert head.prototypes.grad.abs().max() == 0
+    assert all(p.grad.abs().max() > 0 for p in head.mlp.parameters())
+    head(x).square().sum().backward()
+    assert head.prototypes.grad.abs().max() > 0
+
+
+def test_dinos_head_has_the_published_size() -> None:
+    with torch.device("meta"):
+        head = PrototypeHead(384, 2048, 256, 65536)
+    mlp = 384 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 256 + 256
+    assert sum(p.numel() for p in head.parameters()) == mlp + 65536 * 256

@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods.dino import DINO, dino_loss, entropy, teacher_distribution
+from sslbook.nn import VisionTransformer
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, SIZE, VIEW, Case, make, make_batch, transformer
+
+SMALL = View(size=8)
+CASE = Case(
+    options={
+        "global_1": VIEW,
+        "global_2": VIEW,
+        "local": SMALL,
+        "num_local": 2,
+        "hidden_dim": 32,
+        "bottleneck_dim": 16,
+        "num_outputs": 24,
+        "freeze_last_layer": 0,  # so that every parameter gets a gradient in the first epoch too
+    },
+    command={
+        "method.backbone": CONVNET,
+        "method.local.size": 8,
+        "method.num_local": 1,
+        "method.hidden_dim": 16,
+        "method.bottleneck_dim": 8,
+        "method.num_outputs": 16,
+    },
+    # A name for every two pictures or so, and all crops agree about it.
+    learned=lambda method, batch, out: bool(out["loss"] < 1.0 and out["average_entropy"] > 2.0),
+    overfit={"momentum": 0.9, "num_outputs": 64, "teacher_temperature": 0.04, "head_batch_norm": True},
+    overfit_lr=3e-3,
+    corners=[(2, 0.05, {}), (8, 0.05, {"num_local": 0})],
+    other_backbones=[transformer],
+)
+
+
+def softmax(scores: list[float], temperature: float) -> list[float]:
+    greatest = max(scores)
+    powers = [math.exp((x - greatest) / temperature) for x in scores]
+    return [x / sum(powers) for x in powers]
+
+
+@pytest.mark.parametrize(("n", "crops", "temperature"), [(3, 4, 0.1), (1, 2, 0.01), (5, 3, 0.04)])
+def test_the_loss_is_algorithm_1(n: int, crops: int, temperature: float) -> None:
+    student = torch.rand(crops, n, 6, dtype=torch.float64) * 2 - 1
+    scores = torch.rand(2, n, 6, dtype=torch.float64) * 2 - 1
+    center = 0.1 * torch.randn(6, dtype=torch.float64)
+    expected, terms = 0.0, 0
+    for i in range(2):
+        for j in range(crops):
+            if i == j:
+                continue
+            for k in range(n):
+                target = softmax((scores[i, k] - center).tolist(), temperature / 2)
+                p = softmax(student[j, k].tolist(), temperature)
+                expected -= sum(t * math.log(max(x, 1e-300)) for t, x in zip(target, p) if t > 1e-290)
+                terms += 1
+    teacher = teacher_distribution(scores, center, temperature / 2)
+    assert float(dino_loss(student, teacher, temperature)) == pytest.approx(expected / terms, rel=1e-9)
+
+
+def test_entropy() -> None:
+    assert entropy(torch.tensor([0.0, 1.0, 0.0])) == 0
+    assert float(entropy(torch.full((8,), 1 / 8))) == pytest.approx(math.log(8))
+
+
+def test_forward_with_the_center_of_the_batches_before() -> None:
+    method = make("dino", center_momentum=0.9)
+    method.center += torch.linspace(-0.1, 0.1, 24)
+    before = method.center.clone()
+    batch, clock = make_batch(method, 5), Clock(0, 10)
+    scores = [method.teacher_head(method.teacher_backbone(torch.cat(batch.views[:2]))).chunk(2)][0]
+    large = method.head(method.backbone(torch.cat(batch.views[:2]))).chunk(2)
+    small = method.head(method.backbone(torch.cat(batch.views[2:]))).chunk(2)
+    teacher = teacher_distribution(torch.stack(scores), before, 0.04)
+    expected = dino_loss(torch.stack([*large, *small]), teacher, 0.1)
+    torch.testing.assert_close(method(batch, clock)["loss"], expected)
+    torch.testing.assert_close(method.center, 0.9 * before + 0.1 * torch.cat(scores).mean(dim=0))
+
+
+def test_the_teachers_temperature_and_momentum_follow_the_clock() -> None:
+    method = make("dino", teacher_temperature_warmup=30, momentum=0.5)
+    values = [method.sharpness(Clock(step, 1000, steps_per_epoch=10)) for step in (0, 150, 300, 999)]
+    assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    start = method.teacher_head.module.prototypes.clone()
+    with torch.no_grad():
+        method.head.prototypes += 1
+    method.after_step(Clock(10, 10))
+    assert torch.equal(method.teacher_head.module.prototypes, start)  # at the end it rests
+    method.after_step(Clock(0, 10))
+    torch.testing.assert_close(method.teacher_head.module.prototypes, start + 0.5)
+
+
+def test_the_last_layer_waits_an_epoch() -> None:
+    method = make("dino", freeze_last_layer=1)
+    for step, moves in ((0, False), (4, False), (5, True)):
+        method.zero_grad()
+        method(make_batch(method, 4), Clock(step, 10, steps_per_epoch=5))["loss"].backward()
+        assert bool(method.head.prototypes.grad.abs().max() > 0) == moves
+        assert all(p.grad.abs().max() > 0 for p in method.head.mlp.parameters())
+
+
+def entropies(**options: object) -> tuple[float, float]:
+    """Of one teacher output and of their average, after training; 0 to log 24 = 3.18."""
+    method = make("dino", momentum=0.9, head_batch_norm=True, **options)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+    out: dict[str, Tensor] = {}
+    for step in range(100):
+        out = method(make_batch(method, 32, seed=step % 4), Clock(step, 1000))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        method.after_step(Clock(0, 1000))
+    return float(out["teacher_entropy"]), float(out["average_entropy"])
+
+
+def test_centering_and_sharpening_hold_each_other() -> None:
+    """Figure 7: one output wins without centering, all are alike without sharpening."""
+    sharp = {"teacher_temperature_start": 0.04, "teacher_temperature": 0.04}
+    one, average = entropies(**sharp)
+    assert average - one > 1.0  # what an output tells of its picture, in nats
+    _, average = entropies(**sharp, center_momentum=1.0)
+    assert average < 0.8
+    one, _ = entropies(teacher_temperature_start=0.1, teacher_temperature=0.1)  # the student's
+    assert one > 3.0
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="nearest size that works is 8x8"):
+        make("dino", backbone=transformer(), local=View(size=9))
+    method = make("dino", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
+    with pytest.raises(UserError, match="use positions sincos or learned"):
+        method(make_batch(method, 2), Clock())
+
+
+def test_full_scale() -> None:
+    with torch.device("meta"):
+        method = DINO(VisionTransformer(224, 16, 384, 12, 6))
+    assert [view.size for view in method.views()] == [224] * 2 + [96] * 8
+    assert method.center.shape == (65536,)
