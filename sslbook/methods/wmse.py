@@ -1,0 +1,128 @@
+"""W-MSE: whiten the projections of a batch, then simply pull the views of a picture together.
+
+After whitening, the projections of different pictures have mean zero, variance one in every direction and no
+correlation, whatever the network does: they cannot fall onto a point or a line. What is left to learn is that views of
+one picture lie close, a mean squared error without negatives, teacher or predictor.
+
+Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised representation learning"
+(arXiv:2007.06346), section 3. The defaults are those of the authors' code for STL-10 and
+Tiny ImageNet. A covariance of few samples is unreliable, so the batch is cut into slices by chance, several times, and
+each slice of each view is whitened alone. Here the slices are cut from the global batch, and which pictures share one
+is keyed by picture and epoch instead of drawn from a running generator.
+"""
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sslbook import chance, distributed
+from sslbook.data.loader import Batch
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods.base import Method
+from sslbook.nn import MLP, backbone_dim
+from sslbook.nn.spread import spread
+from sslbook.schedules import Clock
+
+VIEW = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.1)
+
+
+def whiten(x: Float[Tensor, "*slices size dim"], epsilon: float = 0.0) -> Float[Tensor, "*slices size dim"]:
+    """W (x - mean) for every row, with W the inverse of the Cholesky factor of the slice's covariance.
+
+    Raises a `UserError` if the covariance is singular.
+    """
+    x = x - x.mean(dim=-2, keepdim=True)
+    covariance = x.mT @ x / (x.shape[-2] - 1)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    factor, info = torch.linalg.cholesky_ex((1 - epsilon) * covariance + epsilon * identity)
+    if bool(info.any()):
+        raise UserError("the projections of a slice vary in too few directions to be whitened: set method.epsilon=0.01")
+    return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
+
+
+def slices(index: Int[Tensor, "batch"], size: int, stream: int, clock: Clock) -> Int[Tensor, "slices {size}"]:
+    """The rows of a batch in keyed order, cut into slices.
+
+    Raises a `UserError` if the batch is no multiple of a slice.
+    """
+    if len(index) % size:
+        raise UserError(
+            f"a batch of {len(index)} pictures cannot be cut into slices of {size}: "
+            f"use a batch_size of {max(1, len(index) // size) * size}, or another method.slice_size"
+        )
+    order = chance.uniform(clock.seed, clock.epoch, index, stream, 1)[:, 0].argsort(stable=True)
+    return order.view(-1, size)
+
+
+def pair_loss(z: Float[Tensor, "views batch dim"]) -> Float[Tensor, ""]:
+    """The squared distance of normalized rows, 2 - 2 cos, averaged over rows and pairs of views."""
+    z = F.normalize(z, dim=2)
+    pairs = [(z[i] - z[j]).square().sum(dim=1).mean() for i, j in combinations(range(len(z)), 2)]
+    return torch.stack(pairs).mean()
+
+
+class WMSE(Method):
+    """Whitening mean squared error (arXiv:2007.06346).
+
+    Args:
+        backbone: the network to train.
+        view: what a picture becomes, `num_views` times, by independent chance.
+        num_views: views of a picture; 2 and 4 in the paper (W-MSE 2, W-MSE 4).
+        hidden_dim: hidden width of the projector.
+        projector_dim: width of the projection that is whitened.
+        slice_size: pictures whitened together, twice `projector_dim` in the paper; the batch must be a multiple.
+        num_permutations: how many times the batch is cut into slices, each by independent chance.
+        epsilon: how much of the identity is mixed into the covariance.
+        projector: another network between backbone and whitening; it must give `projector_dim` values.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        num_views: int = 2,
+        hidden_dim: int = 1024,
+        projector_dim: int = 128,
+        slice_size: int = 256,
+        num_permutations: int = 4,
+        epsilon: float = 0.0,
+        projector: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if num_views < 2:
+            raise UserError(f"W-MSE compares views of a picture and cannot do with {num_views}: set num_views=2")
+        if slice_size <= projector_dim:
+            raise UserError(
+                f"{slice_size} pictures cannot show the covariance of {projector_dim} dimensions: "
+                f"use a slice_size of {2 * projector_dim}"
+            )
+        self.view, self.num_views, self.slice_size = view, num_views, slice_size
+        self.num_permutations, self.epsilon = num_permutations, epsilon
+        self.backbone = backbone
+        self.projector = projector or MLP(backbone_dim(backbone), hidden_dim, projector_dim)
+
+    def views(self) -> tuple[View, ...]:
+        return (self.view,) * self.num_views
+
+    def whitened(self, x: Float[Tensor, "views slices size dim"]) -> Float[Tensor, "views slices size dim"]:
+        """Each slice of each view whitened by itself."""
+        return whiten(x, self.epsilon)
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        # As in the authors' code: the backbone sees one view at a time, the projector all of them together.
+        h = self.projector(torch.cat([self.backbone(x) for x in batch.views]))
+        with torch.autocast(h.device.type, enabled=False):  # a covariance is hard to invert in bf16
+            h = rearrange(h.float(), "(views n) dim -> n views dim", views=self.num_views)
+            h_all = distributed.gather_with_grad(h).transpose(0, 1)
+            index = distributed.gather(batch.index)
+            loss = h.new_zeros(())
+            for k in range(self.num_permutations):
+                rows = slices(index, self.slice_size, chance.METHOD + k, clock)
+                z = self.whitened(h_all[:, rows])
+                loss = loss + pair_loss(rearrange(z, "views slices size dim -> views (slices size) dim"))
+            return {"loss": loss / self.num_permutations, "feature_spread": spread(h[:, 0])}

@@ -1,0 +1,177 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook.data.loader import Batch
+from sslbook.errors import UserError
+from sslbook.methods.densecl import DenseCL, correspondence, feature_map, info_nce
+from sslbook.nn import ConvNet, resnet50
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, VIEW, Case, Convolutions, make, make_batch, transformer
+
+
+def finds_keys(method: DenseCL, batch: Batch, out: dict[str, Tensor]) -> bool:
+    """Every query's nearest key of the batch is its own; the queues are no measure, since they start at random."""
+    q, dense_q = (F.normalize(x, dim=-1) for x in heads(method, batch.views[0], False))
+    k, dense_k = (F.normalize(x, dim=-1) for x in heads(method, batch.views[1], True))
+    own = torch.arange(len(q))
+    dense = torch.einsum("npd,mpd->nm", dense_q, dense_k)
+    return bool(((q @ k.T).argmax(1) == own).float().mean() > 0.95 and (dense.argmax(1) == own).float().mean() > 0.95)
+
+
+def heads(method: DenseCL, x: Tensor, keys: bool) -> tuple[Tensor, Tensor]:
+    if keys:
+        whole, places = feature_map(method.key_backbone.module, x)
+        return method.key_projector(whole), method.key_dense_projector(places)
+    whole, places = feature_map(method.backbone, x)
+    return method.projector(whole), method.dense_projector(places)
+
+
+CASE = Case(
+    options={"view": VIEW, "projector_dim": 16, "queue_size": 21, "batch_norm_groups": 2},
+    command={"method.backbone": CONVNET, "method.queue_size": 32, "method.batch_norm_groups": 2},
+    learned=finds_keys,
+    backbone=lambda: ConvNet(4),
+    overfit={"queue_size": 16, "momentum": 0.9, "batch_norm_groups": 1},
+    lr=0.01,
+    corners=[(2, 0.01, {}), (8, 0.01, {"batch_norm_groups": 1})],
+    order_free={"batch_norm_groups": 1},
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize(("n", "size", "temperature"), [(5, 7, 0.2), (1, 1, 0.07), (3, 2, 0.01)])
+def test_info_nce_is_equation_1(n: int, size: int, temperature: float) -> None:
+    q, k = F.normalize(torch.randn(2, n, 4, dtype=torch.float64), dim=2)
+    queue = F.normalize(torch.randn(size, 4, dtype=torch.float64), dim=1)
+    expected = 0.0
+    for i in range(n):
+        logits = [float(q[i] @ k[i]) / temperature] + [float(q[i] @ row) / temperature for row in queue]
+        greatest = max(logits)
+        expected += (greatest + math.log(sum(math.exp(x - greatest) for x in logits)) - logits[0]) / n
+    loss, logits = info_nce(q, k, queue, temperature)
+    assert float(loss) == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert logits.shape == (n, 1 + size)
+
+
+def test_correspondence_is_equation_4() -> None:
+    f_q, f_k = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    for i, matches in enumerate(correspondence(f_q, f_k).tolist()):
+        for a, match in zip(f_q[i], matches):
+            cosines = [float(F.cosine_similarity(a, b, dim=0)) for b in f_k[i]]
+            assert match == cosines.index(max(cosines))
+
+
+def test_correspondence_finds_a_known_translation() -> None:
+    """The second picture is the first moved by two places of the feature map."""
+    torch.manual_seed(0)
+    backbone = ConvNet(16).eval()
+    picture = torch.randn(2, 3, 48, 56)
+    with torch.no_grad():
+        (_, f_q), (_, f_k) = (feature_map(backbone, x) for x in (picture[..., :48], picture[..., 8:]))
+    match = correspondence(f_q, f_k).view(2, 12, 12)[:, 3:9, 5:9]  # far from the borders, which zeros have reached
+    expected = (torch.arange(144).view(12, 12) - 2)[3:9, 5:9].expand_as(match)
+    assert (match == expected).float().mean() > 0.95
+
+
+def test_the_loss_place_by_place() -> None:
+    method = make("densecl", dense_weight=0.3, batch_norm_groups=1)
+    batch = make_batch(method, 3)
+    whole, dense = method.queue.rows.clone(), torch.randn(21, 16)
+    dense = F.normalize(dense, dim=1)
+    method.dense_queue.rows.copy_(dense)
+    with torch.no_grad():
+        f_q, f_k = (
+            feature_map(method.backbone, batch.views[0])[1],
+            feature_map(method.key_backbone.module, batch.views[1])[1],
+        )
+        q, dense_q = heads(method, batch.views[0], False)
+        k, dense_k = heads(method, batch.views[1], True)
+        loss = float(method(batch, Clock())["loss"])
+
+    def term(a: Tensor, b: Tensor, queue: Tensor) -> float:
+        cosines = [F.cosine_similarity(a, row, dim=0) for row in (b, *queue)]
+        return float(torch.stack(cosines).div(0.2).logsumexp(0) - cosines[0] / 0.2)
+
+    terms = []
+    for i in range(3):
+        for place in range(16):
+            cosines = [float(F.cosine_similarity(f_q[i, place], f, dim=0)) for f in f_k[i]]
+            terms.append(term(dense_q[i, place], dense_k[i, cosines.index(max(cosines))], dense))
+    expected = 0.7 * sum(term(q[i], k[i], whole) for i in range(3)) / 3 + 0.3 * sum(terms) / len(terms)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(method.queue.rows[:3], F.normalize(k, dim=1))
+    torch.testing.assert_close(method.dense_queue.rows[:3], F.normalize(dense_k.mean(dim=1), dim=1))
+
+
+def test_shuffling_changes_companions_and_not_places() -> None:
+    method = make("densecl")
+    batch = make_batch(method, 8)
+    with torch.no_grad():
+        moved = method.key_features(batch.views[1], batch, Clock())[1]
+        plain = feature_map(method.key_backbone.module, batch.views[1])[1]
+    assert (moved - plain).abs().max() > 1e-3
+    method.key_backbone.eval()
+    with torch.no_grad():  # without batch statistics companions do not matter
+        moved = method.key_features(batch.views[1], batch, Clock())
+        plain = feature_map(method.key_backbone.module, batch.views[1])
+    torch.testing.assert_close(moved[0], plain[0])
+    torch.testing.assert_close(moved[1], plain[1])
+
+
+def test_keys_follow_slowly_and_without_gradient() -> None:
+    method = make("densecl", momentum=0.9)
+    method(make_batch(method, 8), Clock())["loss"].backward()
+    for key, online in (
+        (method.key_backbone, method.backbone),
+        (method.key_projector, method.projector),
+        (method.key_dense_projector, method.dense_projector),
+    ):
+        assert all(p.grad is None for p in key.parameters())
+        start = next(key.module.parameters()).clone()
+        with torch.no_grad():
+            next(online.parameters()).add_(1)
+        method.after_step(Clock(1, 10))
+        torch.testing.assert_close(next(key.module.parameters()), start + 0.1)
+        with torch.no_grad():
+            next(online.parameters()).sub_(1)
+
+
+def places_found(dense_weight: float) -> float:
+    """How many places of a picture the dense projections tell from its other places, in another view."""
+    method = make("densecl", dense_weight=dense_weight, momentum=0.9, queue_size=256, batch_norm_groups=1)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        method(make_batch(method, 16, seed=step), Clock())["loss"].backward()
+        optimizer.step()
+        method.after_step(Clock(step + 1, 60))
+    batch = make_batch(method, 16, seed=1000)
+    with torch.no_grad():
+        f_q, f_k = (feature_map(method.backbone, x)[1] for x in batch.views)
+        match = correspondence(method.dense_projector(f_q), method.dense_projector(f_k))
+    return float((match == torch.arange(16)).float().mean())
+
+
+def test_without_the_dense_loss_places_are_confused() -> None:
+    assert places_found(0.5) > places_found(0.0) + 0.1
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot use a Convolutions: choose sslbook.nn.ResNet"):
+        make("densecl", backbone=Convolutions())
+
+
+def test_the_papers_size() -> None:
+    """Section 3.4: heads of 2048, 2048 and 128, one of them at each of 7 x 7 places; two queues of 65,536."""
+    with torch.device("meta"):
+        method = DenseCL(resnet50(), batch_norm_groups=1)
+        whole, places = feature_map(method.backbone, torch.zeros(2, 3, 224, 224))
+        assert method.projector(whole).shape == (2, 128)
+        assert method.dense_projector(places).shape == (2, 49, 128)
+    head = 2048 * 2048 + 2048 + 2048 * 128 + 128
+    assert [sum(p.numel() for p in m.parameters()) for m in (method.projector, method.dense_projector)] == [head, head]
+    assert method.dense_queue.rows.shape == (65536, 128)
