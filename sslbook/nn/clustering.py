@@ -85,8 +85,8 @@ def _move(
     for rows, clusters in zip(x.split(2**16), assignment.split(2**16)):
         sums.index_add_(0, clusters, rows.double())
     sizes = assignment.bincount(minlength=len(centroids))
-    centroids = (sums / sizes.clamp(min=1)[:, None]).float()
-    centroids = split_largest(centroids, sizes)
+    means = (sums / sizes.clamp(min=1)[:, None]).float()
+    centroids = split_largest(torch.where(sizes[:, None] > 0, means, centroids), sizes)
     return F.normalize(centroids, dim=1) if spherical else centroids
 
 

@@ -84,13 +84,22 @@ def test_empty_clusters_are_halves_of_the_largest() -> None:
     assert torch.equal(split_largest(centroids, torch.tensor([1, 1, 1, 1])), centroids)
 
 
-def test_no_cluster_stays_empty_where_rows_differ() -> None:
-    # Twelve centroids start on the same point: only one of them would ever own a row.
+def used_clusters(iterations: int) -> int:
     x = torch.cat([torch.zeros(100, 2), torch.randn(20, 2) + 3])
     x[chance.permutation(0, 0, 120)[12:]] += 0.1 * torch.randn(108, 2)
-    x[chance.permutation(0, 0, 120)[:12]] = 1.0
-    _, assignment = kmeans(x, 12, 30, 0)
-    assert assignment.bincount(minlength=12).min() > 0
+    x[chance.permutation(0, 0, 120)[:12]] = 1.0  # twelve centroids begin on the same point
+    return len(kmeans(x, 12, iterations, 0)[1].unique())
+
+
+def test_without_splitting_clusters_stay_empty(monkeypatch) -> None:
+    assert used_clusters(30) == 12
+    torch.manual_seed(0)
+    kept = used_clusters(3)
+    monkeypatch.setattr(clustering, "split_largest", lambda centroids, sizes: centroids)
+    torch.manual_seed(0)
+    removed = used_clusters(3)
+    assert kept >= 6
+    assert removed <= 4
 
 
 def test_identical_rows_end_all_the_same() -> None:
@@ -177,6 +186,7 @@ def _clusters(pictures: int, batch_size: int) -> tuple[Tensor, ...]:
     white = pca_whiten(x, 3)
     torch.manual_seed(distributed.rank())  # a process's own chance must not matter
     centroids, assignment = kmeans(white, 4, 5, 1)
+    assert isinstance(model[2].running_mean, Tensor)
     return x, index, centroids, assignment, views, shown, model[2].running_mean
 
 

@@ -1,0 +1,158 @@
+"""DeepCluster-v2: DeepCluster with SwAV's crops and head, and no pass over the pictures between epochs.
+
+The projections of an epoch are kept as they come. Before the next one, spherical k-means clusters them, several times
+from different beginnings, and the centroids themselves become the classifiers: there is none to be learnt anew. Every
+crop must then tell the cluster of its picture.
+
+Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
+cluster assignments" (arXiv:2006.09882), appendix D. The defaults are those of the authors' code for 800 epochs. What
+differs:
+
+- The first centroids are rows drawn by keyed chance, and an empty cluster gets half of the largest; the authors leave
+  an empty one where it was.
+- A picture that the last epoch did not show keeps its older projection and its cluster; the authors leave it out of
+  the loss. Only one that never was seen is left out.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sslbook import chance, distributed
+from sslbook.data.loader import Batch, Data
+from sslbook.data.views import IMAGENET_MEAN, View
+from sslbook.methods.base import Method
+from sslbook.nn import MLP, MemoryBank, backbone_dim
+from sslbook.nn.clustering import check_clusters, embed_views, kmeans
+from sslbook.schedules import Clock
+
+STD = (0.228, 0.224, 0.225)  # the authors' own deviation of red
+VIEW = View(
+    crop=(0.14, 1.0),
+    color_jitter=(0.8, 0.8, 0.8, 0.2),
+    color_jitter_p=0.8,
+    grayscale=0.2,
+    blur=0.5,
+    mean=IMAGENET_MEAN,
+    std=STD,
+)
+SMALL_VIEW = View(
+    size=96,
+    crop=(0.05, 0.14),
+    color_jitter=(0.8, 0.8, 0.8, 0.2),
+    color_jitter_p=0.8,
+    grayscale=0.2,
+    blur=0.5,
+    mean=IMAGENET_MEAN,
+    std=STD,
+)
+
+
+def cluster_loss(
+    z: Float[Tensor, "crops n dim"],
+    prototypes: Float[Tensor, "heads clusters dim"],
+    label: Int[Tensor, "heads n"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """The cross-entropy of every crop's prediction and its picture's cluster, averaged over heads, crops and pictures.
+
+    Pictures of cluster -1 do not count; the mean is over those that all processes have.
+    """
+    counted = (label >= 0).float()
+    logits = torch.einsum("cnd,hkd->chnk", z, prototypes) / temperature
+    target = label.clamp(min=0).expand(len(z), -1, -1)
+    each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
+    total = distributed.mean(counted.sum() * len(z)).clamp(min=1)
+    return (each * counted).sum() / total
+
+
+class DeepClusterV2(Method):
+    """DeepCluster, version 2 (arXiv:2006.09882, appendix D).
+
+    Args:
+        backbone: the network to train.
+        view: a large crop; there are two, and their projections are clustered in turn.
+        small_view: a small crop.
+        num_small: number of small crops.
+        hidden_dim: hidden width of the projector.
+        projector_dim: width of the projections.
+        num_prototypes: clusters of each head.
+        num_heads: how many clusterings there are, from different beginnings.
+        temperature: divides the scores.
+        kmeans_iterations: how often k-means moves its centroids.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        small_view: View = SMALL_VIEW,
+        num_small: int = 6,
+        hidden_dim: int = 2048,
+        projector_dim: int = 128,
+        num_prototypes: int = 3000,
+        num_heads: int = 3,
+        temperature: float = 0.1,
+        kmeans_iterations: int = 10,
+    ) -> None:
+        super().__init__()
+        self.view, self.small_view, self.num_small = view, small_view, num_small
+        self.temperature, self.kmeans_iterations = temperature, kmeans_iterations
+        self.backbone = backbone
+        self.projector = MLP(backbone_dim(backbone), hidden_dim, projector_dim)
+        generator = torch.Generator().manual_seed(0)
+        prototypes = torch.randn(num_heads, num_prototypes, projector_dim, generator=generator)
+        self.register_buffer("prototypes", F.normalize(prototypes, dim=2))
+        self.memory_1, self.memory_2 = MemoryBank(projector_dim), MemoryBank(projector_dim)
+        self.register_buffer("assignment", torch.empty(num_heads, 0, dtype=torch.int64))
+
+    prototypes: Tensor
+    assignment: Tensor
+
+    def memories(self) -> tuple[MemoryBank, MemoryBank]:
+        """What the network last said of the two large crops of every picture."""
+        return self.memory_1, self.memory_2
+
+    def views(self) -> tuple[View, ...]:
+        return (self.view, self.view, *[self.small_view] * self.num_small)
+
+    def prepare(self, data: Data) -> None:
+        heads, clusters, _ = self.prototypes.shape
+        check_clusters(clusters, data.num_train)
+        for memory in self.memories():
+            memory.allocate(data.num_train)
+            memory.rows.zero_()  # never seen
+        start = chance.uniform(0, 0, torch.arange(data.num_train), chance.METHOD, heads).T
+        self.assignment = (start * clusters).long().to(self.assignment.device)  # until the first clustering
+
+    def before_epoch(self, data: Data, clock: Clock) -> None:
+        if clock.epoch == 0:
+            z, index = embed_views(nn.Sequential(self.backbone, self.projector), data, self.views()[:2], clock)
+            for memory, z_view in zip(self.memories(), z):
+                memory.rows[index] = F.normalize(z_view, dim=1)
+        index = self.memory_1.rows.any(dim=1).nonzero()[:, 0]
+        self.assignment.fill_(-1)
+        heads, clusters, _ = self.prototypes.shape
+        for head in range(heads):
+            z = self.memories()[(head + 1) % 2].rows[index]
+            seed = (100003 * clock.seed + clock.epoch) * heads + head
+            prototypes, assignment = kmeans(z, clusters, self.kmeans_iterations, seed, spherical=True)
+            self.prototypes[head] = prototypes
+            self.assignment[head, index] = assignment
+
+    def project(self, views: tuple[Tensor, ...]) -> Float[Tensor, "crops n dim"]:
+        """Unit vectors of all crops: one pass of the backbone for each size, one of the projector for all."""
+        features = [self.backbone(torch.cat(crops)) for crops in (views[:2], views[2:]) if crops]
+        z = self.projector(torch.cat(features)).float()
+        return F.normalize(z, dim=1).unflatten(0, (len(views), -1))
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        z = self.project(batch.views)
+        label = self.assignment[:, batch.index]
+        with torch.autocast(z.device.type, enabled=False):  # a temperature of 0.1 magnifies rounding
+            loss = cluster_loss(z, self.prototypes.clone(), label, self.temperature)
+            said = torch.einsum("cnd,hkd->chnk", z.detach(), self.prototypes).argmax(dim=3)
+        for memory, z_view in zip(self.memories(), z.detach()):
+            memory.update(batch.index, z_view, 0.0)
+        return {"loss": loss, "cluster_accuracy": 100 * (said == label).float().mean()}

@@ -1,0 +1,174 @@
+"""SwAV: say of one crop which prototypes another crop of the picture belongs to.
+
+Each crop is compared with prototypes, directions that are learnt. The target for one view of a picture is the
+assignment of another, which Sinkhorn's algorithm makes so that over the batch all prototypes are used alike; otherwise
+everything would end at one prototype. Two large crops are assigned, and further small ones only predict.
+
+Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
+cluster assignments" (arXiv:2006.09882), equations 1 to 5, section 3.2 on multi-crop, appendix A. The defaults are those
+of the authors' code for 800 epochs at a batch of 4096. What differs from it:
+
+- The prototypes are brought back to unit length after each step instead of before the next.
+- The queue belongs to all processes together and is shared out among them for Sinkhorn's algorithm, which works with
+  logarithms. One process and several compute the same.
+- Batch norm is over the whole global batch instead of groups of 8 GPUs.
+- While the prototypes are frozen they get a gradient of zero. Weight decay may then still shorten them, and bringing
+  them back to unit length undoes it.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sslbook import distributed
+from sslbook.data.loader import Batch
+from sslbook.data.views import IMAGENET_MEAN, View
+from sslbook.errors import UserError
+from sslbook.methods.base import Method
+from sslbook.nn import MLP, Queue, backbone_dim
+from sslbook.nn.sinkhorn import sinkhorn
+from sslbook.schedules import Clock, Duration, in_steps
+
+STD = (0.228, 0.224, 0.225)  # the authors' own deviation of red
+VIEW = View(
+    crop=(0.14, 1.0),
+    color_jitter=(0.8, 0.8, 0.8, 0.2),
+    color_jitter_p=0.8,
+    grayscale=0.2,
+    blur=0.5,
+    mean=IMAGENET_MEAN,
+    std=STD,
+)
+SMALL_VIEW = View(
+    size=96,
+    crop=(0.05, 0.14),
+    color_jitter=(0.8, 0.8, 0.8, 0.2),
+    color_jitter_p=0.8,
+    grayscale=0.2,
+    blur=0.5,
+    mean=IMAGENET_MEAN,
+    std=STD,
+)
+
+
+def swapped_prediction(
+    q: Float[Tensor, "assigned n prototypes"], scores: Float[Tensor, "crops n prototypes"], temperature: float
+) -> Float[Tensor, ""]:
+    """Equations 1, 2 and 6: the cross-entropy between each assigned crop's code and the prediction of every other crop.
+
+    The first crops are the assigned ones. The mean is over pictures and over the pairs of different crops.
+    """
+    log_p = F.log_softmax(scores / temperature, dim=2)
+    pairs = [(s, t) for s in range(len(q)) for t in range(len(scores)) if s != t]
+    return torch.stack([-(q[s] * log_p[t]).sum(dim=1).mean() for s, t in pairs]).mean()
+
+
+@torch.no_grad()
+def used(scores: Float[Tensor, "crops n prototypes"], temperature: float) -> Float[Tensor, ""]:
+    """How many prototypes are in use: the exponential of the entropy of the mean prediction over all processes."""
+    p = distributed.mean(F.softmax(scores / temperature, dim=2).mean(dim=(0, 1)))
+    return (-torch.xlogy(p, p).sum()).exp()
+
+
+class SwAV(Method):
+    """Swapping assignments between views (arXiv:2006.09882).
+
+    Args:
+        backbone: the network to train.
+        view: a large crop; there are two, each with its own assignment.
+        small_view: a small crop, which only predicts.
+        num_small: number of small crops.
+        hidden_dim: hidden width of the projector.
+        projector_dim: width of the projections and prototypes.
+        num_prototypes: how many prototypes.
+        temperature: divides the scores in the prediction.
+        epsilon: divides the scores in the assignment; the smaller, the harder.
+        sinkhorn_iterations: how often the assignment is normalized in turn.
+        freeze_prototypes: duration from the beginning in which the prototypes stay as they are.
+        queue_size: projections of earlier batches that take part in the assignment, for small batches (the authors take
+            3840 at 256); 0 for none.
+        queue_start: duration before the queue is filled; it is used once it is full.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        small_view: View = SMALL_VIEW,
+        num_small: int = 6,
+        hidden_dim: int = 2048,
+        projector_dim: int = 128,
+        num_prototypes: int = 3000,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        freeze_prototypes: Duration = "313 steps",
+        queue_size: int = 0,
+        queue_start: Duration = 15,
+    ) -> None:
+        super().__init__()
+        self.view, self.small_view, self.num_small = view, small_view, num_small
+        self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
+        self.freeze_prototypes, self.queue_start = freeze_prototypes, queue_start
+        self.backbone = backbone
+        self.projector = MLP(backbone_dim(backbone), hidden_dim, projector_dim)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, projector_dim), dim=1))
+        self.queues = nn.ModuleList([Queue(queue_size, projector_dim) for _ in range(2 if queue_size else 0)])
+        self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
+
+    queued: Tensor
+
+    def views(self) -> tuple[View, ...]:
+        return (self.view, self.view, *[self.small_view] * self.num_small)
+
+    def held(self) -> list[Queue]:
+        """The queues, one for each large crop, or none."""
+        return [queue for queue in self.queues if isinstance(queue, Queue)]
+
+    def project(self, views: tuple[Tensor, ...]) -> Float[Tensor, "crops n dim"]:
+        """Unit vectors of all crops: one pass of the backbone for each size, one of the projector for all."""
+        features = [self.backbone(torch.cat(crops)) for crops in (views[:2], views[2:]) if crops]
+        z = self.projector(torch.cat(features)).float()
+        return F.normalize(z, dim=1).unflatten(0, (len(views), -1))
+
+    @torch.no_grad()
+    def assign(self, z: Float[Tensor, "assigned n dim"]) -> Float[Tensor, "assigned n prototypes"]:
+        """The codes, made with the queue's help if it is full (equations 3 to 5)."""
+        n, rank, processes = z.shape[1], distributed.rank(), distributed.world_size()
+        codes, queues = [], self.held()
+        for crop, z_crop in enumerate(z):
+            if queues and self.queued >= len(queues[crop].rows):
+                z_crop = torch.cat([z_crop, queues[crop].rows[rank::processes]])
+            codes.append(sinkhorn(z_crop @ self.prototypes.T, self.epsilon, self.sinkhorn_iterations)[:n])
+        return torch.stack(codes)
+
+    @torch.no_grad()
+    def remember(self, z: Float[Tensor, "assigned n dim"], clock: Clock) -> None:
+        """The projections into the queues, from `queue_start` on."""
+        batch, size = z.shape[1] * distributed.world_size(), len(self.held()[0].rows)
+        if size % batch:
+            raise UserError(
+                f"a queue of {size} does not hold whole batches of {batch}: "
+                f"set --method.queue_size to a multiple of {batch}, such as {max(1, size // batch) * batch}"
+            )
+        if clock.step >= in_steps(self.queue_start, clock.total_steps, clock.steps_per_epoch):
+            for queue, z_crop in zip(self.held(), z):
+                queue.push(z_crop)
+            self.queued.add_(batch).clamp_(max=size)
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        frozen = clock.step < in_steps(self.freeze_prototypes, clock.total_steps, clock.steps_per_epoch)
+        c = self.prototypes.detach() + 0 * self.prototypes if frozen else self.prototypes
+        z = self.project(batch.views)
+        with torch.autocast(z.device.type, enabled=False):  # a temperature of 0.05 magnifies rounding
+            scores = z @ c.T
+            q = self.assign(z[:2].detach())
+            loss = swapped_prediction(q, scores, self.temperature)
+        if self.queues:
+            self.remember(z[:2].detach(), clock)
+        return {"loss": loss, "used_prototypes": used(scores.detach(), self.temperature)}
+
+    @torch.no_grad()
+    def after_step(self, clock: Clock) -> None:
+        self.prototypes.copy_(F.normalize(self.prototypes, dim=1))

@@ -1,0 +1,141 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook import nn as nets
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+from sslbook.data.world import World
+from sslbook.errors import UserError
+from sslbook.methods.deepcluster import DeepCluster, uniform_order
+from sslbook.nn import ConvNet, clustering
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
+
+VIEW_WITHOUT_CHANCE = View.center(SIZE)
+
+CASE = Case(
+    options={"view": VIEW, "cluster_resize": SIZE, "num_clusters": 6, "pca_dim": 8},
+    command={
+        "method.backbone": CONVNET,
+        "method.view.size": SIZE,
+        "method.cluster_resize": SIZE,
+        "method.num_clusters": 6,
+        "method.pca_dim": 8,
+        "method.recluster_every": 1,
+    },
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn by chance
+    overfit={"backbone": ConvNet(16), "sobel": False},
+    corners=[(2, 0.05, {}), (6, 0.05, {"sobel": False})],
+    other_backbones=[transformer],
+)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_clusters() -> None:
+    method = make("deepcluster")
+    batch = make_batch(method, 5)._replace(index=torch.tensor([3, 9, 3, 63, 0]))
+    with torch.no_grad():
+        logits = method.classifier(method.backbone(batch.views[0])).double().tolist()
+        loss = method(batch, Clock())["loss"]
+    expected = 0.0
+    for row, picture in zip(logits, batch.index.tolist()):
+        expected += math.log(sum(math.exp(v) for v in row)) - row[int(method.assignment[picture])]
+    assert float(loss) == pytest.approx(expected / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[1, 50, 7, 0, 2], [5, 5], [1], [0, 0, 3]])
+def test_every_cluster_is_shown_alike(sizes: list[int]) -> None:
+    assignment = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)] + [torch.full((4,), -1)])
+    assignment = assignment[torch.randperm(len(assignment))]
+    filled = [i for i, size in enumerate(sizes) if size]
+    order = uniform_order(assignment, len(sizes), 0, 3)
+    assert len(order) == len(assignment)
+    shown = assignment[order]
+    assert shown.unique().tolist() == filled  # nothing of cluster -1
+    share = len(assignment) // len(filled) + 1
+    for i in filled:
+        pictures = order[shown == i]
+        assert share - len(filled) <= len(pictures) <= share  # what is over the number of pictures is cut off
+        if sizes[i] > share:
+            assert len(pictures.unique()) == len(pictures)  # a large cluster repeats nothing
+    assert torch.equal(order, uniform_order(assignment, len(sizes), 0, 3))
+    if len(assignment) > 10:
+        assert not torch.equal(order, uniform_order(assignment, len(sizes), 0, 4))
+
+
+def test_a_round_clusters_whitened_features_of_centers() -> None:
+    method, data, clock = make("deepcluster"), Data(world=WORLD), Clock(4, 10, 2, seed=1)
+    old = method.classifier.weight.detach().clone()
+    method.before_epoch(data, clock)
+    (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, PICTURES)
+    with torch.no_grad():
+        features = method.eval().backbone(batch.views[0])
+    x = clustering.pca_whiten(features, 8)
+    _, expected = clustering.kmeans(x, 6, 20, 100003 + 2)
+    assert torch.equal(method.assignment, expected)
+    assert not torch.allclose(method.classifier.weight, old)
+    assert float(method.classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.3)
+    assert not method.classifier.bias.any()
+
+
+def test_between_clusterings_nothing_changes() -> None:
+    method, data = make("deepcluster", recluster_every=3), Data(world=WORLD)
+    method.before_epoch(data, Clock(6, 20, 2))
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    method.before_epoch(data, Clock(8, 20, 2))
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def _round() -> tuple[Tensor, Tensor, Tensor]:
+    method, data = make("deepcluster"), Data(world=WORLD)
+    method.before_epoch(data, Clock(seed=4))
+    order = method.order(data, Clock(seed=4))
+    assert order is not None
+    return method.assignment, method.classifier.weight.detach(), order
+
+
+def test_processes_agree_about_clusters_classifier_and_order(pool) -> None:
+    one = _round()
+    for got in pool.run(_round):
+        for a, b in zip(got, one):
+            assert torch.equal(a, b)
+
+
+def found_of_small_clusters(epochs: int = 8) -> float:
+    """The part of the small clusters' pictures that training recognizes, where one cluster has nearly all pictures."""
+    data = Data(world=World(pictures=160, test_pictures=4, size=SIZE))
+    method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False)
+    method.prepare(data)
+    method.assignment.copy_((torch.arange(160) - 135).clamp(min=0) // 5)  # 140 pictures, and five times 5 or less
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(epochs):
+        clock = Clock(5 * epoch, 5 * epochs, 5)
+        for batch in data.batches(method.views(), 32, seed=0, epoch=epoch, order=method.order(data, clock)):
+            optimizer.zero_grad()
+            method(batch, clock)["loss"].backward()
+            optimizer.step()
+    (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, 160)
+    with torch.no_grad():
+        said = method.eval().classifier(method.backbone(batch.views[0])).argmax(dim=1)
+    return float((said == method.assignment)[method.assignment > 0].float().mean())
+
+
+def test_without_uniform_sampling_all_pictures_become_the_largest_cluster(monkeypatch) -> None:
+    assert found_of_small_clusters() > 0.4
+    monkeypatch.setattr(DeepCluster, "order", lambda self, data, clock: None)
+    assert found_of_small_clusters() < 0.1
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"17 principal components of 16 features: set --method.pca_dim to 16 or less"):
+        make("deepcluster", pca_dim=17)
+    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+        make("deepcluster", num_clusters=65)
+
+
+def test_the_paper_scale_model() -> None:
+    with torch.device("meta"):
+        method = DeepCluster(nets.resnet50())
+    assert method.classifier.weight.shape == (10000, 2048)

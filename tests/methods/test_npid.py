@@ -1,0 +1,165 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook import chance
+from sslbook import nn as nets
+from sslbook.data.loader import Batch
+from sslbook.methods.npid import NPID, draw_negatives, nce
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, PICTURES, VIEW, Case, make, make_batch, transformer
+
+
+def finds_itself(method: NPID, batch: Batch, out: dict[str, Tensor]) -> bool:
+    """Of the rows of the batch's pictures, the nearest one is the picture's own."""
+    v = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
+    own = batch.index.unique()
+    found = own[(v @ method.memory.rows[own].T).argmax(dim=1)]
+    return bool((found == batch.index).float().mean() > 0.9)
+
+
+CASE = Case(
+    options={"view": VIEW, "projector_dim": 16, "num_negatives": 20},
+    command={"method.backbone": CONVNET, "method.projector_dim": 8, "method.num_negatives": 16},
+    learned=finds_itself,
+    overfit={"num_negatives": 0},
+    lr=1e-3,
+    corners=[(2, 1e-3, {}), (6, 1e-3, {"num_negatives": 0}), (6, 1e-4, {"num_negatives": 0, "temperature": 0.02})],
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize(("n", "negatives", "pictures"), [(5, 7, 64), (1, 1, 2), (3, 40, 10)])
+def test_nce_is_equation_7(n: int, negatives: int, pictures: int) -> None:
+    log_p = 3 * torch.randn(n, 1 + negatives, dtype=torch.float64) - 5
+    expected = 0.0
+    for row in log_p.tolist():
+        noise = negatives / pictures
+        h = [math.exp(v) / (math.exp(v) + noise) for v in row]
+        expected -= (math.log(h[0]) + sum(math.log(1 - v) for v in h[1:])) / n
+    assert float(nce(log_p, pictures)) == pytest.approx(expected, rel=1e-10)
+
+
+def literal(method: NPID, v: Tensor, index: Tensor, columns: Tensor) -> list[list[float]]:
+    """Similarities divided by the temperature, row by row."""
+    rows = method.memory.rows.double().tolist()
+    return [
+        [sum(a * b for a, b in zip(query, rows[j])) / method.temperature for j in own]
+        for query, own in zip(v.tolist(), columns.tolist())
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_the_full_softmax_is_equation_2(temperature: float) -> None:
+    method = make("npid", num_negatives=0, temperature=temperature)
+    v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 3])  # a picture thrice
+    loss, _, _ = method.contrast(v, index, Clock())
+    expected = 0.0
+    for row, own in zip(literal(method, v.double(), index, torch.arange(PICTURES).expand(5, -1)), index.tolist()):
+        expected += (max(row) + math.log(sum(math.exp(s - max(row)) for s in row)) - row[own]) / 5
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_partition_is_estimated_by_the_first_batch_alone() -> None:
+    method = make("npid", temperature=0.3)
+    clock = Clock(seed=2)
+    v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 9])
+    columns = torch.cat([index[:, None], draw_negatives(index, 20, PICTURES, clock)], dim=1)
+    logits = literal(method, v.double(), index, columns)
+    partition = PICTURES * sum(math.exp(s) for row in logits for s in row) / (5 * 21)  # equation 8
+    loss, _, _ = method.contrast(v, index, clock)
+    assert float(method.partition) == pytest.approx(partition, rel=1e-5)
+    expected = 0.0
+    for row in logits:
+        h = [(p := math.exp(s) / partition) / (p + 20 / PICTURES) for s in row]
+        expected -= (math.log(h[0]) + sum(math.log(1 - x) for x in h[1:])) / 5
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    method.contrast(-v, index, clock)
+    assert float(method.partition) == pytest.approx(partition, rel=1e-5)
+
+
+def test_negatives_are_keyed_and_fair() -> None:
+    clock = Clock(step=5, steps_per_epoch=2, seed=3)
+    drawn = draw_negatives(torch.arange(500), 40, 10, clock)
+    torch.testing.assert_close(drawn.flatten().bincount() / 20000, torch.full((10,), 0.1), rtol=0.1, atol=0)
+    noise = chance.uniform(3, 2, torch.tensor([7]), chance.METHOD, 40)[0].tolist()
+    assert drawn[7].tolist() == [int(10 * u) for u in noise]
+    assert not torch.equal(draw_negatives(torch.arange(500), 40, 10, Clock(seed=3)), drawn)
+
+
+def gradient_of_nce(negatives_of_each: int) -> tuple[Tensor, Tensor]:
+    """For one query: by NCE with the true partition and equally many negatives of every row, and by the softmax."""
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=1)
+    gradients = []
+    for whole in (False, True):
+        v = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        logits = rows @ v / 0.5
+        if whole:
+            loss = F.cross_entropy(logits[None], torch.tensor([2]))
+        else:
+            log_p = logits - logits.detach().logsumexp(dim=0)
+            loss = nce(torch.cat([log_p[2:3], log_p.repeat(negatives_of_each)])[None], 6)
+        loss.backward()
+        gradients.append(v.grad)
+    return gradients[0], gradients[1]
+
+
+def test_nce_agrees_with_the_softmax_in_the_limit() -> None:
+    errors = []
+    for negatives_of_each in (1, 10, 100, 1000):
+        by_nce, by_softmax = gradient_of_nce(negatives_of_each)
+        errors.append(float((by_nce - by_softmax).norm() / by_softmax.norm()))
+    assert errors[0] > 0.1
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2
+
+
+def test_the_memory_takes_the_features_after_the_loss() -> None:
+    method = make("npid", momentum=0.25)
+    batch = make_batch(method, 8)._replace(index=torch.tensor([1, 2, 3, 4, 5, 6, 7, 1]))
+    before = method.memory.rows.clone()
+    with torch.no_grad():
+        v = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
+        loss = method(batch, Clock())["loss"]
+    again = make("npid")
+    torch.testing.assert_close(loss, again.contrast(v, batch.index, Clock())[0])
+    torch.testing.assert_close(method.memory.rows[3], F.normalize(0.25 * before[3] + 0.75 * v[2], dim=0))
+    torch.testing.assert_close(method.memory.rows[1], F.normalize(0.25 * before[1] + 0.75 * v[7], dim=0))
+    assert torch.equal(method.memory.rows[8:], before[8:])
+
+
+def similarity_of_pictures(repel: bool) -> float:
+    """How alike the memory's rows are after training, 1 if all are the same; `repel` leaves other rows in the loss."""
+    method = make("npid", num_negatives=0)
+    if not repel:
+        method.contrast = lambda v, index, clock: (  # pyrefly: ignore
+            -(v * method.memory.rows[index]).sum(dim=1).mean() / method.temperature,
+            torch.zeros(len(v), 2),
+            torch.zeros_like(index),
+        )
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
+    everything = make_batch(method, PICTURES)
+    for step in range(40):
+        mine = torch.arange(16) + 16 * (step % 4)
+        batch = Batch((everything.views[0][mine],), mine, everything.label[mine])
+        optimizer.zero_grad()
+        method(batch, Clock(step, 40, steps_per_epoch=4))["loss"].backward()
+        optimizer.step()
+    rows = method.memory.rows
+    return float((rows @ rows.T).mean())
+
+
+def test_without_other_pictures_all_become_the_same() -> None:
+    assert similarity_of_pictures(True) < 0.5
+    assert similarity_of_pictures(False) > 0.8
+
+
+def test_the_paper_scale_model() -> None:
+    with torch.device("meta"):
+        method = NPID(nets.resnet50())
+    assert sum(p.numel() for p in method.projector.parameters()) == 2048 * 128 + 128
+    assert (method.num_negatives, method.temperature, method.momentum) == (4096, 0.07, 0.5)

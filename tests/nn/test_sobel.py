@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sslbook import checkpoint
+from sslbook.nn import ConvNet
+from sslbook.nn.sobel import Sobel
+
+
+def test_edges_are_sobels() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    edges = Sobel(ConvNet(4)).edges(x)
+    gray = nn.functional.pad(x.mean(dim=1), (1, 1, 1, 1))
+    weights = [1, 2, 1]
+    for row in range(5):
+        for column in range(6):
+            part = gray[:, row : row + 3, column : column + 3]
+            across = sum(w * (part[:, i, 0] - part[:, i, 2]) for i, w in enumerate(weights))
+            down = sum(w * (part[:, 0, i] - part[:, 2, i]) for i, w in enumerate(weights))
+            torch.testing.assert_close(edges[:, 0, row, column], across)
+            torch.testing.assert_close(edges[:, 1, row, column], down)
+    assert not edges[:, 2].any()
+
+
+def test_colors_that_are_equally_bright_look_the_same() -> None:
+    x = torch.rand(1, 3, 8, 8)
+    network = Sobel(ConvNet(4))
+    torch.testing.assert_close(network(x), network(x[:, [2, 0, 1]]))
+
+
+def test_it_is_exported_and_read_again(tmp_path: Path) -> None:
+    network = Sobel(ConvNet(4)).eval()
+    checkpoint.export_backbone(tmp_path / "backbone.safetensors", network, {})
+    again, _ = checkpoint.load_backbone(tmp_path / "backbone.safetensors")
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(again.eval()(x), network(x))
