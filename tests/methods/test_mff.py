@@ -1,0 +1,128 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods import mff
+from sslbook.methods.mff import Fusion
+from sslbook.nn import ResNet, VisionTransformer, vit_base
+from sslbook.nn.pixel_decoder import patchify, random_mask, take
+from sslbook.schedules import Clock
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+
+CASE = Case(
+    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "layers": (0,)},
+    command={
+        "method.backbone": TRANSFORMER,
+        "method.decoder_dim": 16,
+        "method.decoder_heads": 2,
+        "method.layers": "[0]",
+    },
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the pictures are noise
+    backbone=transformer,
+    full_scale="vit_base",
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_heads": 4},
+    overfit_lr=3e-3,
+    corners=[(2, 0.05, {})],
+)
+
+
+def literal_fusion(fusion: Fusion, layers: list[Tensor]) -> Tensor:
+    powers = [math.exp(w) for w in fusion.weights.tolist()]
+    result = torch.zeros_like(layers[0])
+    for i in range(len(layers[0])):
+        for j in range(layers[0].shape[1]):
+            for level, tokens in enumerate(layers):
+                token = tokens[i, j]
+                if level < len(layers) - 1:
+                    part = fusion.maps[level]
+                    token = torch.stack([w @ token + b for w, b in zip(part.weight, part.bias)])
+                result[i, j] += powers[level] / sum(powers) * token
+    return result
+
+
+def test_the_fusion_is_the_papers() -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(8, 3).double().requires_grad_(False)
+    torch.testing.assert_close(fusion.weights.softmax(dim=0), torch.full((4,), 0.25, dtype=torch.float64))
+    fusion.weights.copy_(torch.randn(4))
+    layers = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(4)]
+    torch.testing.assert_close(fusion(layers), literal_fusion(fusion, layers))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("n", [3, 1])
+def test_the_loss_is_the_papers(norm_pix_loss: bool, n: int) -> None:
+    method = make("mff", norm_pix_loss=norm_pix_loss).double()
+    batch = make_batch(method, n)
+    images = batch.views[0].double()
+    visible, hidden = random_mask(batch.index, 16, 0.75, Clock())
+    first, last = method.backbone.layers(take(method.backbone.embed(images), visible))
+    with torch.no_grad():
+        fused = method.backbone.norm(literal_fusion(method.fusion, [first, last]))
+        prediction = method.decoder(fused, visible, hidden, (4, 4))
+    patches = patchify(images, 4)
+    errors = []
+    for i in range(n):
+        for j, place in enumerate(hidden[i].tolist()):
+            target = patches[i, place].tolist()
+            if norm_pix_loss:
+                mean = sum(target) / 48
+                deviation = (sum((t - mean) ** 2 for t in target) / 47 + 1e-6) ** 0.5
+                target = [(t - mean) / deviation for t in target]
+            errors += [(a - b) ** 2 for a, b in zip(prediction[i, j].tolist(), target)]
+    loss = method(batch._replace(views=(images,)), Clock())["loss"]
+    assert float(loss.detach()) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
+    """A last block that forgets everything: with fusion the decoder still learns to draw, without it cannot."""
+
+    def loss_after_training() -> float:
+        torch.manual_seed(0)
+        method = make(
+            "mff",
+            backbone=VisionTransformer(8, 4, 32, 3, 4),
+            view=View(size=8),
+            layers=(0, 1),
+            mask_ratio=0.5,
+            norm_pix_loss=False,
+            decoder_dim=32,
+            decoder_heads=4,
+        )
+        forget = method.backbone.blocks[-1]
+        monkeypatch.setattr(forget, "forward", lambda x, bias=None: torch.zeros_like(x))
+        optimizer = torch.optim.AdamW(method.parameters(), lr=5e-3)
+        for _ in range(100):
+            images = torch.randn(16, 3, 1, 1).expand(-1, -1, 8, 8).contiguous()
+            loss = method(make_batch(method, 16)._replace(views=(images,)), Clock())["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    assert loss_after_training() < 0.3
+    monkeypatch.setattr(Fusion, "forward", lambda self, layers: layers[-1])
+    assert loss_after_training() > 0.7
+
+
+def test_the_paper_scale() -> None:
+    with torch.device("meta"):
+        method = mff.MFF(vit_base())
+    assert method.layers == (0, 2, 4, 6, 8, 10)
+    assert sum(p.numel() for p in method.fusion.parameters()) == 6 * (768 * 768 + 768) + 7
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"MFF .* cannot use a ResNet: choose .*VisionTransformer"):
+        make("mff", backbone=ResNet(18, width=8))
+    with pytest.raises(UserError, match="leaves nothing to predict"):
+        make("mff", mask_ratio=0.0)
+    with pytest.raises(UserError, match="leaves nothing to see"):
+        make("mff", mask_ratio=0.99)
+    for layers in [(0, 1), (), (0, 0), (-1, 0)]:
+        with pytest.raises(UserError, match="the last: give increasing numbers from 0 to 0, such as"):
+            make("mff", layers=layers)

@@ -1,0 +1,136 @@
+import cmath
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook import chance
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods import pixmim
+from sslbook.methods.pixmim import low_pass, shifted
+from sslbook.nn import ResNet, VisionTransformer, vit_base
+from sslbook.nn.pixel_decoder import patchify, random_mask, take
+from sslbook.schedules import Clock
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+
+CASE = Case(
+    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "shift": 14.0},
+    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_heads": 2},
+    learned=lambda method, batch, out: bool(out["loss"] < 0.7),  # 47/48 for who knows nothing: the pictures are noise
+    backbone=transformer,
+    full_scale="vit_base",
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_heads": 4},
+    overfit_lr=3e-3,
+    corners=[(2, 0.05, {})],
+)
+
+
+def literal_low_pass(picture: Tensor, radius: float) -> Tensor:
+    """The discrete Fourier transform and its inverse as sums, one wave at a time."""
+    height, width = picture.shape
+    result = torch.zeros(height, width, dtype=torch.float64)
+    waves = [(k, m) for k in range(-(height // 2), (height + 1) // 2) for m in range(-(width // 2), (width + 1) // 2)]
+    points = [(y, x) for y in range(height) for x in range(width)]
+    for k, m in waves:
+        if math.hypot(k, m) > radius:
+            continue
+        turn = {(y, x): cmath.exp(2j * math.pi * (k * y / height + m * x / width)) for y, x in points}
+        amount = sum(float(picture[p]) / turn[p] for p in points) / (height * width)
+        for p in points:
+            result[p] += (amount * turn[p]).real
+    return result
+
+
+@pytest.mark.parametrize(("height", "width", "radius"), [(6, 6, 2.0), (5, 7, 1.5), (4, 6, 9.0), (4, 4, 0.5)])
+def test_the_filter_from_its_definition(height: int, width: int, radius: float) -> None:
+    images = torch.randn(1, 3, height, width, dtype=torch.float64)
+    kept = low_pass(images, radius)
+    for c in range(3):
+        torch.testing.assert_close(kept[0, c], literal_low_pass(images[0, c], radius))
+
+
+def test_what_the_filter_keeps() -> None:
+    place = torch.arange(32.0, dtype=torch.float64) / 32
+    constant = torch.full((1, 3, 32, 32), 0.7, dtype=torch.float64)
+    slow = torch.cos(2 * math.pi * (3 * place[:, None] + 4 * place)).expand(1, 3, 32, 32)  # 5 periods along the wave
+    fast = torch.cos(2 * math.pi * (4 * place[:, None] + 4 * place)).expand(1, 3, 32, 32)  # 5.7
+    torch.testing.assert_close(low_pass(constant + slow + fast, 5.0), constant + slow)
+    torch.testing.assert_close(low_pass(slow, 4.9), torch.zeros_like(slow))
+    torch.testing.assert_close(low_pass(fast, 100.0), fast)
+
+
+def test_the_radius_scales_with_the_picture() -> None:
+    assert make("pixmim", radius=28.0).radius == pytest.approx(2.0)  # 16 pixels instead of 224
+    with torch.device("meta"):
+        method = pixmim.PixMIM(vit_base())
+    assert (method.radius, method.shift) == (40.0, 4)
+
+
+def test_shifts_bring_in_the_mirror_image() -> None:
+    index, clock = torch.arange(200), Clock(step=4, steps_per_epoch=2, seed=1)
+    images = torch.randn(200, 3, 6, 7)
+    moved = shifted(images, 2, index, clock)
+    u = chance.uniform(1, 2, index, chance.METHOD + 1, 2)
+    seen = set()
+    for i in range(200):
+        down, right = int(u[i, 0] * 5) - 2, int(u[i, 1] * 5) - 2
+        seen.add((down, right))
+        for y in range(6):
+            for x in range(7):
+                row, column = 5 - abs(5 - abs(y + down)), 6 - abs(6 - abs(x + right))
+                assert torch.equal(moved[i, :, y, x], images[i, :, row, column])
+    assert len(seen) == 25
+    assert torch.equal(shifted(images, 0, index, clock), images)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("n", [3, 1])
+def test_the_loss_is_the_papers(norm_pix_loss: bool, n: int) -> None:
+    method = make("pixmim", norm_pix_loss=norm_pix_loss).double()
+    batch = make_batch(method, n)
+    clock = Clock(seed=2)
+    images = shifted(batch.views[0].double(), 1, batch.index, clock)
+    visible, hidden = random_mask(batch.index, 16, 0.75, clock)
+    encoded = method.backbone.encode(take(method.backbone.embed(images), visible))
+    prediction = method.decoder(encoded, visible, hidden, (4, 4))
+    errors = []
+    for i in range(n):
+        smooth = torch.stack([literal_low_pass(plane, 40 * SIZE / 224) for plane in images[i]])
+        patches = patchify(smooth[None], 4)[0]
+        for j, place in enumerate(hidden[i].tolist()):
+            target = patches[place].tolist()
+            if norm_pix_loss:
+                mean = sum(target) / 48
+                deviation = (sum((t - mean) ** 2 for t in target) / 47 + 1e-6) ** 0.5
+                target = [(t - mean) / deviation for t in target]
+            errors += [(a - b) ** 2 for a, b in zip(prediction[i, j].tolist(), target)]
+    loss = method(batch._replace(views=(batch.views[0].double(),)), clock)["loss"]
+    assert float(loss.detach()) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_what_is_filtered_away_is_not_asked_for(monkeypatch) -> None:
+    """Noise in the fine detail of the target leaves the loss as it is; without the filter it does not."""
+    method = make("pixmim", norm_pix_loss=False, radius=40.0, mask_ratio=0.5)
+    images = torch.randn(4, 3, SIZE, SIZE)
+    noise = torch.randn(4, 3, SIZE, SIZE)
+    noise = noise - low_pass(noise, method.radius)
+    torch.testing.assert_close(method.target(images + noise), method.target(images), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(pixmim, "low_pass", lambda x, radius: x)
+    assert (method.target(images + noise) - method.target(images)).abs().max() > 1
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"PixMIM .* cannot use a ResNet: choose .*VisionTransformer"):
+        make("pixmim", backbone=ResNet(18, width=8))
+    with pytest.raises(UserError, match="leaves nothing to predict"):
+        make("pixmim", mask_ratio=0.0)
+    with pytest.raises(UserError, match="leaves nothing to see"):
+        make("pixmim", mask_ratio=0.99)
+    with pytest.raises(UserError, match="nearest size that works is 20x20"):
+        make("pixmim", view=View(size=19))
+    with pytest.raises(UserError, match=r"radius 0\.0 leaves nothing of the picture"):
+        make("pixmim", radius=0.0)
+    with pytest.raises(UserError, match="moves a picture by more than its size"):
+        make("pixmim", shift=300.0)
