@@ -5,10 +5,11 @@ tokens predicts the teacher's features there. There is no decoder, no tokenizer 
 its plainest, whose target already means something.
 
 Fang et al., 2022, "EVA: Exploring the limits of masked visual representation learning at scale" (arXiv:2211.07636),
-section 2.1: the transformer sees the full sequence with mask tokens, as here. OpenMMLab's port of that name gives the
-target to MAE's encoder and decoder instead; `milan` is near to that. What differs: any frozen network can teach
-(`sslbook.nn.teachers`); the loss is 2 - 2 cos instead of -cos, which has the same minimum; and every picture has exactly
-the same number of hidden patches, where BEiT's blocks, which the authors use, may leave some with fewer.
+section 2.1: the transformer sees the full sequence with mask tokens, as here. With an option of the authors' code, and
+in OpenMMLab's port, MAE's encoder and decoder get the same target instead; `milan` is near to that. What differs: any
+frozen network can teach (`sslbook.nn.teachers`); the loss is 2 - 2 cos instead of -cos, which has the same minimum; and
+every picture has exactly the same number of hidden patches, where BEiT's blocks, which the authors use, may leave some
+with fewer.
 """
 
 import torch
@@ -42,7 +43,7 @@ class EVA(Method):
         teacher: the frozen network whose features are predicted: a run folder or exported backbone, timm/NAME,
             open_clip/NAME:WEIGHTS, transformers/NAME, or a module. The paper's is open_clip/ViT-L-14:openai.
         view: what a picture becomes.
-        mask_ratio: part of the patches that is hidden.
+        mask_ratio: part of the patches that is hidden: 105 of 256 in the authors' code.
         min_block: smallest area of a hidden block, in patches.
         teacher_size: side of the pictures that the teacher gets, where its patches must be brought to the student's
             grid; null leaves them as they are.
@@ -55,7 +56,7 @@ class EVA(Method):
         backbone: nn.Module,
         teacher: nn.Module | str | None = None,
         view: View = VIEW,
-        mask_ratio: float = 0.4,
+        mask_ratio: float = 0.41,
         min_block: int = 16,
         teacher_size: int | None = None,
     ) -> None:

@@ -116,7 +116,7 @@ def feature_maps(backbone: nn.Module, x: Float[Tensor, "batch 3 height width"]) 
             maps.append(stage(maps[-1]))
         return _last_of_each(maps[1:])
     if isinstance(backbone, ConvNet):
-        maps = [x]
+        maps = [x.contiguous(memory_format=torch.channels_last)]
         for layer in backbone.layers:
             maps.append(layer(maps[-1]))
         return _last_of_each(maps[1:])

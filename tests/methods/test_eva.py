@@ -50,7 +50,7 @@ def test_only_hidden_patches_are_asked_for() -> None:
     method = make("eva")
     batch = make_batch(method, 5)
     mask = method.mask(batch.index, (4, 4), Clock())
-    assert mask.sum(dim=1).tolist() == [6] * 5  # 0.4 of 16
+    assert mask.sum(dim=1).tolist() == [7] * 5  # 0.41 of 16
     seen = method.teacher(batch.views[0])
     tokens = method.backbone.encode(method.backbone.embed(batch.views[0], mask, method.mask_token))
     total, count = 0.0, 0
