@@ -1,4 +1,4 @@
-"""Which patches of a picture are hidden, in blocks, by keyed chance."""
+"""Which patches of a picture are hidden or predicted, in blocks, by keyed chance."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import chance, distributed
 from sslbook.errors import UserError
 from sslbook.schedules import Clock
 
@@ -17,7 +17,7 @@ ATTEMPTS = 10  # at a block, after which a picture is left as it is
 def block_mask(
     index: Int[Tensor, "batch"],
     grid: tuple[int, int],
-    num_masked: int,
+    num_masked: int | Int[Tensor, "batch"],
     clock: Clock,
     min_block: int = 16,
     min_aspect: float = 0.3,
@@ -33,7 +33,7 @@ def block_mask(
     Args:
         index: which pictures.
         grid: rows and columns of patches.
-        num_masked: the greatest number of patches to hide in a picture.
+        num_masked: the greatest number of patches to hide in a picture; or one number for each, which may be 0.
         clock: its seed and epoch are part of the key.
         min_block: the smallest area of a rectangle, in patches.
         min_aspect: the smallest ratio of height to width; the greatest is its inverse.
@@ -44,7 +44,7 @@ def block_mask(
         UserError: nothing would be hidden, or everything.
     """
     height, width = grid
-    if not 0 < num_masked < height * width:
+    if isinstance(num_masked, int) and not 0 < num_masked < height * width:
         raise UserError(
             f"hiding {num_masked} of {height * width} patches leaves nothing to "
             f"{'predict' if num_masked < 1 else 'see'}: hide at least 1 and at most {height * width - 1}"
@@ -77,5 +77,75 @@ def block_mask(
     if exact:
         order = chance.uniform(clock.seed, clock.epoch, index, stream - 1, mask.shape[1])
         order = (order + mask).argsort(dim=1, descending=True, stable=True)  # hidden ones first, then by chance
-        mask = torch.zeros_like(mask).scatter(1, order[:, :num_masked], True)
+        wanted = torch.as_tensor(num_masked, device=device).expand(len(index))
+        mask = torch.zeros_like(mask).scatter(1, order, torch.arange(mask.shape[1], device=device) < wanted[:, None])
     return mask
+
+
+def block_size(
+    u: float, grid: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[int, int]:
+    """Height and width of I-JEPA's blocks: one number in [0, 1) sets both the area and the ratio of height to width."""
+    area = int(grid[0] * grid[1] * (scale[0] + u * (scale[1] - scale[0])))
+    ratio = aspect[0] + u * (aspect[1] - aspect[0])
+    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return max(1, min(height, grid[0] - 1)), max(1, min(width, grid[1] - 1))
+
+
+def multi_block_mask(
+    index: Int[Tensor, "batch"],
+    grid: tuple[int, int],
+    clock: Clock,
+    num_targets: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    target_aspect: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+    stream: int = STREAM,
+) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch targets patches"]]:
+    """I-JEPA's masks (arXiv:2301.08243, section 3): the patches of a context, and those of several target blocks.
+
+    Of a picture's context block the patches of its targets are taken away. All blocks of a step have the same size, as
+    in the authors' code, where also no block begins at the last place it could. A batch needs contexts of one length:
+    each is cut to the shortest of all processes, its first patches kept. Where the authors would let a target overlap a
+    context that is too short, this does not.
+
+    Args:
+        index: which pictures.
+        grid: rows and columns of patches.
+        clock: seed and epoch key the places of the blocks, the step their size.
+        num_targets: number of target blocks, which may overlap.
+        target_scale: range of the part of the picture that a target block covers.
+        target_aspect: range of its height divided by its width.
+        context_scale: range of the part that the context block covers.
+        stream: the first row of chance to use.
+
+    Raises:
+        UserError: the targets of some picture leave no context.
+    """
+    rows, columns = grid
+    if min(grid) < 2:
+        raise UserError(f"blocks need a grid of at least 2x2 patches, not {rows}x{columns}: use smaller patches")
+    step = torch.tensor([clock.step], device=index.device)
+    sizes = chance.uniform(clock.seed, clock.epoch, step, stream, 2)[0].tolist()
+    height, width = block_size(sizes[0], grid, target_scale, target_aspect)
+    context_height, context_width = block_size(sizes[1], grid, context_scale, (1.0, 1.0))
+    u = chance.uniform(clock.seed, clock.epoch, index, stream + 1, 2 * num_targets + 2)
+
+    top, left = (u[:, :-2:2] * (rows - height)).long(), (u[:, 1:-2:2] * (columns - width)).long()
+    patch = torch.arange(height * width, device=index.device)
+    patch = patch // width * columns + patch % width  # of a block in the corner
+    targets = (top * columns + left)[:, :, None] + patch
+
+    top, left = (u[:, -2:-1] * (rows - context_height)).long(), (u[:, -1:] * (columns - context_width)).long()
+    place = torch.arange(rows * columns, device=index.device)
+    row, column = place // columns, place % columns
+    context = (row >= top) & (row < top + context_height) & (column >= left) & (column < left + context_width)
+    context = context.scatter(1, targets.flatten(1), False)
+    shortest = -int(distributed.maximum(-context.sum(dim=1).min()))
+    if shortest < 1:
+        raise UserError(
+            f"{num_targets} target blocks of {height}x{width} leave no context in {rows}x{columns} patches: "
+            "use fewer or smaller targets, or smaller patches"
+        )
+    order = (~context).long().argsort(dim=1, stable=True)  # the context's patches first, row by row
+    return order[:, :shortest], targets

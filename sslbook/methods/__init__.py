@@ -30,6 +30,9 @@ METHODS = {
     "odc": "sslbook.methods.odc.ODC",
     "exemplar": "sslbook.methods.exemplar.Exemplar",
     "interclr": "sslbook.methods.interclr.InterCLR",
+    "ibot": "sslbook.methods.ibot.IBOT",
+    "data2vec": "sslbook.methods.data2vec.Data2Vec",
+    "ijepa": "sslbook.methods.ijepa.IJEPA",
     "mae": "sslbook.methods.mae.MAE",
     "milan": "sslbook.methods.milan.MILAN",
     "eva": "sslbook.methods.eva.EVA",
@@ -39,6 +42,11 @@ METHODS = {
     "maskfeat": "sslbook.methods.maskfeat.MaskFeat",
     "pixmim": "sslbook.methods.pixmim.PixMIM",
     "mff": "sslbook.methods.mff.MFF",
+    "dvae": "sslbook.methods.dvae.DVAE",
+    "beit": "sslbook.methods.beit.BEiT",
+    "vqkd": "sslbook.methods.vqkd.VQKD",
+    "beit_v2": "sslbook.methods.beit_v2.BEiTv2",
+    "cae": "sslbook.methods.cae.CAE",
 }
 """Short names of the methods, and where their classes live; nothing is imported until it is used."""
 

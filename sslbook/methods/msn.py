@@ -1,0 +1,187 @@
+"""MSN: a picture with patches missing must be assigned to the same prototypes as the whole one.
+
+A teacher, a moving average of the student, sees one view whole and assigns it softly to a few learned prototypes. The
+student sees another view with patches dropped, and several small crops, and must come to the same assignment. Sharpened
+targets forbid the answer "all prototypes alike"; the mean-entropy term, and Sinkhorn on the targets, forbid "always the
+same one". Nothing is ever painted, and dropped patches cost nothing.
+
+Assran, Caron, Misra, Bojanowski, Bordes, Vincent, Joulin, Rabbat and Ballas, 2022, "Masked siamese networks for
+label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the authors' code, the mean-entropy term
+carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
+four fifths of the way to 1. What differs: chance is keyed; the smallest targets are not rounded to zero; Sinkhorn is
+computed with logarithms.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sslbook import chance, distributed
+from sslbook.data.loader import Batch
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods.base import Method
+from sslbook.nn import EMA, VisionTransformer
+from sslbook.nn.sinkhorn import sinkhorn
+from sslbook.nn.vit import patch_grid
+from sslbook.schedules import Clock, Linear
+
+LARGE = View(crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
+FOCAL = View(size=96, crop=(0.05, 0.3), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
+
+
+def sharpen(log_p: Float[Tensor, "n prototypes"], temperature: float) -> Float[Tensor, "n prototypes"]:
+    """Logarithms of probabilities to these to the power 1 / temperature, normalized again (section 3, "Sharpening")."""
+    return (log_p / temperature).log_softmax(dim=1)
+
+
+def assignment_loss(
+    log_p: Float[Tensor, "anchors n prototypes"], target: Float[Tensor, "n prototypes"]
+) -> Float[Tensor, ""]:
+    """First part of equation 1: the cross-entropy of every anchor's assignment to the target's."""
+    return -(target * log_p).sum(dim=-1).mean()
+
+
+def mean_entropy_loss(log_p: Float[Tensor, "anchors n prototypes"]) -> Float[Tensor, ""]:
+    """Second part of equation 1: log K minus the entropy of the mean assignment of all processes' anchors."""
+    mean = distributed.sum_with_grad(log_p.exp().mean(dim=(0, 1))) / distributed.world_size()
+    return math.log(log_p.shape[-1]) - torch.special.entr(mean).sum()
+
+
+class Head(nn.Sequential):
+    """Three linear maps, batch norm and GELU after the first two."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        modules: list[nn.Module] = []
+        for dim in (in_dim, hidden_dim):
+            modules += [nn.Linear(dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.GELU()]
+        super().__init__(*modules, nn.Linear(hidden_dim, out_dim))
+
+
+class MSN(Method):
+    """Masked siamese networks (arXiv:2204.07141).
+
+    Args:
+        backbone: the vision transformer to train.
+        large: what the large views are like: one for the teacher, and the anchors whose patches are dropped.
+        focal: what the small crops are like, which are anchors too.
+        num_large: number of anchors whose patches are dropped.
+        num_focal: number of small crops.
+        patch_drop: part of a large anchor's patches that is dropped.
+        hidden_dim: hidden width of the head.
+        output_dim: width of the head's output and of the prototypes.
+        num_prototypes: number of prototypes.
+        temperature: divides the cosines to the prototypes.
+        sharpening: temperature that the targets are sharpened with.
+        sinkhorn_targets: let the targets use all prototypes alike (three rounds of Sinkhorn-Knopp).
+        mean_entropy_weight: weight of the mean-entropy term.
+        momentum: how much of itself the teacher keeps at a step, in the beginning.
+    """
+
+    backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        large: View = LARGE,
+        focal: View = FOCAL,
+        num_large: int = 1,
+        num_focal: int = 10,
+        patch_drop: float = 0.15,
+        hidden_dim: int = 2048,
+        output_dim: int = 256,
+        num_prototypes: int = 1024,
+        temperature: float = 0.1,
+        sharpening: float = 0.25,
+        sinkhorn_targets: bool = True,
+        mean_entropy_weight: float = 1.0,
+        momentum: float = 0.996,
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, VisionTransformer):
+            raise UserError(
+                f"MSN drops patches from a vision transformer and cannot use a {type(backbone).__name__}: "
+                "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
+            )
+        if num_large + num_focal < 1:
+            raise UserError("MSN without anchors has nothing to learn: use num_large or num_focal of at least 1")
+        self.crops = (large, *[large] * num_large, *[focal] * num_focal)
+        for view in self.crops:
+            rows, columns = patch_grid(view.size, view.size, backbone.patch_size)
+        rows, columns = patch_grid(large.size, large.size, backbone.patch_size)
+        if not 0 <= patch_drop < 1 or int(rows * columns * (1 - patch_drop)) < 1:
+            raise UserError(
+                f"patch drop {patch_drop} of {rows * columns} patches leaves nothing to see: "
+                f"use at most {1 - 1 / (rows * columns):.3g}"
+            )
+        self.num_large, self.patch_drop = num_large, patch_drop
+        self.temperature, self.sharpening = temperature, sharpening
+        self.sinkhorn_targets, self.mean_entropy_weight = sinkhorn_targets, mean_entropy_weight
+        self.momentum = momentum
+        self.backbone = backbone
+        self.head = Head(backbone.dim, hidden_dim, output_dim)
+        bound = output_dim**-0.5
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, output_dim).uniform_(-bound, bound))
+        self.teacher_backbone, self.teacher_head = EMA(self.backbone), EMA(self.head)
+
+    def views(self) -> tuple[View, ...]:
+        return self.crops
+
+    def drop(
+        self, tokens: Float[Tensor, "n patches dim"], index: Int[Tensor, "n"], clock: Clock, anchor: int
+    ) -> Float[Tensor, "n kept dim"]:
+        """The patches of a large anchor that are kept, in random order."""
+        patches = tokens.shape[1]
+        order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + anchor, patches).argsort(dim=1)
+        kept = order[:, : int(patches * (1 - self.patch_drop))]
+        return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+    def log_assignments(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n prototypes"]:
+        """Logarithms of the soft assignments of outputs to the prototypes."""
+        cosine = F.normalize(z.float(), dim=1) @ F.normalize(self.prototypes, dim=1).T
+        return (cosine / self.temperature).log_softmax(dim=1)
+
+    @torch.no_grad()
+    def targets(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n prototypes"]:
+        """The teacher's assignments of whole views, sharpened."""
+        z = self.teacher_head(self.teacher_backbone(images))
+        with torch.autocast(z.device.type, enabled=False):
+            target = sharpen(self.log_assignments(z), self.sharpening)
+            return sinkhorn(target, 1.0) if self.sinkhorn_targets else target.exp()
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        n, (whole, *anchors) = len(batch.index), batch.views
+        target = self.targets(whole)
+        large, focal = anchors[: self.num_large], anchors[self.num_large :]
+        features = []
+        if large:
+            tokens = [self.drop(self.backbone.embed(x), batch.index, clock, i) for i, x in enumerate(large)]
+            features.append(self.pool(self.backbone.encode(torch.cat(tokens))))
+        if focal:
+            features.append(self.backbone(torch.cat(focal)))
+        z = self.head(torch.cat(features))
+        with torch.autocast(z.device.type, enabled=False):
+            log_p = rearrange(self.log_assignments(z), "(anchor n) k -> anchor n k", n=n)
+            assignment, mean_entropy = assignment_loss(log_p, target), mean_entropy_loss(log_p)
+            loss = assignment + self.mean_entropy_weight * mean_entropy
+            average = distributed.mean(target.mean(dim=0))
+        return {
+            "loss": loss,
+            "assignment": assignment.detach(),
+            "mean_entropy": mean_entropy.detach(),
+            "target_entropy": torch.special.entr(target).sum(dim=1).mean(),
+            "average_entropy": torch.special.entr(average).sum(),
+        }
+
+    def pool(self, tokens: Float[Tensor, "n tokens dim"]) -> Float[Tensor, "n dim"]:
+        """The feature, as the backbone takes it from whole pictures."""
+        return tokens[:, 0] if self.backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+    def after_step(self, clock: Clock) -> None:
+        momentum = Linear(self.momentum, 1 - 0.2 * (1 - self.momentum))(clock)
+        self.teacher_backbone.update(self.backbone, momentum)
+        self.teacher_head.update(self.head, momentum)
