@@ -118,14 +118,14 @@ def pretrain(
     folder, state = _open_folder(method, data, out, resume, weights)
 
     # -- what ----------------------------------------------------------------------------------------------------------
+    if processes > 1:
+        convert_batch_norm(method)  # in place: a method is not a normalization itself
+    method.to(where)
     method.prepare(data)
     if weights is not None and state is None:
         loaded = checkpoint.load_weights(method, Path(weights))
         if distributed.is_main():
             print(f"weights: {loaded}")
-    if processes > 1:
-        convert_batch_norm(method)  # in place: a method is not a normalization itself
-    method.to(where)
     if channels_last:
         method.to(memory_format=torch.channels_last)  # pyrefly: ignore
     lr_factor = batch_size / lr_reference_batch if lr_reference_batch else 1.0
