@@ -9,7 +9,7 @@ from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.data.world import World
 from sslbook.errors import UserError
-from sslbook.nn import DiscreteEncoder, ResNet
+from sslbook.nn import DiscreteEncoder, ResNet, VQTokenizer
 from sslbook.nn.tokenizers import (
     DiscreteDecoder,
     Tokenizer,
@@ -124,8 +124,22 @@ def test_training_one_here_is_deterministic_and_leaves_no_trace(capsys) -> None:
     assert "beit: no tokenizer given, so one is trained first, 3 steps" in capsys.readouterr().err
 
 
+def test_the_nearest_code_by_loops() -> None:
+    tokenizer = VQTokenizer(16, 4, 16, 1, 2, codes=7, code_dim=3).eval()
+    x = torch.randn(2, 3, 16, 16)
+    places, tokens = tokenizer.places(x), tokenizer.tokens(x)
+    assert places.shape == (2, 16, 3)
+    for place, token in zip(places.flatten(0, 1), tokens.flatten().tolist()):
+        distances = [float((place - code).norm()) for code in tokenizer.codebook]
+        assert distances[token] == pytest.approx(min(distances))
+    assert tokenizer(x).shape == (2, 16)
+    assert torch.equal(Tokenizer(tokenizer, VIEW, 4)(x), tokens)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="not made by halving: use patch_size 16"):
         DiscreteEncoder(patch_size=14)
     with pytest.raises(UserError, match=r"1 code\(s\) say nothing"):
         DiscreteEncoder(codes=1)
+    with pytest.raises(UserError, match=r"1 code\(s\) say nothing"):
+        VQTokenizer(codes=1)

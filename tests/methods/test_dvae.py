@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from sslbook.errors import UserError
+from sslbook.methods.dvae import DVAE, perplexity
+from sslbook.nn import DiscreteEncoder, ResNet
+from sslbook.nn.tokenizers import gumbel_noise
+from sslbook.schedules import Clock
+from tests.methods.cases import VIEW, Case, make, make_batch
+
+ENCODER = (
+    '{"class_path": "sslbook.nn.DiscreteEncoder", "init_args": {"patch_size": 4, "codes": 8, "dim": 8, "depth": 1}}'
+)
+CASE = Case(
+    options={"view": VIEW},
+    command={"method.backbone": ENCODER},
+    learned=lambda method, batch, out: bool(out["squared_error"] < 0.85),  # 1 for who knows nothing: it is noise
+    backbone=lambda: DiscreteEncoder(4, 8, 8, 1),
+    full_scale="DiscreteEncoder",
+    overfit={"backbone": DiscreteEncoder(4, 64, 64, 1)},
+    overfit_lr=3e-3,
+    corners=[(2, 0.05, {})],
+)
+
+
+@pytest.mark.parametrize("n", [3, 1])
+def test_the_loss_is_the_papers(n: int) -> None:
+    method = make("dvae", kl_weight=0.3)
+    batch, clock = make_batch(method, n), Clock(step=5, total_steps=10, seed=4)
+    (images,) = batch.views
+    scores = method.backbone.scores(images)
+    noise = gumbel_noise(batch.index, 16, 8, 4, clock.epoch)
+    mixture = ((scores + noise) / ((1 + 1 / 16) / 2)).softmax(dim=2)  # halfway along the cosine
+    drawn = method.decoder(mixture, 4)
+    squared = sum(float((a - b) ** 2) for a, b in zip(drawn.flatten(), images.flatten())) / images.numel()
+    q = scores.double().softmax(dim=2).flatten(0, 1).tolist()
+    divergence = sum(float(torch.tensor(p).log() + torch.tensor(8.0).log()) * p for row in q for p in row) / len(q)
+    out = method(batch, clock)
+    assert float(out["squared_error"]) == pytest.approx(squared, rel=1e-4)
+    assert float(out["loss"].detach()) == pytest.approx(squared + 0.3 * divergence, rel=1e-4)
+
+
+def test_how_many_codes_are_in_use() -> None:
+    assert float(perplexity(torch.zeros(3, 4, dtype=torch.int64), 8)) == pytest.approx(1)
+    assert float(perplexity(torch.arange(8).expand(2, -1), 8)) == pytest.approx(8)
+
+
+def worse_with_codes_alone(temperature: float, last: float) -> float:
+    """Trains on 32 flat pictures with 8 codes; by how much the error grows when codes take the place of mixtures."""
+    torch.manual_seed(0)
+    method = make(
+        "dvae",
+        backbone=DiscreteEncoder(8, 8, 16, 0),
+        temperature=temperature,
+        last_temperature=last,
+        kl_weight=0.0,
+    )
+    images = torch.randn(32, 3, 1, 1).expand(-1, -1, 16, 16).contiguous()
+    batch = make_batch(method, 32)._replace(views=(images,))
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
+    out = {}
+    for step in range(150):
+        out = method(batch, Clock(step, 150))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    codes = torch.nn.functional.one_hot(method.backbone.tokens(images), 8).float()
+    return float((method.decoder(codes, 2) - images).square().mean() - out["squared_error"])
+
+
+def test_falling_temperature_makes_codes_of_mixtures() -> None:
+    """With the temperature kept high the decoder learns to read mixtures, and cannot read single codes."""
+    assert worse_with_codes_alone(1.0, 1 / 16) < 0.15
+    assert worse_with_codes_alone(4.0, 4.0) > 0.3
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot use a ResNet: choose sslbook.nn.DiscreteEncoder"):
+        DVAE(ResNet(18, width=8))
+    with pytest.raises(UserError, match=r"cannot fall from 1\.0 to 2.0"):
+        make("dvae", last_temperature=2.0)
+    with pytest.raises(UserError, match="nearest size that works is 16x16"):
+        make("dvae", backbone=DiscreteEncoder(8, 8, 8, 1), view=VIEW.__class__(size=18))

@@ -1,0 +1,134 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods.vqkd import cosine_loss, moved_codes
+from sslbook.nn import ConvNet, ResNet, VisionTransformer, VQTokenizer
+from sslbook.schedules import Clock
+from tests.methods.cases import SIZE, VIEW, Case, make, make_batch
+
+
+def seeded_teacher() -> VisionTransformer:
+    """The same in every process that imports this file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionTransformer(SIZE, 4, 12, 1, 2)
+
+
+SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "codes": 8, "code_dim": 4}
+CASE = Case(
+    options={"view": VIEW, "teacher": seeded_teacher(), "decoder_dim": 16, "decoder_heads": 2},
+    command={
+        "method.backbone": json.dumps(
+            {"class_path": "sslbook.nn.VQTokenizer", "init_args": {**SMALL, "image_size": 24}}
+        ),
+        "method.teacher": json.dumps({"class_path": "sslbook.nn.ConvNet", "init_args": {"width": 4}}),
+        "method.decoder_dim": 16,
+        "method.decoder_heads": 2,
+    },
+    learned=lambda method, batch, out: bool(out["cosine_loss"] < 0.12),
+    backbone=lambda: VQTokenizer(**SMALL),
+    full_scale="VQTokenizer",
+    full_options=lambda: {"teacher": VisionTransformer()},
+    overfit={
+        "backbone": VQTokenizer(**{**SMALL, "dim": 64, "codes": 128, "code_dim": 8}),
+        "teacher": ConvNet(8),
+        "momentum": 0.9,
+        "decoder_dim": 64,
+    },
+    overfit_lr=3e-3,
+    corners=[(2, 0.05, {"dead_below": 0.9})],
+)
+
+
+def test_the_loss_by_loops() -> None:
+    p, t = torch.randn(7, 5).double(), torch.randn(7, 5).double()
+    total = 0.0
+    for a, b in zip(p.tolist(), t.tolist()):
+        total += 1 - sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+    assert float(cosine_loss(p, t)) == pytest.approx(total / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 1])
+def test_the_loss_is_the_papers(n: int) -> None:
+    method = make("vqkd", commitment=0.3)
+    batch = make_batch(method, n)
+    (images,) = batch.views
+    places = method.backbone.places(images)
+    torch.testing.assert_close(places.norm(dim=2), torch.ones(n, 16))
+    codes = torch.zeros_like(places)
+    for i in range(n):
+        for j in range(16):
+            distances = [float((places[i, j] - code).square().sum()) for code in method.backbone.codebook]
+            codes[i, j] = method.backbone.codebook[distances.index(min(distances))]
+    said, target = method.decoder(codes), method.teacher(images).patches
+    expected = cosine_loss(said.flatten(0, 1), target.flatten(0, 1)) + 0.3 * (places - codes).square().mean()
+    torch.testing.assert_close(method(batch, Clock())["loss"], expected)
+
+
+def test_codes_are_running_means_on_the_sphere() -> None:
+    codes = F.normalize(torch.randn(3, 4), dim=1)
+    chosen = F.normalize(torch.randn(5, 4), dim=1)  # four patches for the first code, one for the second
+    counts = torch.tensor([4.0, 1.0, 0.0])
+    sums = torch.stack([chosen[:4].sum(dim=0), chosen[4], torch.zeros(4)])
+    moved = moved_codes(codes, counts, sums, 0.9)
+    for k, mine in enumerate([chosen[:4], chosen[4:]]):
+        mean = mine.mean(dim=0) / mine.mean(dim=0).norm()
+        expected = 0.9 * codes[k] + 0.1 * mean
+        torch.testing.assert_close(moved[k], expected / expected.norm())
+    assert torch.equal(moved[2], codes[2])
+
+
+def test_the_gradient_passes_the_codes_by() -> None:
+    method = make("vqkd", commitment=0.0)
+    method(make_batch(method, 4), Clock())["loss"].backward()
+    assert method.backbone.vit.patch_embed.proj.weight.grad.abs().max() > 0
+    assert "codebook" not in dict(method.backbone.named_parameters())
+
+
+@pytest.mark.parametrize("dead_below", [0.03, 0.0])
+def test_dead_codes_are_revived(dead_below: float) -> None:
+    """Only the first code is ever chosen; the others move to patches of the batch, unless that is switched off."""
+    method = make("vqkd", dead_below=dead_below, momentum=0.5)
+    start = method.backbone.codebook.clone()
+    for step in range(2, 9):
+        method.counts[0] = 16.0
+        method.sums[0] = 16.0 * start[0]
+        method.spare.copy_(F.normalize(torch.randn(8, 4), dim=1))
+        method.after_step(Clock(step, 10))
+    moved = (method.backbone.codebook - start).norm(dim=1) > 1e-4
+    assert moved.tolist() == [False] + [dead_below > 0] * 7
+    torch.testing.assert_close(method.backbone.codebook.norm(dim=1), torch.ones(8))
+
+
+def test_codes_start_at_patches() -> None:
+    method = make("vqkd")
+    batch = make_batch(method, 4)
+    places = method.backbone.places(batch.views[0]).flatten(0, 1)
+    method(batch, Clock())
+    method.after_step(Clock(1, 10))
+    distance = (method.backbone.codebook[:, None] - places).norm(dim=2)
+    assert distance.amin(dim=1).max() < 1e-5
+
+
+def test_the_paper_scale() -> None:
+    with torch.device("meta"):
+        tokenizer = VQTokenizer()
+        assert tokenizer.codebook.shape == (8192, 32)
+        assert tokenizer.tokens(torch.empty(2, 3, 224, 224)).shape == (2, 196)
+    assert sum(p.numel() for p in tokenizer.vit.parameters()) == 85_798_656 - 197 * 768  # ViT-B with fixed positions
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot use a ResNet: choose sslbook.nn.VQTokenizer"):
+        make("vqkd", backbone=ResNet(18, width=8))
+    with pytest.raises(UserError, match="there is no teacher"):
+        make("vqkd", teacher=None)
+    with pytest.raises(UserError, match="grid of 2x2 patches and the student one of 4x4"):
+        make("vqkd", teacher=VisionTransformer(SIZE, 8, 12, 1, 2))
+    with pytest.raises(UserError, match="made for pictures of 16 pixels and the view gives 24"):
+        make("vqkd", view=View(size=24))
