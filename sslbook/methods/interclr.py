@@ -1,0 +1,189 @@
+"""InterCLR: two views of a picture belong together, and so do pictures of one cluster.
+
+MoCo compares a query with the key of its own picture. Beside it, a second loss takes for the right answer a feature of
+another picture of the same cluster, from a memory whose clusters move with every batch, as in ODC. Such an answer may
+be wrong, so its margin is negative, which asks for less than a tie; wrong answers are drawn from the nearest tenth of
+the memory, neither the hardest nor all.
+
+Xie, Zhan, Liu, Ong and Loy, 2020, "Delving into inter-image invariance for unsupervised visual representations"
+(arXiv:2008.11702), sections 3.2 to 3.4. Values and order of events are those of the authors' code (MMSelfSup's
+InterCLR-MoCo): clusters by inner product with the plain mean of their features, right answers drawn from the whole
+cluster, margin -0.5 added to the right cosine before the temperature. What differs:
+
+- Right and wrong answers are drawn by keyed chance, wrong ones with replacement. Those of the own cluster are left out
+  of the softmax, where the authors draw in their place anew.
+- Batch norm's groups, the shuffling of keys and the time of the moving average are those of `sslbook.methods.moco`.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sslbook import chance, distributed
+from sslbook.data.loader import Batch, Data
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods.base import Method
+from sslbook.nn import EMA, MLP, BatchNorm, Queue, backbone_dim, convert_batch_norm
+from sslbook.nn.clustering import embed
+from sslbook.nn.online_clusters import OnlineClusters
+from sslbook.schedules import Clock
+
+VIEW = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
+
+
+def info_nce(
+    positive: Float[Tensor, "n"],
+    negatives: Float[Tensor, "n k"],
+    temperature: float,
+    margin: float = 0.0,
+    counted: Bool[Tensor, "n k"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n columns"]]:
+    """Equations 1 and 4 for cosines: the loss, and the logits with the right answer in column 0.
+
+    `margin` is taken from the right cosine: a negative one is content with less. Wrong answers that are not `counted`
+    are left out.
+    """
+    if counted is not None:
+        negatives = negatives.masked_fill(~counted, -torch.inf)
+    logits = torch.cat([(positive - margin)[:, None], negatives], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)), logits
+
+
+def draw_positive(
+    label: Int[Tensor, "n"], assignment: Int[Tensor, "pictures"], sizes: Int[Tensor, "clusters"], u: Float[Tensor, "n"]
+) -> Int[Tensor, "n"]:
+    """For each label a picture of this cluster, chosen by a number in [0, 1)."""
+    members = assignment.argsort(stable=True)  # cluster by cluster, first those of none
+    starts = len(assignment) - sizes.sum() + sizes.cumsum(0) - sizes
+    return members[starts[label] + (u.double() * sizes[label]).long()]
+
+
+def draw_semihard(
+    similarity: Float[Tensor, "n pictures"], pool_size: int, u: Float[Tensor, "n k"]
+) -> Int[Tensor, "n k"]:
+    """For each row some of its `pool_size` most similar pictures, chosen by numbers in [0, 1) (section 3.3)."""
+    pool = similarity.topk(pool_size, dim=1).indices.sort(dim=1).values  # in an order that rounding cannot change
+    return pool.gather(1, (u.double() * pool_size).long())
+
+
+class InterCLR(Method):
+    """Inter-image invariance on top of MoCo v2 (arXiv:2008.11702).
+
+    Args:
+        backbone: the network to train; its batch norm becomes that of `sslbook.nn.BatchNorm`.
+        view: what a picture becomes, twice, by independent chance.
+        projector_dim: width of queries and keys.
+        temperature: divides the similarities.
+        momentum: how much of itself the key encoder keeps at a step.
+        queue_size: keys kept as wrong answers within a picture.
+        batch_norm_groups: parts of the global batch that batch norm sees separately (see MoCo).
+        num_clusters: how many clusters.
+        margin: taken from the cosine of the right answer between pictures.
+        intra_weight: weight of the loss within a picture.
+        inter_weight: weight of the loss between pictures.
+        num_negatives: wrong answers between pictures.
+        pool_size: the most similar pictures, from which they are drawn.
+        memory_momentum: how much of itself a row of the memory keeps when its picture is seen.
+        min_cluster: clusters with fewer pictures are dissolved.
+        centroids_every: steps between updates of all centroids.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        projector_dim: int = 128,
+        temperature: float = 0.2,
+        momentum: float = 0.999,
+        queue_size: int = 65536,
+        batch_norm_groups: int = 8,
+        num_clusters: int = 10000,
+        margin: float = -0.5,
+        intra_weight: float = 0.75,
+        inter_weight: float = 0.25,
+        num_negatives: int = 16384,
+        pool_size: int = 128000,
+        memory_momentum: float = 0.0,
+        min_cluster: int = 20,
+        centroids_every: int = 10,
+    ) -> None:
+        super().__init__()
+        self.view, self.temperature, self.momentum = view, temperature, momentum
+        self.margin, self.intra_weight, self.inter_weight = margin, intra_weight, inter_weight
+        self.num_negatives, self.pool_size, self.centroids_every = num_negatives, pool_size, centroids_every
+        self.backbone = convert_batch_norm(backbone, batch_norm_groups)
+        dim = backbone_dim(backbone)
+        self.projector = MLP(dim, dim, projector_dim, batch_norm=False)
+        self.key_backbone, self.key_projector = EMA(self.backbone), EMA(self.projector)
+        self.queue = Queue(queue_size, projector_dim)
+        self.clusters = OnlineClusters(num_clusters, projector_dim, memory_momentum, min_cluster)
+        normalizes = any(isinstance(module, BatchNorm) for module in self.backbone.modules())
+        self.shuffles = normalizes and batch_norm_groups > 1
+
+    def views(self) -> tuple[View, ...]:
+        return (self.view, self.view)
+
+    def prepare(self, data: Data) -> None:
+        if self.pool_size > data.num_train:
+            raise UserError(
+                f"the {self.pool_size} most similar of {data.num_train} pictures: lower --method.pool_size, "
+                f"such as to {max(1, data.num_train // 10)}"
+            )
+        self.clusters.allocate(data.num_train)
+
+    def before_epoch(self, data: Data, clock: Clock) -> None:
+        if clock.epoch == 0:
+            view = View.center(self.view.size, self.view.size, self.view.mean, self.view.std)
+            features, index = embed(nn.Sequential(self.backbone, self.projector), data, view)
+            self.clusters.begin(features, index, clock.seed)
+
+    @torch.no_grad()
+    def keys(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
+        """The keys of this process's pictures, encoded among other companions than their queries were."""
+        if not self.shuffles:
+            return self.key_projector(self.key_backbone(x))
+        n, first = len(x), distributed.rank() * len(x)
+        everyone = distributed.gather(batch.index)
+        order = chance.uniform(clock.seed, clock.epoch, everyone, chance.METHOD, 1)[:, 0].argsort(stable=True)
+        x = distributed.gather(x)[order[first : first + n]]
+        k = distributed.gather(self.key_projector(self.key_backbone(x)))
+        return k[order.argsort()[first : first + n]]
+
+    def inter(self, q: Float[Tensor, "n dim"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, ""]:
+        """The loss between pictures: equation 4 with answers from the memory."""
+        rows, assignment = self.clusters.memory.rows, self.clusters.assignment
+        label = assignment[index]
+        u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 1 + self.num_negatives)
+        right = draw_positive(label, assignment, self.clusters.sizes(), u[:, 0])
+        wrong = draw_semihard(q.detach() @ rows.T, self.pool_size, u[:, 1:])
+        counted = (assignment[wrong] != label[:, None]) & (assignment[wrong] >= 0)
+        negatives = torch.einsum("nd,nkd->nk", q, rows[wrong])
+        return info_nce((q * rows[right]).sum(dim=1), negatives, self.temperature, self.margin, counted)[0]
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        x_q, x_k = batch.views
+        q = self.projector(self.backbone(x_q))
+        k = self.keys(x_k, batch, clock)
+        with torch.autocast(q.device.type, enabled=False):  # a temperature of 0.2 magnifies rounding
+            q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+            # A copy of the queue, since the backward pass needs these rows after `push` has overwritten some.
+            intra, logits = info_nce((q * k).sum(dim=1), q @ self.queue.rows.clone().T, self.temperature)
+            inter = self.inter(q, batch.index, clock)
+        self.queue.push(k)
+        changed = self.clusters.move_samples(batch.index, k)
+        return {
+            "loss": self.intra_weight * intra + self.inter_weight * inter,
+            "intra": intra.detach(),
+            "inter": inter.detach(),
+            "contrastive_accuracy": 100 * (logits.argmax(dim=1) == 0).float().mean(),
+            "changed": 100 * changed,
+        }
+
+    def after_step(self, clock: Clock) -> None:
+        self.key_backbone.update(self.backbone, self.momentum)
+        self.key_projector.update(self.projector, self.momentum)
+        if clock.step % self.centroids_every == 0:
+            self.clusters.move_centroids()
+        self.clusters.deal_with_small_clusters()

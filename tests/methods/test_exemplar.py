@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslbook import distributed
+from sslbook import nn as nets
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+from sslbook.data.world import World
+from sslbook.errors import UserError
+from sslbook.methods.exemplar import Exemplar, surrogate_loss
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, transformer
+
+CASE = Case(
+    options={"view": VIEW, "num_exemplars": PICTURES},
+    command={"method.backbone": CONVNET, "method.view.size": SIZE, "method.num_exemplars": 16},
+    learned=lambda method, batch, out: bool(out["exemplar_accuracy"] > 75),  # some pictures share a number
+    corners=[(2, 0.05, {}), (6, 0.05, {"num_exemplars": 40}), (2, 0.05, {"num_exemplars": 3})],
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize("label", [[0, 2, 1, 2, 2], [1], [2, -1, 0, -1, -1]])
+def test_the_loss_is_equation_2(label: list[int]) -> None:
+    logits = torch.randn(len(label), 3, dtype=torch.float64)
+    terms = []
+    for row, own in zip(logits.tolist(), label):
+        if own >= 0:
+            terms.append(math.log(sum(math.exp(v) for v in row)) - row[own])
+    loss = surrogate_loss(logits, torch.tensor(label))
+    assert float(loss) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
+
+
+def test_a_batch_without_exemplars_is_no_loss() -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    loss = surrogate_loss(logits, torch.tensor([-1, -1, -1]))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not logits.grad.any()
+
+
+def _loss(logits: Tensor, label: Tensor) -> tuple[float, Tensor]:
+    r, n = distributed.rank(), len(logits) // distributed.world_size()
+    mine = logits[r * n : (r + 1) * n].clone().requires_grad_()
+    loss = surrogate_loss(mine, label[r * n : (r + 1) * n])
+    loss.backward()
+    return float(distributed.mean(loss.detach())), mine.grad / distributed.world_size()
+
+
+@pytest.mark.parametrize("label", [[0, -1, -1, 1, 2, 0], [-1, -1, -1, 1, -1, -1]])
+def test_exemplars_are_counted_over_all_processes(label: list[int], pool) -> None:
+    logits = torch.randn(6, 3)
+    loss, gradient = _loss(logits, torch.tensor(label))
+    got = pool.run(_loss, logits, torch.tensor(label))
+    torch.testing.assert_close(torch.cat([g for _, g in got]), gradient)
+    assert got[0][0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_so_many_pictures_are_classes_and_alone_are_shown() -> None:
+    method, data = make("exemplar", num_exemplars=10), Data(world=WORLD)
+    exemplars = (method.label >= 0).nonzero()[:, 0]
+    assert method.label[exemplars].tolist() == list(range(10))
+    assert torch.equal(make("exemplar", seed=1, num_exemplars=10).label, method.label)
+    assert exemplars.tolist() != list(range(10))
+    order = method.order(data, Clock(seed=3))
+    assert order is not None
+    assert len(order) == PICTURES
+    for i in range(6):  # each once before any comes again
+        assert torch.equal(order[10 * i : 10 * i + 10].sort().values, exemplars)
+    assert not torch.equal(order[:10], order[10:20])
+    assert not torch.equal(order, method.order(data, Clock(5, steps_per_epoch=4, seed=3)))
+
+
+def test_all_pictures_may_be_classes() -> None:
+    method = make("exemplar", num_exemplars=0)
+    assert method.classifier.out_features == PICTURES
+    assert method.label.tolist() == list(range(PICTURES))
+    assert sorted(method.order(Data(world=WORLD), Clock()).tolist()) == list(range(PICTURES))
+
+
+def recognized(distorted: bool) -> float:
+    """The part of new distortions whose picture is told after training."""
+    data = Data(world=World(pictures=32, test_pictures=4, size=SIZE))
+    method = make("exemplar", view=DISTORTION if distorted else View.center(SIZE), num_exemplars=0)
+    method.prepare(data)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
+    for epoch in range(100):
+        for batch in data.batches(method.views(), 32, seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            method(batch, Clock())["loss"].backward()
+            optimizer.step()
+    (batch,) = data.batches((DISTORTION,), 32, seed=1, epoch=0)
+    with torch.no_grad():
+        return float(method(batch, Clock())["exemplar_accuracy"])
+
+
+DISTORTION = View(size=SIZE, crop=(0.4, 1.0))
+
+
+def test_without_distortions_it_learns_the_pictures_alone() -> None:
+    assert recognized(True) > recognized(False) + 10
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"65 exemplars of 64 pictures: set --method.num_exemplars to 64 or 0"):
+        make("exemplar", num_exemplars=65)
+
+
+def test_the_paper_scale_model() -> None:
+    with torch.device("meta"):
+        method = Exemplar(nets.resnet50())
+    assert method.classifier.weight.shape == (32000, 2048)

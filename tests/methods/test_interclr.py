@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook import chance
+from sslbook import nn as nets
+from sslbook.data.loader import Batch, Data
+from sslbook.errors import UserError
+from sslbook.methods.interclr import InterCLR, draw_positive, draw_semihard, info_nce
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
+
+
+def finds_keys(method: InterCLR, batch: Batch, out: dict[str, Tensor]) -> bool:
+    """Every query's nearest key of the batch is its own; the queue is no measure, since it starts at random."""
+    q = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
+    k = F.normalize(method.keys(batch.views[1], batch, Clock()), dim=1)
+    return bool(((q @ k.T).argmax(dim=1) == torch.arange(len(q))).float().mean() > 0.95)
+
+
+SMALL = {
+    "projector_dim": 16,
+    "queue_size": 21,
+    "batch_norm_groups": 2,
+    "num_clusters": 6,
+    "num_negatives": 9,
+    "pool_size": 20,
+    "min_cluster": 3,
+    "centroids_every": 2,
+}
+CASE = Case(
+    options={"view": VIEW, **SMALL},
+    command={"method.backbone": CONVNET, "method.view.size": SIZE, **{f"method.{k}": v for k, v in SMALL.items()}},
+    learned=finds_keys,
+    overfit={"queue_size": 16, "momentum": 0.9, "batch_norm_groups": 1},
+    lr=0.02,
+    corners=[(2, 0.02, {}), (8, 0.02, {"batch_norm_groups": 1, "memory_momentum": 0.5}), (6, 0.02, {"pool_size": 64})],
+    order_free={"batch_norm_groups": 1},
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize(("n", "k", "temperature"), [(5, 7, 0.2), (1, 1, 0.1), (3, 4, 0.01)])
+@pytest.mark.parametrize("margin", [-0.5, 0.0, 0.3])
+def test_info_nce_with_a_margin(n: int, k: int, temperature: float, margin: float) -> None:
+    positive, negatives = 2 * torch.rand(n, dtype=torch.float64) - 1, 2 * torch.rand(n, k, dtype=torch.float64) - 1
+    counted = torch.rand(n, k) < 0.5
+    expected = 0.0
+    for i in range(n):
+        logits = [(float(positive[i]) - margin) / temperature]
+        logits += [float(negatives[i, j]) / temperature for j in range(k) if counted[i, j]]
+        expected += (max(logits) + math.log(sum(math.exp(v - max(logits)) for v in logits)) - logits[0]) / n
+    loss, _ = info_nce(positive, negatives, temperature, margin, counted)
+    assert float(loss) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_negative_margin_is_content_with_less() -> None:
+    """Where the right answer is as similar as the wrong ones, less is asked for than without, and not more."""
+    similarity = torch.full((1,), 0.4, requires_grad=True)
+    pulls = {}
+    for margin in (-0.5, 0.0, 0.5):
+        loss, _ = info_nce(similarity, torch.full((1, 3), 0.4), 0.2, margin)
+        (pulls[margin],) = torch.autograd.grad(loss, similarity)
+    assert 0 < -pulls[-0.5] < -pulls[0.0] / 2 < -pulls[0.5] / 2
+
+
+def test_right_answers_come_from_the_whole_cluster() -> None:
+    assignment = torch.tensor([2, 0, -1, 2, 0, 2, -1, 5])
+    sizes = assignment[assignment >= 0].bincount(minlength=7)
+    label = torch.tensor([2, 0, 5]).repeat_interleave(300)
+    drawn = draw_positive(label, assignment, sizes, torch.rand(900))
+    assert torch.equal(assignment[drawn], label)
+    assert drawn[:300].unique().tolist() == [0, 3, 5]
+    assert drawn[:300].bincount()[[0, 3, 5]].min() > 60
+    ends = draw_positive(torch.tensor([2, 2]), assignment, sizes, torch.tensor([0.0, 1 - 2.0**-24]))
+    assert ends.tolist() == [0, 5]
+
+
+def test_wrong_answers_come_from_the_most_similar() -> None:
+    similarity = torch.randn(3, 50)
+    drawn = draw_semihard(similarity, 5, torch.rand(3, 400))
+    for row, own in zip(similarity, drawn):
+        nearest = sorted(range(50), key=lambda i: -float(row[i]))[:5]
+        assert sorted(own.unique().tolist()) == sorted(nearest)
+        assert own.bincount()[nearest].min() > 40
+
+
+def test_the_loss_between_pictures_term_by_term() -> None:
+    method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
+    method.clusters.assignment[10:30] = 4
+    q, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([12, 50, 12, 0])
+    rows, assignment = method.clusters.memory.rows.double(), method.clusters.assignment
+    u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 10)
+    right = draw_positive(assignment[index], assignment, method.clusters.sizes(), u[:, 0])
+    wrong = draw_semihard(q @ rows.float().T, 20, u[:, 1:])
+    expected = 0.0
+    for i in range(4):
+        logits = [(float(q[i].double() @ rows[right[i]]) + 0.5) / 0.2]
+        logits += [float(q[i].double() @ rows[j]) / 0.2 for j in wrong[i] if assignment[j] != assignment[index[i]]]
+        expected += (math.log(sum(math.exp(v) for v in logits)) - logits[0]) / 4
+    assert float(method.inter(q, index, clock)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_three_quarters_within_and_one_between() -> None:
+    method = make("interclr")
+    batch = make_batch(method, 8)
+    with torch.no_grad():
+        queue = method.queue.rows.clone()
+        k = F.normalize(method.keys(batch.views[1], batch, Clock()), dim=1)
+        q = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
+        intra, _ = info_nce((q * k).sum(dim=1), q @ queue.T, 0.2)
+        inter = method.inter(q, batch.index, Clock())
+        out = method(batch, Clock())
+    torch.testing.assert_close(out["loss"], 0.75 * intra + 0.25 * inter)
+    torch.testing.assert_close(method.queue.rows[:8], k, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.clusters.memory.rows[batch.index[7]], k[7], rtol=1e-4, atol=1e-5)
+
+
+def similarity_within_clusters(inter_weight: float) -> float:
+    """How much more alike features of one cluster are than all, after training on clusters that do not move."""
+    method = make("interclr", inter_weight=inter_weight, momentum=0.9, batch_norm_groups=1, min_cluster=0)
+    pictures = make_batch(method, PICTURES)
+    clusters = torch.arange(PICTURES) % 6
+    shared = pictures.views[0][:6][clusters]
+    pictures = pictures._replace(views=tuple(view + 0.5 * shared for view in pictures.views))
+    method.clusters.move_samples = lambda index, x: (  # pyrefly: ignore
+        method.clusters.memory.update(index, x, 0.0) or torch.zeros(())
+    )
+    method.clusters.assignment.copy_(clusters)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(40):
+        mine = torch.arange(16) + 16 * (step % 4)
+        batch = Batch(tuple(view[mine] for view in pictures.views), mine, pictures.label[mine])
+        optimizer.zero_grad()
+        method(batch, Clock(step, 40, steps_per_epoch=4))["loss"].backward()
+        optimizer.step()
+        method.after_step(Clock(step + 1, 40, steps_per_epoch=4))
+    rows = method.clusters.memory.rows
+    similarity, same = rows @ rows.T, clusters[:, None] == clusters
+    other = ~torch.eye(PICTURES, dtype=torch.bool)
+    return float(similarity[same & other].mean() - similarity[~same].mean())
+
+
+def test_without_the_inter_image_loss_clusters_do_not_come_together() -> None:
+    assert similarity_within_clusters(1.0) > similarity_within_clusters(0.0) + 0.1
+
+
+def test_it_begins_with_clusters_of_all_pictures() -> None:
+    method, data = make("interclr"), Data(world=WORLD)
+    before = method.clusters.memory.rows.clone()
+    method.before_epoch(data, Clock(seed=4))
+    assert not torch.allclose(method.clusters.memory.rows, before)
+    assert (method.clusters.sizes() > 0).all()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the 65 most similar of 64 pictures: lower --method.pool_size, such as to 6"):
+        make("interclr", pool_size=65)
+    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+        make("interclr", num_clusters=65)
+
+
+def test_the_paper_scale_model() -> None:
+    with torch.device("meta"):
+        method = InterCLR(nets.resnet50())
+    assert sum(p.numel() for p in method.projector.parameters()) == 2048 * 2048 + 2048 + 2048 * 128 + 128
+    assert method.clusters.centroids.shape == (10000, 128)

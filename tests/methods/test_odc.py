@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook import distributed
+from sslbook import nn as nets
+from sslbook.data.loader import Data
+from sslbook.errors import UserError
+from sslbook.methods.odc import ODC, Neck, weighted_cross_entropy
+from sslbook.nn import clustering
+from sslbook.nn.online_clusters import OnlineClusters
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, transformer
+
+CASE = Case(
+    options={
+        "view": VIEW,
+        "cluster_resize": SIZE,
+        "hidden_dim": 32,
+        "feature_dim": 16,
+        "num_clusters": 6,
+        "min_cluster": 3,
+        "centroids_every": 2,
+    },
+    command={
+        "method.backbone": CONVNET,
+        "method.view.size": SIZE,
+        "method.cluster_resize": SIZE,
+        "method.hidden_dim": 16,
+        "method.feature_dim": 8,
+        "method.num_clusters": 6,
+        "method.min_cluster": 3,
+        "method.centroids_every": 2,
+    },
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 80 and out["changed"] < 20),
+    overfit={"hidden_dim": 256},
+    lr=0.01,
+    corners=[(2, 0.01, {}), (6, 0.01, {"min_cluster": 8, "centroids_every": 1})],
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize("sizes", [[4, 25, 1], [1, 1, 1], [0, 9, 100]])
+@pytest.mark.parametrize("n", [5, 1])
+def test_the_loss_counts_frequency_to_the_minus_one_half(n: int, sizes: list[int]) -> None:
+    logits = torch.randn(n, 3, dtype=torch.float64)
+    label = torch.randint(1, 3, (n,))
+    terms, weights = [], []
+    for row, own in zip(logits.tolist(), label.tolist()):
+        terms.append(math.log(sum(math.exp(v) for v in row)) - row[own])
+        weights.append(sizes[own] ** -0.5)
+    expected = sum(w * t for w, t in zip(weights, terms)) / sum(weights)
+    assert float(weighted_cross_entropy(logits, label, torch.tensor(sizes))) == pytest.approx(expected, rel=1e-6)
+
+
+def _loss(logits: Tensor, label: Tensor) -> tuple[float, Tensor]:
+    r, n = distributed.rank(), len(logits) // distributed.world_size()
+    mine = logits[r * n : (r + 1) * n].clone().requires_grad_()
+    loss = weighted_cross_entropy(mine, label[r * n : (r + 1) * n], torch.tensor([1, 10, 100]))
+    loss.backward()
+    return float(distributed.mean(loss.detach())), mine.grad / distributed.world_size()
+
+
+def test_weights_are_summed_over_all_processes(pool) -> None:
+    logits, label = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
+    loss, gradient = _loss(logits, label)
+    got = pool.run(_loss, logits, label)
+    torch.testing.assert_close(torch.cat([g for _, g in got]), gradient)
+    assert got[0][0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_half_of_the_hidden_values_stay_doubled() -> None:
+    neck = Neck(4, 6, 3).eval()
+    x, kept = torch.randn(2, 4), torch.tensor([[True, False] * 3, [False] * 6])
+    hidden = F.relu(neck.norm(neck.first(x)))
+    torch.testing.assert_close(neck(x), F.relu(neck.second(hidden)))
+    hidden[0, 1::2], hidden[1] = 0.0, 0.0
+    torch.testing.assert_close(neck(x, kept), F.relu(neck.second(2 * hidden)))
+
+
+def test_samples_move_and_change_over_to_the_nearest_centroid() -> None:
+    method = make("odc", momentum=0.25)
+    rows, labels = method.clusters.memory.rows.clone(), method.clusters.assignment.clone()
+    index, x = torch.tensor([5, 60, 5]), 7 * torch.rand(3, 16)
+    method.clusters.move_samples(index, x)
+    for i, feature in ((60, x[1]), (5, x[2])):  # of a repeated picture the last counts
+        row = F.normalize(0.25 * rows[i] + 0.75 * F.normalize(feature, dim=0), dim=0)
+        torch.testing.assert_close(method.clusters.memory.rows[i], row)
+        scores = [float(row @ centroid) for centroid in method.clusters.centroids]
+        assert int(method.clusters.assignment[i]) == scores.index(max(scores))
+    others = [i for i in range(PICTURES) if i not in (5, 60)]
+    assert torch.equal(method.clusters.assignment[others], labels[others])
+    assert torch.equal(method.clusters.memory.rows[others], rows[others])
+
+
+def test_centroids_are_means() -> None:
+    method = make("odc")
+    method.clusters.assignment.copy_(torch.arange(PICTURES) % 4)
+    method.clusters.assignment[:8] = -1
+    old = method.clusters.centroids.clone()
+    method.clusters.move_centroids()
+    for cluster in range(4):
+        members = [i for i in range(8, PICTURES) if i % 4 == cluster]
+        torch.testing.assert_close(method.clusters.centroids[cluster], method.clusters.memory.rows[members].mean(dim=0))
+    assert torch.equal(method.clusters.centroids[4:], old[4:])
+
+
+def test_small_clusters_are_dissolved_and_the_largest_split() -> None:
+    method = make("odc")
+    assignment = torch.tensor([0] * 30 + [1] * 20 + [2] * 11 + [3] * 2 + [5])  # cluster 4 is empty
+    method.clusters.assignment.copy_(assignment)
+    method.clusters.move_centroids()
+    centroids, rows = method.clusters.centroids.clone(), method.clusters.memory.rows
+    method.clusters.deal_with_small_clusters()
+    assert method.clusters.sizes().sum() == PICTURES
+    assert (method.clusters.sizes() > 0).all()
+    for i in range(61, 64):  # these went to the nearest of the large ones, or to a half of it
+        nearest = int((centroids[:3] @ rows[i]).argmax())
+        assert int(method.clusters.assignment[i]) in (nearest, 3, 4, 5)
+    for cluster in range(3):
+        mine = method.clusters.assignment[assignment == cluster].unique().tolist()
+        assert set(mine) <= {cluster, 3, 4, 5}
+    for cluster in range(3, 6):
+        members = (method.clusters.assignment == cluster).nonzero()[:, 0]
+        torch.testing.assert_close(method.clusters.centroids[cluster], rows[members].mean(dim=0))
+
+
+def test_a_cluster_of_equal_rows_is_split_too() -> None:
+    method = make("odc")
+    method.clusters.memory.rows.fill_(0.25)
+    method.clusters.assignment.fill_(2)
+    method.clusters.deal_with_small_clusters()
+    assert (method.clusters.sizes() > 0).all()
+    assert method.clusters.centroids.isfinite().all()
+
+
+def test_it_begins_with_clusters_of_all_pictures() -> None:
+    method, data = make("odc"), Data(world=WORLD)
+    method.before_epoch(data, Clock(seed=4))
+    features, _ = clustering.embed(torch.nn.Sequential(method.backbone, method.neck), data, method.cluster_view)
+    torch.testing.assert_close(method.clusters.memory.rows, F.normalize(features, dim=1))
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    method.before_epoch(data, Clock(2, 4, 2, seed=4))  # never again
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def clusters_after_drifting() -> int:
+    """How many clusters are in use after the features of all pictures have moved for some epochs."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = OnlineClusters(32, 4, momentum=0.5, min_cluster=2)
+    clusters.allocate(128)
+    clusters.begin(torch.randn(128, 4, generator=generator), torch.arange(128), seed=0)
+    for step in range(80):
+        x = torch.randn(16, 4, generator=generator) + torch.tensor([1.0, 0.0, 0.0, 0.0])
+        clusters.move_samples((torch.arange(16) + 16 * step) % 128, x)
+        clusters.move_centroids()
+        clusters.deal_with_small_clusters()
+    return int((clusters.sizes() > 0).sum())
+
+
+def test_without_care_for_small_clusters_they_are_lost(monkeypatch) -> None:
+    assert clusters_after_drifting() == 32
+    monkeypatch.setattr(OnlineClusters, "deal_with_small_clusters", lambda self: None)
+    assert clusters_after_drifting() < 30
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+        make("odc", num_clusters=65)
+    with pytest.raises(UserError, match="6 clusters of at least 11 pictures need more than 64: lower"):
+        make("odc", min_cluster=11)
+
+
+def test_the_paper_scale_model() -> None:
+    with torch.device("meta"):
+        method = ODC(nets.resnet50())
+    assert method.classifier.weight.shape == (10000, 256)
+    assert sum(p.numel() for p in method.neck.parameters()) == 2048 * 512 + 2 * 512 + 512 * 256 + 256
