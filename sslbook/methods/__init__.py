@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 METHODS = {
     "rotation": "sslbook.methods.rotation.Rotation",
     "relative_location": "sslbook.methods.relative_location.RelativeLocation",
+    "jigsaw": "sslbook.methods.jigsaw.Jigsaw",
+    "colorization": "sslbook.methods.colorization.Colorization",
+    "context_encoder": "sslbook.methods.context_encoder.ContextEncoder",
     "simclr": "sslbook.methods.simclr.SimCLR",
     "moco": "sslbook.methods.moco.MoCo",
     "byol": "sslbook.methods.byol.BYOL",
@@ -24,6 +27,7 @@ METHODS = {
     "lejepa": "sslbook.methods.lejepa.LeJEPA",
     "swav": "sslbook.methods.swav.SwAV",
     "npid": "sslbook.methods.npid.NPID",
+    "pirl": "sslbook.methods.pirl.PIRL",
     "deepcluster": "sslbook.methods.deepcluster.DeepCluster",
     "deepcluster_v2": "sslbook.methods.deepcluster_v2.DeepClusterV2",
     "dino": "sslbook.methods.dino.DINO",

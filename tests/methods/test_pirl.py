@@ -1,0 +1,154 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook import nn as nets
+from sslbook.data.loader import Batch, Data
+from sslbook.data.world import World
+from sslbook.errors import UserError
+from sslbook.methods.pirl import PIRL, draw_negatives, nce
+from sslbook.schedules import Clock
+from tests.methods.cases import CONVNET, PICTURES, VIEW, Case, make, make_batch, transformer
+
+SMALL = {"cell_size": 5, "patch_size": 4, "projector_dim": 16, "num_negatives": 21}
+
+
+def finds_pictures(method: PIRL, batch: Batch, out: dict[str, Tensor]) -> bool:
+    """Every puzzle is nearest to its own picture of the batch, not to another one's."""
+    return bool(matches(method, batch) > 0.95)
+
+
+def matches(method: PIRL, batch: Batch) -> float:
+    """How often what is said of a puzzle is nearest to what is said of its own picture, among those of the batch."""
+    with torch.no_grad():
+        f = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
+        g = F.normalize(method.puzzle(batch.views[1], batch.index, Clock()), dim=1)
+    nearest = (g @ f.T).argmax(dim=1)
+    return float((batch.index[nearest] == batch.index).float().mean())
+
+
+CASE = Case(
+    options={"view": VIEW, "puzzle_view": VIEW, **SMALL},
+    command={"method.backbone": CONVNET, "method.cell_size": 5, "method.patch_size": 4, "method.num_negatives": 21},
+    learned=finds_pictures,
+    overfit={"projector_dim": 32},
+    corners=[(2, 0.05, {}), (8, 0.05, {"num_negatives": 1})],
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize(("n", "negatives", "temperature"), [(5, 7, 0.07), (1, 1, 0.5), (3, 2, 0.01)])
+def test_nce_is_equation_4(n: int, negatives: int, temperature: float) -> None:
+    scores = (2 * torch.rand(n, 1 + negatives, dtype=torch.float64) - 1) / temperature
+    constant = math.exp(0.6 / temperature)  # in the place of the sum over the negatives
+
+    def log_h(score: float) -> float:
+        return score - math.log(math.exp(score) + constant)
+
+    def log_not_h(score: float) -> float:
+        return math.log(constant) - math.log(math.exp(score) + constant)
+
+    expected = 0.0
+    for row in scores.tolist():
+        expected -= (log_h(row[0]) + sum(log_not_h(score) for score in row[1:])) / n
+    got = float(nce(scores, torch.tensor(math.log(constant), dtype=torch.float64)))
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_negatives_are_others_by_keyed_chance() -> None:
+    index = torch.arange(5).repeat(200)
+    negatives = draw_negatives(torch.arange(5), 2000, 5, Clock())
+    assert not (negatives == torch.arange(5)[:, None]).any()
+    for i in range(5):
+        share = negatives[i].bincount(minlength=5) / 2000
+        assert share[[j for j in range(5) if j != i]].tolist() == pytest.approx([0.25] * 4, abs=0.04)
+    assert torch.equal(draw_negatives(index, 3, 5, Clock())[7], draw_negatives(index[7:8], 3, 5, Clock())[0])
+    assert set(draw_negatives(torch.tensor([1]), 50, 2, Clock()).flatten().tolist()) == {0}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [[3], [5, 9, 5]])  # a picture may occur twice
+def test_both_terms_and_the_memory(index: list[int]) -> None:
+    method = make("pirl", puzzle_weight=0.3, momentum=0.8)
+    batch = make_batch(method, len(index))._replace(index=torch.tensor(index))
+    before = method.memory.rows.clone()
+    f = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
+    g = F.normalize(method.puzzle(batch.views[1], batch.index, Clock()), dim=1)
+    negatives = draw_negatives(batch.index, 21, PICTURES, Clock())
+    terms = []
+    for v in (g, f):
+        similar = [[math.exp(float(v[i] @ before[j]) / 0.07) for j in negatives[i]] for i in range(len(index))]
+        constant = 21 * sum(map(sum, similar)) / (21 * len(index))  # the mean of the sums over the negatives
+        total = 0.0
+        for i, own in enumerate(index):
+            h = math.exp(float(v[i] @ before[own]) / 0.07)
+            total -= math.log(h / (h + constant)) / len(index)
+            total -= sum(math.log(1 - e / (e + constant)) for e in similar[i]) / len(index)
+        terms.append(total)
+    out = method(batch, Clock())
+    assert float(out["loss"]) == pytest.approx(0.3 * terms[0] + 0.7 * terms[1], rel=1e-4)
+    for j in range(PICTURES):
+        if j in index:
+            last = max(i for i, own in enumerate(index) if own == j)
+            expected = F.normalize(0.8 * before[j] + 0.2 * f[last], dim=0)
+            torch.testing.assert_close(method.memory.rows[j], expected)
+        else:
+            assert torch.equal(method.memory.rows[j], before[j])
+
+
+def test_the_constants_are_those_of_the_first_batch() -> None:
+    method = make("pirl")
+    assert method.log_sums.isinf().all()
+    method(make_batch(method, 8), Clock())
+    first = method.log_sums.clone()
+    assert first.isfinite().all()
+    method(make_batch(method, 8, seed=1), Clock())
+    assert torch.equal(method.log_sums, first)
+
+
+def test_puzzles_are_shuffled() -> None:
+    method = make("pirl").eval()
+    x = make_batch(method, 1).views[1].expand(30, -1, -1, -1)
+    said = method.puzzle(x, torch.arange(30), Clock()).detach()
+    fixed = method.puzzle(x, torch.zeros(30, dtype=torch.int64), Clock()).detach()
+    assert said.std(dim=0).min() > 100 * fixed.std(dim=0).max()
+
+
+def matches_after_training(puzzle_weight: float) -> float:
+    method = make("pirl", puzzle_weight=puzzle_weight)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
+    colors = torch.randn(16, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    batch = make_batch(method, 16)._replace(index=torch.arange(16))
+    batch = batch._replace(views=tuple(0.2 * view + colors for view in batch.views))
+    for step in range(50):
+        optimizer.zero_grad()
+        method(batch, Clock(step, 50))["loss"].backward()  # an epoch per step: new puzzles every time
+        optimizer.step()
+    return matches(method, batch)
+
+
+def test_without_the_puzzles_term_they_mean_anything() -> None:
+    assert matches_after_training(0.5) > 0.6
+    assert matches_after_training(0.0) < 0.3
+
+
+def test_sizes_of_the_paper() -> None:
+    """Section 3.2: 2048 to 128 for a picture and for every patch, nine times 128 to 128 for the puzzle."""
+    with torch.device("meta"):
+        method = PIRL(nets.resnet50())
+        heads = (method.projector, method.patch_projector, method.puzzle_projector)
+        assert [tuple(head.weight.shape) for head in heads] == [(128, 2048), (128, 2048), (128, 9 * 128)]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="cell_size to at most 5"):
+        make("pirl", cell_size=6)
+    with pytest.raises(UserError, match="at least one negative"):
+        make("pirl", num_negatives=0)
+    with pytest.raises(UserError, match="give a weight from 0 to 1"):
+        make("pirl", puzzle_weight=1.5)
+    with pytest.raises(UserError, match="at least 2 pictures"):
+        make("pirl").prepare(Data(world=World(pictures=1, test_pictures=1)))
