@@ -276,7 +276,7 @@ def train_discrete(tokenizer: Tokenizer, data: Data, view: View, steps: int, met
             f"{method}: no tokenizer given, so one is trained first, {steps} steps on the same pictures",
             file=sys.stderr,
         )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = tokenizer.scale.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             encoder = DiscreteEncoder(**tokenizer.encoder.init_args).to(device)  # pyrefly: ignore[bad-unpacking]
