@@ -35,6 +35,7 @@ METHODS = {
     "exemplar": "sslbook.methods.exemplar.Exemplar",
     "interclr": "sslbook.methods.interclr.InterCLR",
     "ibot": "sslbook.methods.ibot.IBOT",
+    "msn": "sslbook.methods.msn.MSN",
     "data2vec": "sslbook.methods.data2vec.Data2Vec",
     "ijepa": "sslbook.methods.ijepa.IJEPA",
     "mae": "sslbook.methods.mae.MAE",

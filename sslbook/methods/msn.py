@@ -113,7 +113,7 @@ class MSN(Method):
         for view in self.crops:
             rows, columns = patch_grid(view.size, view.size, backbone.patch_size)
         rows, columns = patch_grid(large.size, large.size, backbone.patch_size)
-        if not 0 <= patch_drop < 1 or int(rows * columns * (1 - patch_drop)) < 1:
+        if not 0 <= patch_drop < 1 or int(rows * columns * (1 - patch_drop) + 1e-6) < 1:
             raise UserError(
                 f"patch drop {patch_drop} of {rows * columns} patches leaves nothing to see: "
                 f"use at most {1 - 1 / (rows * columns):.3g}"
@@ -137,7 +137,7 @@ class MSN(Method):
         """The patches of a large anchor that are kept, in random order."""
         patches = tokens.shape[1]
         order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + anchor, patches).argsort(dim=1)
-        kept = order[:, : int(patches * (1 - self.patch_drop))]
+        kept = order[:, : int(patches * (1 - self.patch_drop) + 1e-6)]
         return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
 
     def log_assignments(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n prototypes"]:

@@ -1,0 +1,177 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook import distributed
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.methods.msn import MSN, assignment_loss, mean_entropy_loss, sharpen
+from sslbook.nn import ResNet, VisionTransformer, vit_small
+from sslbook.nn.sinkhorn import sinkhorn
+from sslbook.schedules import Clock
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+
+CASE = Case(
+    options={
+        "large": VIEW,
+        "focal": View(size=8),
+        "num_focal": 2,
+        "patch_drop": 0.25,
+        "hidden_dim": 32,
+        "output_dim": 16,
+        "num_prototypes": 12,
+    },
+    command={
+        "method.backbone": TRANSFORMER,
+        "method.focal.size": 8,
+        "method.num_focal": 1,
+        "method.hidden_dim": 16,
+        "method.output_dim": 8,
+        "method.num_prototypes": 8,
+    },
+    learned=lambda method, batch, out: bool(out["assignment"] < 0.5 and out["average_entropy"] > 2.0),
+    # Cls tokens hardly differ between pictures in the beginning, and batch norm magnifies their rounding.
+    backbone=lambda: VisionTransformer(SIZE, 4, 16, 2, 2, pool="mean"),
+    full_scale="vit_small",
+    overfit={"momentum": 0.9, "num_prototypes": 16},
+    overfit_lr=3e-3,
+    lr=1e-3,  # ... as sharpened targets do
+    corners=[(2, 1e-3, {"sinkhorn_targets": False, "temperature": 1.0}), (8, 1e-3, {"num_large": 2, "num_focal": 0})],
+    other_backbones=[transformer],
+)
+
+
+@pytest.mark.parametrize(("n", "anchors", "scale"), [(3, 2, 1.0), (1, 1, 1.0), (5, 3, 100.0)])
+def test_the_loss_is_equation_1(n: int, anchors: int, scale: float) -> None:
+    log_p = (scale * torch.rand(anchors, n, 4, dtype=torch.float64)).log_softmax(dim=-1)
+    target = torch.randn(n, 4, dtype=torch.float64).softmax(dim=-1)
+    cross_entropy, mean = 0.0, [0.0] * 4
+    for a in range(anchors):
+        for i in range(n):
+            for k in range(4):
+                cross_entropy -= float(target[i, k] * log_p[a, i, k]) / (anchors * n)
+                mean[k] += math.exp(float(log_p[a, i, k])) / (anchors * n)
+    entropy = -sum(p * math.log(p) for p in mean)
+    assert float(assignment_loss(log_p, target)) == pytest.approx(cross_entropy, rel=1e-9)
+    assert float(mean_entropy_loss(log_p)) == pytest.approx(math.log(4) - entropy, rel=1e-9, abs=1e-12)
+
+
+def test_the_mean_entropy_term_is_zero_where_all_are_used_alike() -> None:
+    log_p = (1000 * torch.eye(6)).log_softmax(dim=1)[None]
+    assert float(mean_entropy_loss(log_p)) == pytest.approx(0.0, abs=1e-6)
+    assert float(mean_entropy_loss(log_p[:, :1])) == pytest.approx(math.log(6), rel=1e-6)
+
+
+def _mean_entropy(x: Tensor) -> tuple[float, Tensor]:
+    n = len(x) // distributed.world_size()
+    own = x[distributed.rank() * n : (distributed.rank() + 1) * n].clone().requires_grad_()
+    loss = mean_entropy_loss(own.log_softmax(dim=1)[None])
+    loss.backward()
+    assert own.grad is not None
+    return float(loss.detach()), own.grad / distributed.world_size()
+
+
+def test_the_mean_is_over_all_processes(pool) -> None:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    loss, gradient = _mean_entropy(x)
+    answers = pool.run(_mean_entropy, x)
+    assert [answer[0] for answer in answers] == pytest.approx([loss, loss])
+    torch.testing.assert_close(torch.cat([answer[1] for answer in answers]), gradient)
+
+
+def test_sharpening() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.2]])
+    expected = p**4 / (p**4).sum()
+    torch.testing.assert_close(sharpen(p.log(), 0.25).exp(), expected)
+    torch.testing.assert_close(sharpen(p.log(), 1.0).exp(), p)
+
+
+def test_targets_are_sharpened_then_shared_out() -> None:
+    method = make("msn")
+    x = make_batch(method, 6).views[0]
+    z = F.normalize(method.teacher_head(method.teacher_backbone(x)), dim=1)
+    p = (z @ F.normalize(method.prototypes, dim=1).T / 0.1).softmax(dim=1)
+    torch.testing.assert_close(method.targets(x), sinkhorn(sharpen(p.log(), 0.25), 1.0), rtol=1e-4, atol=1e-6)
+    assert not method.targets(x).requires_grad
+    method.sinkhorn_targets = False
+    torch.testing.assert_close(method.targets(x), sharpen(p.log(), 0.25).exp().detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_forward_from_its_parts() -> None:
+    method, clock = make("msn"), Clock()
+    batch = make_batch(method, 5)
+    whole, large, *focal = batch.views
+    kept = method.drop(method.backbone.embed(large), batch.index, clock, 0)
+    assert kept.shape[1] == 12
+    features = [method.backbone.encode(kept)[:, 1:].mean(dim=1), *[method.backbone(x) for x in focal]]
+    log_p = method.log_assignments(method.head(torch.cat(features))).unflatten(0, (3, 5))
+    expected = assignment_loss(log_p, method.targets(whole)) + mean_entropy_loss(log_p)
+    torch.testing.assert_close(method(batch, clock)["loss"], expected)
+
+
+def test_other_patches_are_dropped_from_every_picture_and_epoch() -> None:
+    method = make("msn", patch_drop=0.5)
+    tokens = torch.arange(16.0)[None, :, None].expand(300, -1, 2)
+    index = torch.arange(300)
+    kept = method.drop(tokens, index, Clock(), 0)[:, :, 0].long()
+    assert kept.shape == (300, 8)
+    assert all(len(set(row)) == 8 for row in kept.tolist())
+    share = kept.flatten().bincount(minlength=16) / 300
+    torch.testing.assert_close(share, torch.full((16,), 0.5), rtol=0, atol=0.12)
+    assert torch.equal(method.drop(tokens[:1], index[7:8], Clock(), 0)[0, :, 0].long(), kept[7])
+    assert not torch.equal(method.drop(tokens, index, Clock(step=1), 0)[:, :, 0].long(), kept)
+    assert not torch.equal(method.drop(tokens, index, Clock(), 1)[:, :, 0].long(), kept)
+
+
+def test_the_teacher_follows_in_a_straight_line() -> None:
+    method = make("msn", momentum=0.5)
+    start = method.teacher_backbone.module.cls_token.clone()
+    with torch.no_grad():
+        method.backbone.cls_token += 1
+    method.after_step(Clock(10, 10))  # 0.5 + 0.8 * 0.5
+    torch.testing.assert_close(method.teacher_backbone.module.cls_token, start + 0.1)
+
+
+def entropy_of_the_mean(**options: object) -> float:
+    """Of the targets' mean after training: 0 if all pictures are assigned to one prototype; at most log 12 = 2.48."""
+    method = make("msn", momentum=0.9, **options)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+    out: dict[str, Tensor] = {}
+    for step in range(60):
+        out = method(make_batch(method, 32, seed=step % 4), Clock(step, 1000))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        method.after_step(Clock(0, 1000))
+    return float(out["average_entropy"])
+
+
+def test_without_mean_entropy_and_sinkhorn_it_collapses() -> None:
+    assert entropy_of_the_mean(sinkhorn_targets=False) > 1.6
+    assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 1.0
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot use a ResNet: choose .*VisionTransformer"):
+        make("msn", backbone=ResNet(18, width=8))
+    with pytest.raises(UserError, match="nearest size that works is 8x8"):
+        make("msn", focal=View(size=9))
+    with pytest.raises(UserError, match=r"leaves nothing to see: use at most 0\.938"):
+        make("msn", patch_drop=0.99)
+    with pytest.raises(UserError, match="use num_large or num_focal of at least 1"):
+        make("msn", num_large=0, num_focal=0)
+    method = make("msn", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
+    with pytest.raises(UserError, match="use positions sincos or learned"):
+        method(make_batch(method, 2), Clock())
+
+
+def test_full_scale() -> None:
+    with torch.device("meta"):
+        method = MSN(vit_small())
+    assert [view.size for view in method.views()] == [224] * 2 + [96] * 10
+    head = 384 * 2048 + 2048 * 2048 + 4 * 2048 + 2048 * 256 + 256
+    assert sum(p.numel() for p in method.head.parameters()) == head
+    assert method.prototypes.shape == (1024, 256)
