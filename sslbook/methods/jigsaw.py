@@ -14,7 +14,7 @@ in cells of 85, 2000 permutations, one layer per patch. What differs:
   as possible, the average decides between equals, and the choice is among 20,000 random permutations. The average comes
   out the same, 8.0 of 9, and the nearest two still differ in four places (2000 permutations).
 - VISSL resizes to 256 pixels and cuts a random 255 out of them; the view here resizes to 255.
-- Patches are not normalized one by one as in the paper, in which VISSL differs too.
+- As in VISSL, patches are not normalized one by one, which the paper does.
 """
 
 import torch
