@@ -44,8 +44,9 @@ def test_another_module_is_refused() -> None:
 
 
 def test_a_teacher_leaves_no_branches_out() -> None:
-    online = VisionTransformer(8, 4, 8, 2, 2, drop_path=0.9)
+    torch.manual_seed(0)
+    online = VisionTransformer(8, 4, 8, 2, 2, drop_path=0.5)
     teacher = EMA(online)
-    x = torch.randn(4, 3, 8, 8)
+    x = torch.randn(64, 3, 8, 8)  # so many that some branch falls out of one pass and not of the other
     assert torch.equal(teacher(x), teacher(x))
     assert (online(x) - online(x)).abs().max() > 0
