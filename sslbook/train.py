@@ -173,7 +173,11 @@ def pretrain(
         module.compile()
     model = method
     if processes > 1:
-        model = DistributedDataParallel(method, device_ids=[where.index] if where.type == "cuda" else None)
+        # Equal at the start, every process computes the same buffers: a memory of a million rows is sent but once.
+        for buffer in method.buffers():
+            buffer.copy_(distributed.from_main(buffer))
+        ids = [where.index] if where.type == "cuda" else None
+        model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
     method.train()
 
     def save() -> None:

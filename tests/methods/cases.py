@@ -123,7 +123,11 @@ def train(name: str, size: int = 8, lr: float = 0.05, options: dict | None = Non
     """Three steps of the engine, alone or in several processes, each with its part of the same global batches."""
     steps = 3
     method = convert_batch_norm(make(name, seed=distributed.rank(), **(options or {})))
-    model = DistributedDataParallel(method) if distributed.world_size() > 1 else method
+    model = method
+    if distributed.world_size() > 1:  # as the engine does it
+        for buffer in method.buffers():
+            buffer.copy_(distributed.from_main(buffer))
+        model = DistributedDataParallel(method, broadcast_buffers=False)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr, momentum=0.9)
     clock = Clock(0, steps, steps_per_epoch=2)
     logged, gradients = [], []
