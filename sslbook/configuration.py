@@ -226,7 +226,9 @@ def _backbone(name: str) -> str:
     if "." in name or "{" in name or "/" in name:
         return name
     if not hasattr(nn, name):
-        known = [n for n in dir(nn) if n.startswith(("resnet", "wide_", "vit_")) or n in ("ResNet", "VisionTransformer")]
+        known = [
+            n for n in dir(nn) if n.startswith(("resnet", "wide_", "vit_")) or n in ("ResNet", "VisionTransformer")
+        ]
         raise UserError(f"unknown backbone {name}{nearest(name, known)}; known: {', '.join(known)}, timm/NAME")
     return f"sslbook.nn.{name}"
 
