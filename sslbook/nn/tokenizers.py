@@ -246,6 +246,8 @@ def load_tokenizer(path: str | Path, kind: type[nn.Module], made_by: str) -> tup
     Raises:
         UserError: nothing usable is there, or it is no tokenizer of this kind.
     """
+    if not Path(path).exists():
+        raise UserError(f"tokenizer {path}: no such run; train it first with python -m sslbook.train {made_by}")
     encoder, facts = checkpoint.load_backbone(path)
     if not isinstance(encoder, kind):
         raise UserError(
