@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused() -> None:
         make("beit_v2", tokenizer=None)
     with pytest.raises(UserError, match="a DiscreteEncoder has no codebook"):
         make("beit_v2", tokenizer=DiscreteEncoder(4, 8, 8, 1))
-    with pytest.raises(UserError, match=r"no such run folder"):
+    with pytest.raises(UserError, match=r"no such run; train it first with python -m sslbook.train vqkd"):
         make("beit_v2", tokenizer="runs/nothing")
     with pytest.raises(UserError, match="codes for 2x2 patches and the backbone sees 4x4: use patch_size 8"):
         make("beit_v2", tokenizer=VQTokenizer(**{**SMALL, "patch_size": 8}))

@@ -106,7 +106,7 @@ def test_a_trained_one_is_loaded_and_others_are_refused(tmp_path: Path) -> None:
     checkpoint.export_backbone(tmp_path / "other.safetensors", ResNet(18, 4), facts)
     with pytest.raises(UserError, match=r"holds a ResNet, which makes no codes: train one with .* dvae"):
         load_tokenizer(tmp_path / "other.safetensors", DiscreteEncoder, "dvae")
-    with pytest.raises(UserError, match="no such run folder"):
+    with pytest.raises(UserError, match="no such run; train it first"):
         load_tokenizer(tmp_path / "nothing", DiscreteEncoder, "dvae")
 
 
