@@ -8,6 +8,7 @@ backward passes below give the gradient of the SUM of all processes' losses, and
 their number. What remains is the gradient of the mean over the global batch.
 """
 
+import inspect
 import os
 import pickle
 import tempfile
@@ -19,7 +20,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sslbook.errors import UserError
 
@@ -137,6 +139,21 @@ class _Sum(torch.autograd.Function):
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module in every process, with the same parameters and buffers, and gradients averaged over processes.
+
+    Every process computes the same changes of buffers, so they are sent but once: a memory may have a million rows.
+    """
+    for buffer in module.buffers():
+        buffer.copy_(from_main(buffer))
+    accepted = inspect.signature(DistributedDataParallel).parameters
+    once = (
+        "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+    )  # older than torch 2.15
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, **{once: False})
 
 
 def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = None) -> torch.device:

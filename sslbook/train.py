@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 
 from sslbook import checkpoint, distributed
 from sslbook.data.loader import Data
@@ -173,11 +172,7 @@ def pretrain(
         module.compile()
     model = method
     if processes > 1:
-        # Equal at the start, every process computes the same buffers: a memory of a million rows is sent but once.
-        for buffer in method.buffers():
-            buffer.copy_(distributed.from_main(buffer))
-        ids = [where.index] if where.type == "cuda" else None
-        model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+        model = distributed.data_parallel(method, where)
     method.train()
 
     def save() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sslbook import distributed
 from sslbook.data.loader import Batch, Data
@@ -124,10 +123,8 @@ def train(name: str, size: int = 8, lr: float = 0.05, options: dict | None = Non
     steps = 3
     method = convert_batch_norm(make(name, seed=distributed.rank(), **(options or {})))
     model = method
-    if distributed.world_size() > 1:  # as the engine does it
-        for buffer in method.buffers():
-            buffer.copy_(distributed.from_main(buffer))
-        model = DistributedDataParallel(method, broadcast_buffers=False)
+    if distributed.world_size() > 1:
+        model = distributed.data_parallel(method, torch.device("cpu"))
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr, momentum=0.9)
     clock = Clock(0, steps, steps_per_epoch=2)
     logged, gradients = [], []
