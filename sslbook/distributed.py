@@ -152,8 +152,8 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
     once = (
         "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
     )  # older than torch 2.15
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, **{once: False})
+    options: dict[str, Any] = {"device_ids": [device.index] if device.type == "cuda" else None, once: False}
+    return DistributedDataParallel(module, **options)
 
 
 def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = None) -> torch.device:
