@@ -27,20 +27,20 @@ def compare(
 ) -> None:
     """Train every method with every seed, and write one table to book/results/NAME.json.
 
-    Beside its accuracies stand those of its network before training, the seconds of training for 1,000 pictures, and
-    the most memory that was used, in MB (of the GPU, or else of the process). The controls are those of the first
-    method's network.
+    Beside its accuracies stand those of its network before training and of the pixels of its pictures (recipes for the
+    embedded world may choose other knobs), the seconds of training for 1,000 pictures, and the most memory that was
+    used, in MB (of the GPU, or else of the process). The controls are those of the first method's network.
 
     Args:
         name: name of the result.
-        methods: which methods; all by default.
+        methods: which methods; all by default, SimCLR first.
         seeds: which seeds.
         options: options of sslbook.train for all runs, in one string, such as "--recipe cifar10 --epochs 100".
         runs: where the runs' folders are kept.
     """
     from sslbook.notebook import results
 
-    methods = list(METHODS) if methods is None else methods
+    methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else methods
     values: dict[str, dict[str, list[float]]] = {}
     factors: dict[str, dict[str, list[float]]] = {}
     for method in methods:
@@ -56,6 +56,7 @@ def compare(
                 for key, title in PROTOCOLS.items():
                     values.setdefault(row, {}).setdefault(title, []).append(round(rows[row][key], 2))
             facts = {f"{title}, untrained": rows["random weights"][key] for key, title in PROTOCOLS.items()}
+            facts |= {f"{title}, pixels": rows["pixels"][key] for key, title in PROTOCOLS.items()}
             facts |= {"s per 1,000": measured["seconds_per_1000"], "memory (MB)": measured["peak_memory"]}
             for title, value in facts.items():
                 values[label].setdefault(title, []).append(round(value, 2))

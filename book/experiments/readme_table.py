@@ -26,6 +26,8 @@ COLUMNS = {
     "linear": ("linear (%)", 1),
     "kNN, untrained": ("kNN, untrained", 1),
     "linear, untrained": ("linear, untrained", 1),
+    "kNN, pixels": ("kNN, pixels", 1),
+    "linear, pixels": ("linear, pixels", 1),
     "s per 1,000": ("s per 1,000 pictures", 2),
     "memory (MB)": ("memory (MB)", 0),
 }
@@ -33,9 +35,10 @@ COLUMNS = {
 
 def table(values: Mapping[str, Mapping[str, float | Sequence[float]]]) -> list[str]:
     """A Markdown table with a line for every row of a result; a figure that a row lacks is left blank."""
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    columns = {c: look for c, look in COLUMNS.items() if any(c in figures for figures in values.values())}
+    lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |", "|---|" + "---:|" * len(columns)]
     for row, figures in values.items():
-        cells = [results.number(figures[c], digits) if c in figures else "" for c, (_, digits) in COLUMNS.items()]
+        cells = [results.number(figures[c], digits) if c in figures else "" for c, (_, digits) in columns.items()]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
