@@ -149,9 +149,8 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
     for buffer in module.buffers():
         buffer.copy_(from_main(buffer))
     accepted = inspect.signature(DistributedDataParallel).parameters
-    once = (
-        "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
-    )  # older than torch 2.15
+    # The newer name came with torch 2.15, which warns of the older.
+    once = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
     options: dict[str, Any] = {"device_ids": [device.index] if device.type == "cuda" else None, once: False}
     return DistributedDataParallel(module, **options)
 

@@ -12,16 +12,15 @@ the last one.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
+from sslbook.nn.spread import spread
 from sslbook.schedules import Clock
 
 VIEW_1 = View(
@@ -51,13 +50,6 @@ def regression_loss(p: Float[Tensor, "n dim"], z: Float[Tensor, "n dim"]) -> Flo
 def target_momentum(base: float, progress: float) -> float:
     """From `base` to 1 along half a cosine (section 3.2, "Optimization")."""
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
-
-
-@torch.no_grad()
-def spread(z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
-    """How far apart the normalized rows of all processes lie: 0 if all are the same, about 1 on the whole sphere."""
-    z = F.normalize(distributed.gather(z), dim=1)
-    return z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
 class BYOL(Method):
@@ -102,7 +94,7 @@ class BYOL(Method):
         p_1, p_2 = [self.predictor(z_view).float() for z_view in z]
         t_1, t_2 = [self.target_projector(self.target_backbone(x)).float() for x in batch.views]
         loss = regression_loss(p_1, t_2) + regression_loss(p_2, t_1)
-        return {"loss": loss, "feature_spread": spread(z[0].detach().float())}
+        return {"loss": loss, "feature_spread": spread(z[0])}
 
     def after_step(self, clock: Clock) -> None:
         momentum = target_momentum(self.momentum, clock.progress)

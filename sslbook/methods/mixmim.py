@@ -23,15 +23,11 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
+from sslbook.nn.pixel_decoder import patchify
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
-
-
-def patchify(images: Float[Tensor, "batch 3 height width"], side: int) -> Float[Tensor, "batch patches values"]:
-    """Pictures cut into patches, row by row."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
 
 
 def partners(index: Int[Tensor, "pictures"], groups: int, clock: Clock) -> Int[Tensor, "pictures"]:

@@ -29,14 +29,10 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import ConvNet, ResNet
+from sslbook.nn.pixel_decoder import patchify
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.67, 1.0), interpolation="bicubic")
-
-
-def patchify(images: Float[Tensor, "batch 3 height width"], side: int) -> Float[Tensor, "batch patches values"]:
-    """Pictures cut into patches, row by row."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
 
 
 def reconstruction_loss(
