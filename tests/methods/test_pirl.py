@@ -34,7 +34,8 @@ CASE = Case(
     options={"view": VIEW, "puzzle_view": VIEW, **SMALL},
     command={"method.backbone": CONVNET, "method.cell_size": 5, "method.patch_size": 4, "method.num_negatives": 21},
     learned=finds_pictures,
-    overfit={"projector_dim": 32},
+    overfit={"projector_dim": 32, "temperature": 0.2},
+    overfit_lr=5e-3,
     corners=[(2, 0.05, {}), (8, 0.05, {"num_negatives": 1})],
     other_backbones=[transformer],
 )

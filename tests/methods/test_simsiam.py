@@ -15,6 +15,7 @@ CASE = Case(
     options=SMALL,
     command={"method.backbone": CONVNET, "method.hidden_dim": 16, "method.projector_dim": 8},
     learned=lambda method, batch, out: bool(out["loss"] < -0.9 and out["feature_spread"] > 0.5),
+    lr=0.01,
     corners=[(6, 1e-3, {})],
     other_backbones=[transformer],
 )

@@ -23,7 +23,7 @@ CASE = Case(
     },
     learned=lambda method, batch, out: bool(out["loss"] < 0.2),
     overfit={"projector_dim": 8, "slice_size": 32},
-    lr=5e-3,
+    lr=1e-3,
     corners=[(6, 1e-3, {"slice_size": 6}), (8, 1e-3, {"slice_size": 4, "num_views": 3, "epsilon": 0.1})],
     other_backbones=[transformer],
 )
