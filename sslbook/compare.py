@@ -16,6 +16,12 @@ from sslbook.methods import METHODS
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
+AFTER = {  # what these predict is the network of another method's run, which this option names
+    "vqkd": ("simclr", "teacher"),
+    "milan": ("simclr", "teacher"),
+    "eva": ("simclr", "teacher"),
+    "beit_v2": ("vqkd", "tokenizer"),
+}
 
 
 def compare(
@@ -29,7 +35,8 @@ def compare(
 
     Beside its accuracies stand those of its network before training and of the pixels of its pictures (recipes for the
     embedded world may choose other knobs), the seconds of training for 1,000 pictures, and the most memory that was
-    used, in MB (of the GPU, or else of the process). The controls are those of the first method's network.
+    used, in MB (of the GPU, or else of the process). The controls are those of the first method's network. Teachers
+    of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of BEiT v2 is VQ-KD's.
 
     Args:
         name: name of the result.
@@ -46,8 +53,7 @@ def compare(
     for method in methods:
         first = method == methods[0]
         for seed in seeds:
-            words = shlex.split(options) + ([] if first else ["--report=quick"])
-            measured = one_run(method, seed, runs / name / f"{method}-seed-{seed}", words)
+            measured = one_run(method, seed, runs / name, shlex.split(options), full=first)
             if "rows" not in measured:
                 raise UserError(f"{name}: the pictures have no labels, so there is nothing to compare")
             rows = {row["name"]: row for row in measured["rows"]}
@@ -72,12 +78,19 @@ def compare(
     print(f"\n{results.show(name)}\nwritten to {path}")
 
 
-def one_run(method: str, seed: int, folder: Path, options: list[str]) -> dict:
+def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool = False) -> dict:
     """The report of one run; it is trained first, in a process of its own, if it is not finished."""
+    folder = runs / f"{method}-seed-{seed}"
     done = folder / "report.json"
     if not done.exists():
-        print(f"\n{method}, seed {seed}: {folder}", flush=True)
         words = [method, *options, f"--seed={seed}", f"--out={folder}", "--resume=auto"]
+        if not full:
+            words.append("--report=quick")
+        if method in AFTER:
+            source, option = AFTER[method]
+            one_run(source, seed, runs, options)
+            words.append(f"--method.{option}={runs / f'{source}-seed-{seed}'}")
+        print(f"\n{method}, seed {seed}: {folder}", flush=True)
         status = subprocess.run([sys.executable, "-m", "sslbook.train", *words]).returncode
         if status:
             raise UserError(f"{folder}: the run failed; mend it and give the same command again to go on")

@@ -1,6 +1,7 @@
 """What a finished run leaves: the table beside its controls, the pictures, the exported backbone; and comparisons."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,28 @@ def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) ->
     compare.compare("tiny", ["rotation", "simclr"], [0, 1], options)
     assert [path for path in reports if path.stat().st_mtime_ns != written[path]] == [lost]  # what was not finished
     assert results.load("tiny").values["SimCLR"]["kNN"] == result["SimCLR"]["kNN"]
+
+
+def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None:
+    """Which runs are started, in which order and with what, without running them."""
+    started = []
+
+    def start_only(words: list[str]) -> subprocess.CompletedProcess:
+        started.append(words[3:])
+        (folder,) = (Path(word.removeprefix("--out=")) for word in words if word.startswith("--out="))
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text("{}")
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", start_only)
+    compare.one_run("beit_v2", 3, tmp_path, ["--steps=2"], full=True)
+    assert [words[0] for words in started] == ["simclr", "vqkd", "beit_v2"]
+    assert f"--method.teacher={tmp_path / 'simclr-seed-3'}" in started[1]
+    assert f"--method.tokenizer={tmp_path / 'vqkd-seed-3'}" in started[2]
+    assert all("--seed=3" in words and "--steps=2" in words for words in started)
+    assert ["--report=quick" in words for words in started] == [True, True, False]
+    compare.one_run("eva", 3, tmp_path, [])
+    assert [words[0] for words in started[3:]] == ["eva"], "SimCLR's run is there"
 
 
 def test_the_pictures_hook_draws_on_the_way(tmp_path: Path) -> None:
