@@ -24,7 +24,7 @@ from sslbook.nn.tokenizers import Tokenizer, VQTokenizer, load_tokenizer
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid
 from sslbook.schedules import Clock
 
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
+VIEW = View(crop=(0.2, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.0), color_jitter_p=1.0)
 
 
 class Aggregation(nn.Module):

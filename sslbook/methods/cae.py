@@ -5,10 +5,10 @@ the encoder would give to the hidden patches, and a decoder turns the guesses in
 term holds the guesses in the space of the encoder's own features, so that its features have to carry what is predicted.
 
 Chen, Ding, Wang, Xin, Mo, Wang, Han, Luo, Zeng and Wang, 2022, "Context autoencoder for self-supervised representation
-learning" (arXiv:2202.03026), sections 3.1 and 3.2: four blocks each, alignment weight 2, 75 of 196 patches in BEiT's
-blocks. The target of the alignment is the encoder itself on the hidden patches, without gradient (as in the code of
-OpenMMLab, whose averaging copy has momentum 0). What differs: the tokenizer is one that we train (`sslbook.train dvae`)
-instead of DALL-E's. Masks are keyed by picture and epoch.
+learning" (arXiv:2202.03026), sections 3.1 and 3.2: four blocks each, alignment weight 2. As in the authors' code 98 of
+196 patches are hidden (75 in OpenMMLab's port), in BEiT's blocks, and the target of the alignment is the encoder itself
+on the hidden patches, without gradient. What differs: the tokenizer is one that we train (`sslbook.train dvae`) instead
+of DALL-E's; the blocks of regressor and decoder have no layer scale. Masks are keyed by picture and epoch.
 """
 
 from pathlib import Path
@@ -103,7 +103,7 @@ class CAE(Method):
         backbone: nn.Module,
         view: View = VIEW,
         tokenizer: Path | None = None,
-        num_masked: int = 75,
+        num_masked: int = 98,
         min_block: int = 16,
         alignment: float = 2.0,
         regressor_depth: int = 4,

@@ -7,7 +7,8 @@ alone, and all of them from becoming constant.
 
 Baevski, Hsu, Xu, Babu, Gu and Auli, 2022, "data2vec: A general framework for self-supervised learning in speech, vision
 and language" (arXiv:2202.03555), section 3, for vision. The values are those of the authors' published commands for
-ViT-B, with which targets are normalized twice: each block's, and their average. What differs from the authors' code:
+ViT-B, with which targets are normalized twice (each block's, and their average) and the teacher's momentum stays at
+0.9998: they name a start of 0.999 as well, but no steps for the way from there. What differs from the authors' code:
 masks are keyed by picture and epoch; attention has no dropout; initialization is that of MAE.
 """
 
@@ -83,7 +84,7 @@ class Data2Vec(Method):
         normalize_layers: bool = True,
         normalize_targets: bool = True,
         beta: float = 2.0,
-        momentum: float = 0.999,
+        momentum: float = 0.9998,
         momentum_end: float = 0.9998,
     ) -> None:
         super().__init__()

@@ -24,9 +24,8 @@ from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn import backbone_dim
+from sslbook.nn import Sobel, backbone_dim
 from sslbook.nn.clustering import check_clusters, embed, kmeans, pca_whiten
-from sslbook.nn.sobel import Sobel
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.08, 1.0))

@@ -10,9 +10,9 @@ method with other options, in the recipe `dinov2`: heads of their own for patche
 and the KoLeo regularizer, which spreads the features.
 
 What differs from the authors' code: as there, the patches' center averages all patches of the teacher and not the
-hidden ones; but how much of a crop is hidden is keyed by picture and epoch, and a last layer that waits gets a gradient
-of zero. In DINOv2's code a nearest neighbor is sought among the pictures of one GPU, here among the whole batch, so that
-the number of processes changes nothing.
+hidden ones; but how much of a crop is hidden is keyed by picture and epoch, a last layer that waits gets a gradient of
+zero, and the outputs' scale is 1, which the authors learn. In DINOv2's code a nearest neighbor is sought among the
+pictures of one GPU, here among the whole batch, so that the number of processes changes nothing.
 """
 
 from typing import Any, Literal

@@ -4,8 +4,8 @@ An encoder trained on pixels wastes its last layers on keeping low-level detail 
 fusion hands the detail over from shallow layers instead: their outputs, each through a linear map, are averaged with
 the last layer's, with learned weights. After training the maps are dropped, and the encoder is a plain transformer.
 
-Liu, Zhang, Chen, Yu and Lin, 2023, "Improving pixel-based MIM by reducing wasted modeling capability"
-(arXiv:2308.00442), section 3: linear projections and weighted average pooling (equations 2 and 3). All else is MAE (He
+Liu, Zhang, Chen, Yu, Chen and Lin, 2023, "Improving pixel-based MIM by reducing wasted modeling capability"
+(arXiv:2308.00261), section 3: linear projections and weighted average pooling (equations 2 and 3). All else is MAE (He
 et al., 2022, arXiv:2111.06377). The weights are a softmax, as in the authors' code; the fused tokens pass the encoder's
 last norm. Masks are keyed by picture and epoch.
 """
@@ -50,7 +50,7 @@ class Fusion(nn.Module):
 
 
 class MFF(Method):
-    """Masked autoencoder with multi-level feature fusion (arXiv:2308.00442).
+    """Masked autoencoder with multi-level feature fusion (arXiv:2308.00261).
 
     Args:
         backbone: the vision transformer to train.
@@ -69,7 +69,7 @@ class MFF(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        layers: tuple[int, ...] = (0, 2, 4, 6, 8, 10),
+        layers: tuple[int, ...] = (0, 2, 4, 6, 8),
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         decoder_dim: int = 512,

@@ -8,8 +8,8 @@ Hou, Sun, Chen, Xie and Kung, 2022, "MILAN: Masked image pretraining on language
 (arXiv:2208.06049): section 3.2 the targets and the loss, 3.3 the prompting decoder, 3.4 semantic aware masking. As in
 the authors' code the loss is over visible and hidden patches, and the class token too where the teacher has one. What
 differs: any frozen network can teach (`sslbook.nn.teachers`), one without class token by what each place contributes to
-its mean; the targets are features after the last norm, without CLIP's projection; and the draw of the visible patches
-is keyed.
+its mean; and the draw of the visible patches is keyed. The targets are features after the last norm, without CLIP's
+projection: 768 values for ViT-B/16, as many as the authors' decoder predicts.
 """
 
 import torch

@@ -8,8 +8,9 @@ same one". Nothing is ever painted, and dropped patches cost nothing.
 Assran, Caron, Misra, Bojanowski, Bordes, Vincent, Joulin, Rabbat and Ballas, 2022, "Masked siamese networks for
 label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the authors' code, the mean-entropy term
 carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
-four fifths of the way to 1. What differs: chance is keyed; the smallest targets are not rounded to zero; Sinkhorn is
-computed with logarithms.
+four fifths of the way to 1. What differs: which patches are dropped is keyed by picture and epoch instead of drawn once
+for a batch; Sinkhorn is computed with logarithms; the engine clips the prototypes' gradient with the rest, which the
+authors leave as it is.
 """
 
 import math

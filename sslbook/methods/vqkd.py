@@ -95,7 +95,7 @@ class VQKD(Method):
         commitment: float = 1.0,
         dead_below: float = 0.03,
         decoder_dim: int = 768,
-        decoder_depth: int = 1,
+        decoder_depth: int = 3,
         decoder_heads: int = 12,
         teacher_size: int | None = None,
     ) -> None:

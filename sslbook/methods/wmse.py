@@ -28,7 +28,9 @@ from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.spread import spread
 from sslbook.schedules import Clock
 
-VIEW = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.1)
+VIEW = View(
+    crop=(0.2, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.1
+)
 
 
 def whiten(x: Float[Tensor, "*slices size dim"], epsilon: float = 0.0) -> Float[Tensor, "*slices size dim"]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         wide_resnet50_2,
         wide_resnet101_2,
     )
+    from sslbook.nn.sobel import Sobel
     from sslbook.nn.tokenizers import DiscreteEncoder, VQTokenizer
     from sslbook.nn.vit import VisionTransformer, vit_base, vit_giant, vit_huge, vit_large, vit_small, vit_tiny
 
@@ -45,6 +46,7 @@ _HOME = {
         "wide_resnet50_2",
         "wide_resnet101_2",
     ],
+    "sobel": ["Sobel"],
     "tokenizers": ["DiscreteEncoder", "VQTokenizer"],
     "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"],
 }
@@ -58,6 +60,7 @@ __all__ = [
     "PrototypeHead",
     "Queue",
     "ResNet",
+    "Sobel",
     "VQTokenizer",
     "VisionTransformer",
     "backbone_dim",

@@ -32,7 +32,8 @@ def test_the_loss_is_the_papers(n: int) -> None:
     noise = gumbel_noise(batch.index, 16, 8, 4, clock.epoch)
     mixture = ((scores + noise) / ((1 + 1 / 16) / 2)).softmax(dim=2)  # halfway along the cosine
     drawn = method.decoder(mixture, 4)
-    squared = sum(float((a - b) ** 2) for a, b in zip(drawn.flatten(), images.flatten())) / images.numel()
+    pairs = zip(drawn.flatten().tolist(), images.flatten().tolist())
+    squared = sum((a - b) ** 2 for a, b in pairs) / images.numel()
     q = scores.double().softmax(dim=2).flatten(0, 1).tolist()
     divergence = sum(float(torch.tensor(p).log() + torch.tensor(8.0).log()) * p for row in q for p in row) / len(q)
     out = method(batch, clock)
@@ -65,7 +66,7 @@ def worse_with_codes_alone(temperature: float, last: float) -> float:
         out["loss"].backward()
         optimizer.step()
     codes = torch.nn.functional.one_hot(method.backbone.tokens(images), 8).float()
-    return float((method.decoder(codes, 2) - images).square().mean() - out["squared_error"])
+    return float((method.decoder(codes, 2) - images).square().mean().detach() - out["squared_error"])
 
 
 def test_falling_temperature_makes_codes_of_mixtures() -> None:

@@ -112,8 +112,8 @@ def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
 def test_the_paper_scale() -> None:
     with torch.device("meta"):
         method = mff.MFF(vit_base())
-    assert method.layers == (0, 2, 4, 6, 8, 10)
-    assert sum(p.numel() for p in method.fusion.parameters()) == 6 * (768 * 768 + 768) + 7
+    assert method.layers == (0, 2, 4, 6, 8)
+    assert sum(p.numel() for p in method.fusion.parameters()) == 5 * (768 * 768 + 768) + 6
 
 
 def test_what_cannot_be_is_refused() -> None:

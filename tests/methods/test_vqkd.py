@@ -21,12 +21,13 @@ def seeded_teacher() -> VisionTransformer:
 
 SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "codes": 8, "code_dim": 4}
 CASE = Case(
-    options={"view": VIEW, "teacher": seeded_teacher(), "decoder_dim": 16, "decoder_heads": 2},
+    options={"view": VIEW, "teacher": seeded_teacher(), "decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2},
     command={
         "method.backbone": json.dumps(
             {"class_path": "sslbook.nn.VQTokenizer", "init_args": {**SMALL, "image_size": 24}}
         ),
         "method.teacher": json.dumps({"class_path": "sslbook.nn.ConvNet", "init_args": {"width": 4}}),
+        "method.decoder_depth": 1,
         "method.decoder_dim": 16,
         "method.decoder_heads": 2,
     },

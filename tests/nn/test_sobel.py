@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from sslbook import checkpoint
-from sslbook.nn import ConvNet
-from sslbook.nn.sobel import Sobel
+from sslbook.nn import ConvNet, Sobel
 
 
 def test_edges_are_sobels() -> None:
