@@ -38,6 +38,9 @@ def compare(
     used, in MB (of the GPU, or else of the process). The controls are those of the first method's network. Teachers
     of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of BEiT v2 is VQ-KD's.
 
+    A table that is there already, of the same options and seeds, keeps its other rows and its controls, so that it can
+    be filled and refreshed method by method; the file's settings say at which commit a row was entered.
+
     Args:
         name: name of the result.
         methods: which methods; all by default, SimCLR first.
@@ -48,34 +51,91 @@ def compare(
     from sslbook.notebook import results
 
     methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else methods
-    values: dict[str, dict[str, list[float]]] = {}
-    factors: dict[str, dict[str, list[float]]] = {}
+    comparison = Comparison.load(name, options, seeds, controls_of=methods[0])
     for method in methods:
-        first = method == methods[0]
+        full = method == comparison.controls_of
         for seed in seeds:
-            measured = one_run(method, seed, runs / name, shlex.split(options), full=first)
-            if "rows" not in measured:
-                raise UserError(f"{name}: the pictures have no labels, so there is nothing to compare")
-            rows = {row["name"]: row for row in measured["rows"]}
-            label = measured["rows"][0]["name"]
-            for row in rows if first else [label]:
-                for key, title in PROTOCOLS.items():
-                    values.setdefault(row, {}).setdefault(title, []).append(round(rows[row][key], 2))
-            facts = {f"{title}, untrained": rows["random weights"][key] for key, title in PROTOCOLS.items()}
-            facts |= {f"{title}, pixels": rows["pixels"][key] for key, title in PROTOCOLS.items()}
-            facts |= {"s per 1,000": measured["seconds_per_1000"], "memory (MB)": measured["peak_memory"]}
-            for title, value in facts.items():
-                values[label].setdefault(title, []).append(round(value, 2))
-            for row, scores in measured.get("factors", {}).items():
-                for factor, score in scores.items() if first or row == label else ():
-                    factors.setdefault(row, {}).setdefault(factor, []).append(round(score, 2))
-    order = [row for row in values if row not in CONTROLS] + [row for row in CONTROLS if row in values]
-    command = f"python -m sslbook.compare {shlex.join(sys.argv[1:])}"
-    settings = {"options": options, "controls_of": methods[0]}
-    path = results.save(name, {row: values[row] for row in order}, command=command, seeds=seeds, settings=settings)
-    if factors:
-        results.save(f"{name}_factors", factors, command=command, seeds=seeds, settings=settings)
+            comparison.add(method, seed, one_run(method, seed, runs / name, shlex.split(options), full), full)
+        path = comparison.save(name, options, seeds)
     print(f"\n{results.show(name)}\nwritten to {path}")
+
+
+class Comparison:
+    """What was measured, row by row: `{row: {column: one number per seed}}`.
+
+    Args:
+        controls_of: the method whose network the controls have.
+        values: accuracies and costs.
+        factors: accuracies of each factor's probe in the embedded world.
+        origins: the method of every row that is not a control, and the commit at which it was entered.
+    """
+
+    def __init__(self, controls_of: str, values: dict, factors: dict, origins: dict[str, dict[str, str]]) -> None:
+        self.controls_of, self.values, self.factors, self.origins = controls_of, values, factors, origins
+        self.begun: set[str] = set()  # rows of this command, which take the places of those that were there
+
+    @classmethod
+    def load(cls, name: str, options: str, seeds: list[int], controls_of: str) -> "Comparison":
+        """The table that is there, or an empty one."""
+        from sslbook.notebook import results
+
+        where = results.folder()
+        if where is None or not (where / f"{name}.json").is_file():
+            return cls(controls_of, {}, {}, {})
+        old = results.load(name)
+        if (old.settings.get("options"), old.seeds) != (options, seeds) or "origins" not in old.settings:
+            raise UserError(
+                f"{where / name}.json holds other options ({old.settings.get('options')!r}) or seeds ({old.seeds}): "
+                "give the same, choose another name, or delete it"
+            )
+        factors = results.load(f"{name}_factors").values if (where / f"{name}_factors.json").is_file() else {}
+        return cls(old.settings["controls_of"], old.values, factors, old.settings["origins"])
+
+    def row(self, rows: dict[str, dict[str, list[float]]], row: str) -> dict[str, list[float]]:
+        """The row to write to; this command's first number empties it."""
+        if row not in self.begun:
+            self.begun.add(row)
+            self.values.pop(row, None)
+            self.factors.pop(row, None)
+        return rows.setdefault(row, {})
+
+    def add(self, method: str, seed: int, measured: dict, full: bool) -> None:
+        """Append the report of a run, with the controls if it is a full one."""
+        from sslbook.notebook import results
+
+        if "rows" not in measured:
+            raise UserError(f"{method}, seed {seed}: the pictures have no labels, so there is nothing to compare")
+        rows = {row["name"]: row for row in measured["rows"]}
+        label = measured["rows"][0]["name"]
+        for row in rows if full else [label]:
+            for key, title in PROTOCOLS.items():
+                self.row(self.values, row).setdefault(title, []).append(round(rows[row][key], 2))
+        facts = {f"{title}, untrained": rows["random weights"][key] for key, title in PROTOCOLS.items()}
+        facts |= {f"{title}, pixels": rows["pixels"][key] for key, title in PROTOCOLS.items()}
+        facts |= {"s per 1,000": measured["seconds_per_1000"], "memory (MB)": measured["peak_memory"]}
+        for title, value in facts.items():
+            self.row(self.values, label).setdefault(title, []).append(round(value, 2))
+        for row, scores in measured.get("factors", {}).items():
+            for factor, score in scores.items() if full or row == label else ():
+                self.row(self.factors, row).setdefault(factor, []).append(round(score, 2))
+        self.origins[label] = {"method": method, "commit": results.commit()}
+
+    def save(self, name: str, options: str, seeds: list[int]) -> Path:
+        """Write it: the method of the controls, the others in the book's order, the controls."""
+        from sslbook.notebook import results
+
+        def place(row: str) -> tuple[bool, bool, int]:
+            method = self.origins.get(row, {}).get("method", "")
+            order = list(METHODS).index(method) if method in METHODS else CONTROLS.index(row) if row in CONTROLS else 0
+            return row in CONTROLS, method != self.controls_of, order
+
+        command = f"python -m sslbook.compare {shlex.join(sys.argv[1:])}"
+        settings = {"options": options, "controls_of": self.controls_of, "origins": self.origins}
+        for title, rows in ((f"{name}_factors", self.factors), (name, self.values)):
+            if rows:
+                ordered = {row: rows[row] for row in sorted(rows, key=place)}
+                path = results.save(title, ordered, command=command, seeds=seeds, settings=settings)
+        return path
 
 
 def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool = False) -> dict:

@@ -5,10 +5,12 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from sslbook import checkpoint, compare, train
+from sslbook.errors import UserError
 from sslbook.notebook import results
 from tests.engine import command, start
 
@@ -75,7 +77,19 @@ def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) ->
     lost.unlink()
     compare.compare("tiny", ["rotation", "simclr"], [0, 1], options)
     assert [path for path in reports if path.stat().st_mtime_ns != written[path]] == [lost]  # what was not finished
-    assert results.load("tiny").values["SimCLR"]["kNN"] == result["SimCLR"]["kNN"]
+    assert results.load("tiny").values == {**result.values, "SimCLR": results.load("tiny")["SimCLR"]}
+    assert results.load("tiny")["SimCLR"]["kNN"] == result["SimCLR"]["kNN"]
+
+    compare.compare("tiny", ["simclr"], [0, 1], options)  # one row refreshed, the others stay
+    again = results.load("tiny")
+    assert list(again.values) == list(result.values)
+    assert again["Rotation"] == result["Rotation"]
+    assert again["SimCLR"]["linear"] == result["SimCLR"]["linear"]
+    assert again.settings["origins"]["SimCLR"]["method"] == "simclr"
+    with pytest.raises(UserError, match="holds other options"):
+        compare.compare("tiny", ["simclr"], [0], options)
+    with pytest.raises(UserError, match="holds other options"):
+        compare.compare("tiny", ["simclr"], [0, 1], options + " --steps 3")
 
 
 def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None:

@@ -135,7 +135,7 @@ def save(
         name=name,
         values=dict(values),
         command=command,
-        commit=_commit(where),
+        commit=commit(where),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         hardware=_hardware(),
         versions=_versions(),
@@ -206,9 +206,13 @@ def show(
     return Table(["", *heads], cells, result.origin())
 
 
-def _commit(where: Path) -> str:
+def commit(where: Path | None = None) -> str:
+    """The commit of the checkout with the folder `where`, ending in `+` where tracked files are changed, or ""."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=where or folder(), capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -76,7 +76,7 @@ def redundancy_after_training(lambda_: float) -> tuple[float, float]:
     method = make("barlow_twins", lambda_=lambda_)
     optimizer = torch.optim.AdamW(method.parameters(), lr=5e-3)
     batch = make_batch(method, 64)
-    for _ in range(100):
+    for _ in range(50):
         optimizer.zero_grad()
         method(batch, Clock())["loss"].backward()
         optimizer.step()
@@ -91,7 +91,7 @@ def test_without_the_rest_of_the_matrix_dimensions_repeat() -> None:
     assert redundancy < 0.15
     agreement, redundancy = redundancy_after_training(0.0)
     assert agreement > 0.7
-    assert redundancy > 0.3
+    assert redundancy > 0.25
 
 
 def test_the_papers_size() -> None:

@@ -71,16 +71,16 @@ def spread_after_training(predictor: bool) -> float:
     if not predictor:
         method.predictor = nn.Identity()
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    for step in range(150):
+    for step in range(80):
         out = method(make_batch(method, 16, seed=step), Clock())
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
-        method.after_step(Clock(0, 150))
+        method.after_step(Clock(0, 80))
     return float(out["feature_spread"])
 
 
 def test_without_its_predictor_it_collapses() -> None:
     kept, removed = spread_after_training(True), spread_after_training(False)
-    assert kept > 0.5
-    assert removed < 0.25
+    assert kept > 0.65
+    assert removed < 0.4

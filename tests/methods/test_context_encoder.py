@@ -131,10 +131,10 @@ def loss_after_training() -> float:
 
 
 def test_with_nothing_hidden_it_copies(monkeypatch) -> None:
-    assert loss_after_training() > 0.9
+    assert loss_after_training() > 0.8
     paint = ContextEncoder.paint
     monkeypatch.setattr(ContextEncoder, "paint", lambda self, x, hidden: paint(self, x, torch.zeros_like(hidden)))
-    assert loss_after_training() < 0.5
+    assert loss_after_training() < 0.6
 
 
 def test_sizes_of_full_scale() -> None:

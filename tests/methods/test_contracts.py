@@ -68,7 +68,9 @@ def check(one: dict, two: list[dict], tolerance: float = 1e-5) -> None:
             assert relative(got["gradients"][step], one["gradients"][step]) < tolerance, f"gradient of step {step}"
         for key, value in one["state"].items():
             if value.is_floating_point():
-                assert float((got["state"][key] - value).abs().max()) < tolerance * max(1, float(value.abs().max())), key
+                assert float((got["state"][key] - value).abs().max()) < tolerance * max(1, float(value.abs().max())), (
+                    key
+                )
             else:
                 assert torch.equal(got["state"][key], value), key
     for key, value in two[0]["state"].items():

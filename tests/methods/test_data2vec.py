@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from sslbook import distributed
 from sslbook.data.masks import block_mask
@@ -108,6 +109,34 @@ def test_without_normalization_one_layer_decides() -> None:
     assert quiet < 0.2
     quiet, loud = shares(True)
     assert quiet == pytest.approx(loud, abs=0.1)
+
+
+def loss_after_training() -> float:
+    """On pictures whose patches have nothing to do with each other: only who sees one can say what the teacher says."""
+    backbone = VisionTransformer(SIZE, 4, 32, 1, 4)
+    method = make("data2vec", backbone=backbone, top_layers=1, momentum=1.0, momentum_end=1.0)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(50):
+        patches = torch.randn(16, 3, 4, 4, generator=generator).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        loss = method(make_batch(method, 16, seed=step)._replace(views=(patches,)), Clock(step, 50))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses[-10:]) / 10
+
+
+def test_without_the_mask_it_copies_the_teacher(monkeypatch) -> None:
+    assert loss_after_training() > 0.1
+    embed = VisionTransformer.embed
+
+    def cover_nothing(self: VisionTransformer, x: Tensor, mask: Tensor | None = None, token: Tensor | None = None):
+        return embed(self, x) if token is None else embed(self, x) + 0 * token
+
+    monkeypatch.setattr(VisionTransformer, "embed", cover_nothing)
+    assert loss_after_training() < 0.05
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from sslbook import nn as nets
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
+from sslbook.data.world import KNOBS, World
 from sslbook.errors import UserError
 from sslbook.methods.deepcluster import DeepCluster, uniform_order
 from sslbook.nn import ConvNet, clustering
@@ -103,8 +103,35 @@ def test_processes_agree_about_clusters_classifier_and_order(pool) -> None:
             assert torch.equal(a, b)
 
 
-def found_of_small_clusters(epochs: int = 8) -> float:
-    """The part of the small clusters' pictures that training recognizes, where one cluster has nearly all pictures."""
+def clusters_made() -> int:
+    """In five rounds of clustering and training; eight in each would be 40, of ten pictures twelve times each."""
+    knobs = dict.fromkeys(KNOBS, 0.0)
+    data = Data(world=World(pictures=120, test_pictures=4, size=SIZE, **knobs))
+    method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False, num_clusters=8)
+    method.prepare(data)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+    made = 0
+    for epoch in range(5):
+        clock = Clock(3 * epoch, 15, 3, seed=3)
+        method.before_epoch(data, clock)
+        made += len(method.assignment.unique())
+        for batch in data.batches(method.views(), 40, seed=0, epoch=epoch, order=method.order(data, clock)):
+            optimizer.zero_grad()
+            method(batch, clock)["loss"].backward()
+            optimizer.step()
+    return made
+
+
+def test_without_filling_empty_clusters_rounds_make_fewer(monkeypatch) -> None:
+    assert clusters_made() > 38
+    monkeypatch.setattr(clustering, "split_largest", lambda centroids, sizes: centroids)
+    assert clusters_made() < 35
+
+
+def told_apart(epochs: int = 16) -> tuple[float, int]:
+    """Where one of five clusters has nearly all pictures: the part of the others' pictures that training recognizes,
+    and how many clusters the network ever names.
+    """
     data = Data(world=World(pictures=160, test_pictures=4, size=SIZE))
     method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False)
     method.prepare(data)
@@ -119,13 +146,17 @@ def found_of_small_clusters(epochs: int = 8) -> float:
     (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, 160)
     with torch.no_grad():
         said = method.eval().classifier(method.backbone(batch.views[0])).argmax(dim=1)
-    return float((said == method.assignment)[method.assignment > 0].float().mean())
+    return float((said == method.assignment)[method.assignment > 0].float().mean()), len(said.unique())
 
 
 def test_without_uniform_sampling_all_pictures_become_the_largest_cluster(monkeypatch) -> None:
-    assert found_of_small_clusters() > 0.4
+    found, named = told_apart()
+    assert found > 0.4
+    assert named > 3
     monkeypatch.setattr(DeepCluster, "order", lambda self, data, clock: None)
-    assert found_of_small_clusters() < 0.1
+    found, named = told_apart()
+    assert found < 0.2
+    assert named < 3
 
 
 def test_what_cannot_be_is_refused() -> None:

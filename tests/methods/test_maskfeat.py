@@ -148,17 +148,17 @@ def loss_after_training() -> float:
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
     place = torch.arange(8.0)
     losses = []
-    for _ in range(150):
-        upright = (torch.rand(32, 1, 2, 2, 1, 1) < 0.5).float()
+    for _ in range(40):
+        upright = (torch.rand(16, 1, 2, 2, 1, 1) < 0.5).float()
         wave = upright * torch.sin(1.5 * place)[None, :] + (1 - upright) * torch.sin(1.5 * place)[:, None]
-        wave = wave * (0.2 + torch.rand(32, 3, 2, 2, 1, 1)) + torch.randn(32, 3, 2, 2, 1, 1)
-        images = wave.transpose(3, 4).reshape(32, 3, 16, 16)
-        loss = method(make_batch(method, 32)._replace(views=(images,)), Clock())["loss"]
+        wave = wave * (0.2 + torch.rand(16, 3, 2, 2, 1, 1)) + torch.randn(16, 3, 2, 2, 1, 1)
+        images = wave.transpose(3, 4).reshape(16, 3, 16, 16)
+        loss = method(make_batch(method, 16)._replace(views=(images,)), Clock())["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    return sum(losses[-20:]) / 20
+    return sum(losses[-10:]) / 10
 
 
 def test_without_the_mask_it_copies(monkeypatch) -> None:

