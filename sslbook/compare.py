@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sslbook import configuration
 from sslbook.errors import UserError
-from sslbook.methods import METHODS
+from sslbook.methods import METHODS, load
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
@@ -51,13 +51,17 @@ def compare(
     from sslbook.notebook import results
 
     methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else methods
+    if not methods or not seeds:
+        raise UserError("nothing to compare: give at least one method and one seed")
+    for method in methods:
+        load(method)  # a wrong name is told before anything is trained
     comparison = Comparison.load(name, options, seeds, controls_of=methods[0])
     for method in methods:
         full = method == comparison.controls_of
         for seed in seeds:
             comparison.add(method, seed, one_run(method, seed, runs / name, shlex.split(options), full), full)
-        path = comparison.save(name, options, seeds)
-    print(f"\n{results.show(name)}\nwritten to {path}")
+        comparison.save(name, options, seeds)
+    print(f"\n{results.show(name)}")
 
 
 class Comparison:
@@ -80,7 +84,9 @@ class Comparison:
         from sslbook.notebook import results
 
         where = results.folder()
-        if where is None or not (where / f"{name}.json").is_file():
+        if where is None:
+            raise UserError("no book/results above this folder to write to: mkdir -p book/results, or use a checkout")
+        if not (where / f"{name}.json").is_file():
             return cls(controls_of, {}, {}, {})
         old = results.load(name)
         if (old.settings.get("options"), old.seeds) != (options, seeds) or "origins" not in old.settings:
@@ -120,7 +126,7 @@ class Comparison:
                 self.row(self.factors, row).setdefault(factor, []).append(round(score, 2))
         self.origins[label] = {"method": method, "commit": results.commit()}
 
-    def save(self, name: str, options: str, seeds: list[int]) -> Path:
+    def save(self, name: str, options: str, seeds: list[int]) -> None:
         """Write it: the method of the controls, the others in the book's order, the controls."""
         from sslbook.notebook import results
 
@@ -134,8 +140,7 @@ class Comparison:
         for title, rows in ((f"{name}_factors", self.factors), (name, self.values)):
             if rows:
                 ordered = {row: rows[row] for row in sorted(rows, key=place)}
-                path = results.save(title, ordered, command=command, seeds=seeds, settings=settings)
-        return path
+                results.save(title, ordered, command=command, seeds=seeds, settings=settings)
 
 
 def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool = False) -> dict:

@@ -92,6 +92,19 @@ def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) ->
         compare.compare("tiny", ["simclr"], [0, 1], options + " --steps 3")
 
 
+def test_a_comparison_that_cannot_end_does_not_begin(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "folder", lambda: None)
+    monkeypatch.setattr(compare.subprocess, "run", lambda words: pytest.fail(f"started {words}"))
+    with pytest.raises(UserError, match="mkdir -p book/results"):
+        compare.compare("tiny", ["simclr"])
+    with pytest.raises(UserError, match="did you mean simclr"):
+        compare.compare("tiny", ["rotation", "simcrl"])
+    for methods, seeds in (([], [0]), (["simclr"], [])):
+        with pytest.raises(UserError, match="at least one"):
+            compare.compare("tiny", methods, seeds)
+
+
 def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None:
     """Which runs are started, in which order and with what, without running them."""
     started = []
