@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sslbook import configuration
 from sslbook.errors import UserError
-from sslbook.methods import METHODS, load
+from sslbook.methods import METHODS
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
@@ -54,7 +54,7 @@ def compare(
     if not methods or not seeds:
         raise UserError("nothing to compare: give at least one method and one seed")
     for method in methods:
-        load(method)  # a wrong name is told before anything is trained
+        configuration.method_class(method)  # a wrong name is told before anything is trained
     comparison = Comparison.load(name, options, seeds, controls_of=methods[0])
     for method in methods:
         full = method == comparison.controls_of
