@@ -135,7 +135,8 @@ class Comparison:
             order = list(METHODS).index(method) if method in METHODS else CONTROLS.index(row) if row in CONTROLS else 0
             return row in CONTROLS, method != self.controls_of, order
 
-        command = f"python -m sslbook.compare {shlex.join(sys.argv[1:])}"
+        words = [name, *([f"--options={options}"] if options else []), *([f"--seeds={seeds}"] if seeds != [0] else [])]
+        command = f"python -m sslbook.compare {shlex.join(words)}"  # of all rows
         settings = {"options": options, "controls_of": self.controls_of, "origins": self.origins}
         for title, rows in ((f"{name}_factors", self.factors), (name, self.values)):
             if rows:
