@@ -72,7 +72,7 @@ def test_relative_positions_enter_every_block_and_nothing_else() -> None:
     weights = (q @ k.transpose(2, 3) / 8**0.5 + biases(network.rel_pos_bias, (2, 2))).softmax(dim=-1)
     expected = block.attn.proj((weights @ v).transpose(1, 2).reshape(1, 5, 16))
     torch.testing.assert_close(block.attn(tokens, network.rel_pos_bias()), expected)
-    network(x).sum().backward()
+    network(x)[:, 0].sum().backward()  # the sum of all would be the last layer norm's, a constant
     assert network.rel_pos_bias.table.grad.abs().sum() > 0
     with pytest.raises(UserError, match="use positions sincos or learned"):
         network(torch.randn(1, 3, 8, 16))
