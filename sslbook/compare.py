@@ -39,7 +39,8 @@ def compare(
     of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of BEiT v2 is VQ-KD's.
 
     A table that is there already, of the same options and seeds, keeps its other rows and its controls, so that it can
-    be filled and refreshed method by method; the file's settings say at which commit a row was entered.
+    be filled and refreshed method by method; the file's settings say at which commit a row was entered. A finished run
+    is read, not trained again: delete its folder to measure it anew.
 
     Args:
         name: name of the result.
