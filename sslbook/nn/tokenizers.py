@@ -96,7 +96,8 @@ def gumbel_noise(
     index: Int[Tensor, "batch"], patches: int, codes: int, seed: int, epoch: int
 ) -> Float[Tensor, "batch {patches} {codes}"]:
     """Keyed noise of the Gumbel distribution: the code with the greatest score plus noise is drawn from the softmax."""
-    u = chance.uniform(seed, epoch, index, STREAM, patches * codes) + 2.0**-25  # in the open interval, symmetric
+    # Chance may be 0 but never 1; to move it up by a rounding error instead would make its greatest value 1.
+    u = chance.uniform(seed, epoch, index, STREAM, patches * codes).clamp_min(2.0**-25)
     return -(-u.log()).log().unflatten(1, (patches, codes))
 
 
@@ -283,8 +284,19 @@ def train_discrete(tokenizer: Tokenizer, data: Data, view: View, steps: int, met
             torch.manual_seed(0)
             encoder = DiscreteEncoder(**tokenizer.encoder.init_args).to(device)  # pyrefly: ignore[bad-unpacking]
             decoder = DiscreteDecoder(**encoder.init_args).to(device)
-        error = _fit(encoder, decoder, data, view, tokenizer.size, steps, device)
-        print(f"{method}: the tokenizer is done; squared error of normalized pictures {error:.3f}", file=sys.stderr)
+        error, tokens = _fit(encoder, decoder, data, view, tokenizer.size, steps, device)
+        if not math.isfinite(error):
+            raise UserError(
+                f"{method}: the loss of the tokenizer became {error}; train one with python -m sslbook.train dvae and "
+                "give it as --method.tokenizer"
+            )
+        used = f"{len(tokens.unique())} of {encoder.codes} codes in use"
+        print(f"{method}: the tokenizer is done; squared error of pictures {error:.3f}, {used}", file=sys.stderr)
+        if len(tokens) > 1 and (tokens == tokens[0]).all():
+            cure = "use more tokenizer_steps, or pictures that differ"
+            print(
+                f"{method}: warning: all pictures have the same codes, nothing to learn from; {cure}", file=sys.stderr
+            )
         weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
     tokenizer.encoder.load_state_dict(distributed.from_main(weights) or {})
 
@@ -297,12 +309,13 @@ def _fit(
     size: int,
     steps: int,
     device: torch.device,
-) -> float:
+) -> tuple[float, Int[Tensor, "batch patches"]]:
+    """The squared error and the codes of the last batch."""
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
     batch_size = min(64, data.num_train)
     per_epoch = data.steps_per_epoch(batch_size)
-    error = 0.0
+    error, tokens = math.nan, torch.zeros(0, 0, dtype=torch.int64)
     batches = iter(())
     for step in range(steps):
         if step % per_epoch == 0:
@@ -320,5 +333,5 @@ def _fit(
         optimizer.zero_grad()
         (squared + 0.001 * divergence).backward()
         optimizer.step()
-        error = float(squared.detach())
-    return error
+        error, tokens = float(squared.detach()), scores.argmax(dim=2)
+    return error, tokens

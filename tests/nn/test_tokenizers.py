@@ -1,11 +1,12 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from sslbook import checkpoint
-from sslbook.data.loader import Data
+from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.data.world import World
 from sslbook.errors import UserError
@@ -34,6 +35,16 @@ def test_noise_draws_from_the_softmax() -> None:
     torch.testing.assert_close(drawn, scores.softmax(dim=0), rtol=0, atol=0.015)
     assert torch.equal(gumbel_noise(torch.tensor([7]), 5, 4, 3, 2)[0], noise[7])
     assert not torch.equal(gumbel_noise(torch.tensor([7]), 5, 4, 3, 3)[0], noise[7])
+
+
+def test_noise_is_finite_at_the_ends_of_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw in 2^24 is the greatest below 1: a training step of BEiT's tokenizer draws half a million."""
+    ends = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
+    monkeypatch.setattr("sslbook.chance.uniform", lambda *key: ends[None])
+    noise = gumbel_noise(torch.tensor([0]), 2, 2, seed=0, epoch=0).flatten()
+    assert noise.isfinite().all()
+    assert (noise.diff() > 0).all()
+    assert float(noise[3]) == pytest.approx(24 * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.01])
@@ -121,7 +132,27 @@ def test_training_one_here_is_deterministic_and_leaves_no_trace(capsys) -> None:
         made.append(tokenizer)
     for a, b in zip(made[0].parameters(), made[1].parameters()):
         assert torch.equal(a, b)
-    assert "beit: no tokenizer given, so one is trained first, 3 steps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "beit: no tokenizer given, so one is trained first, 3 steps" in said
+    assert re.search(r"the tokenizer is done; squared error of pictures [\d.]+, \d+ of 8 codes in use", said)
+
+
+def test_a_tokenizer_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    data = Data(world=World(pictures=64, size=16))
+    tokenizer = Tokenizer(small_encoder(4, 8), VIEW, 4)
+    constant = Data(world=World(pictures=64, size=16))
+    monkeypatch.setattr(
+        constant,
+        "batches",
+        lambda *_, **__: iter(
+            [Batch((torch.zeros(64, 3, 16, 16),), torch.arange(64), torch.zeros(64, dtype=torch.int64))]
+        ),
+    )
+    train_discrete(tokenizer, constant, VIEW, 1, "beit")
+    assert "beit: warning: all pictures have the same codes" in capsys.readouterr().err
+    monkeypatch.setattr("sslbook.nn.tokenizers.gumbel_noise", lambda i, n, k, *_: torch.full((len(i), n, k), math.inf))
+    with pytest.raises(UserError, match="the loss of the tokenizer became nan; train one with"):
+        train_discrete(tokenizer, data, VIEW, 2, "beit")
 
 
 def test_the_nearest_code_by_loops() -> None:
