@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslbook import checkpoint
 from sslbook.data.loader import Data
 from sslbook.data.views import View, apply_one
 from sslbook.evaluation import controls, factors, knn, linear
-from sslbook.evaluation.features import center_view, extract_features
+from sslbook.evaluation.features import center_view, extract_features, extract_with_index
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
 from sslbook.hooks import Run, read_metrics
 from sslbook.methods.base import Method
@@ -63,9 +63,9 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
         print(f"skipped {data.skipped} pictures that could not be read")
         result["skipped"] = data.skipped
     before = _fresh(run) if (folder / "initial.safetensors").exists() else None
-    labeled = data.num_classes > 1 and data.num_test > 0
+    labeled = data.measurable
     split: Split = "test" if data.num_test else "train"
-    features = {}
+    features, places = {}, torch.arange(0)
     if labeled:
         rows, scores = [], {}
         for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
@@ -73,8 +73,8 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
                 continue
             began = time.perf_counter()
             train = extract_features(backbone, data, "train", view, device=run.device)
-            test = extract_features(backbone, data, "test", view, device=run.device)
-            features[name] = test[0]
+            x, y, places = extract_with_index(backbone, data, "test", view, device=run.device)
+            test, features[name] = (x, y), x
             shown = {"start": "random weights"}.get(name, name)
             accuracy = linear.probe(*train, *test, device=run.device).accuracy
             vote = knn.accuracy(*train, *test, device=run.device)
@@ -103,17 +103,17 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
             result["factors"] = {**scores, "chance": level}
             print(f"\nWhat the features know of each factor\n{format_factors(scores, level)}")
     else:
-        print("the pictures have no labels or no test split, so no accuracy is reported; the pictures below still are")
+        print("no labels, or no labeled test pictures, so no accuracy is reported; the pictures below still are")
         for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
             if backbone is not None:
-                features[name] = extract_features(backbone, data, split, view, device=run.device)[0]
+                features[name], _, places = extract_with_index(backbone, data, split, view, device=run.device)
     checkpoint.write_text(folder / "report.json", json.dumps(result, indent=2) + "\n")
 
     draw_curves(run)
     draw_views(run)
     draw_reconstructions(run)
-    draw_neighbors(run, features, split)
-    draw_map(run, list(features.values())[-1], split)
+    draw_neighbors(run, features, split, places)
+    draw_map(run, list(features.values())[-1], split, places)
     made = ", ".join(sorted(p.name for p in folder.glob("*.png")))
     print(f"\nIn {folder}: {made}; report.json; backbone.safetensors")
     return result
@@ -204,26 +204,35 @@ def draw_reconstructions(run: Run, rows: int = 6) -> None:
 
 
 def draw_neighbors(
-    run: Run, features: dict[str, Float[Tensor, "n d"]], split: Split, rows: int = 6, k: int = 6
+    run: Run,
+    features: dict[str, Float[Tensor, "n d"]],
+    split: Split,
+    places: Int[Tensor, "n"],
+    rows: int = 6,
+    k: int = 6,
 ) -> None:
-    """`neighbors.png`: nearest neighbors of a few pictures, before training and after."""
+    """`neighbors.png`: nearest neighbors of a few pictures, before training and after.
+
+    `places` are the features' places in the split, which pictures that cannot be read leave gaps in.
+    """
     data, view = run.data, evaluation_view(run.method.views()[0])
     count = len(next(iter(features.values())))
     k, rows = min(k, count - 1), min(rows, count)
     if k < 1:
         return
     queries = (torch.arange(rows) * count // rows).tolist()
-    labels = data.labels(split)
+    labels = data.labels(split)[places]
     show = View.center(min(96, view.size), mean=(0, 0, 0), std=(1, 1, 1))
 
-    def picture(position: int) -> Tensor:
-        return apply_one(show, data.picture(split, position), 0, 0, position, 0)
+    def picture(row: int) -> Tensor:
+        place = int(places[row])
+        return apply_one(show, data.picture(split, place), 0, 0, place, 0)
 
     for name, x in features.items():
         _, found = knn.neighbors(x, x[queries], k + 1)
         kept = [[j for j in row.tolist() if j != q][:k] for q, row in zip(queries, found)]
         sheet = torch.stack([torch.stack([picture(j) for j in row]) for row in kept])
-        same = torch.stack([labels[row] == labels[q] for q, row in zip(queries, kept)]) if data.num_classes else None
+        same = torch.stack([labels[row] == labels[q] for q, row in zip(queries, kept)]) if labels.max() >= 0 else None
         when = "before" if name == "start" else "after"
         alt = f"Each row: a picture and its {k} nearest neighbors {when} training; green frames share its class."
         figure = pictures.neighbors(torch.stack([picture(q) for q in queries]), sheet, same, alt=alt)
@@ -231,7 +240,7 @@ def draw_neighbors(
         _save(figure, run.folder / f"neighbors_{when}.png")
 
 
-def draw_map(run: Run, x: Float[Tensor, "n d"], split: Split) -> None:
+def draw_map(run: Run, x: Float[Tensor, "n d"], split: Split, places: Int[Tensor, "n"]) -> None:
     """`umap.png`: the features in the plane (McInnes, Healy and Melville, 2018), colored by class if there are any."""
     if len(x) < 16:
         return
@@ -246,7 +255,7 @@ def draw_map(run: Run, x: Float[Tensor, "n d"], split: Split) -> None:
         neighbors = min(15, len(chosen) - 1)
         mapper = UMAP(n_neighbors=neighbors, metric="cosine", random_state=0, n_jobs=1, init="pca")
         points = torch.from_numpy(mapper.fit_transform(x[chosen].numpy())).float()
-    labels = run.data.labels(split)[chosen]
+    labels = run.data.labels(split)[places[chosen]]
     alt = f"UMAP map of the features of {len(chosen)} pictures, colored by class."
-    names = run.data.class_names if run.data.num_classes <= 20 else ()
+    names = run.data.class_names if run.data.num_classes <= 20 and labels.min() >= 0 else ()
     _save(pictures.scatter(points, labels, names, alt=alt), run.folder / "umap.png")

@@ -57,6 +57,22 @@ def test_a_folder_without_labels_is_reported_without_accuracies(tmp_path: Path, 
     assert {"curves.png", "views.png", "reconstructions.png", "neighbors_after.png", "umap.png"} <= pictures
 
 
+@pytest.mark.parametrize("labeled", [True, False])
+def test_test_pictures_that_cannot_be_read_or_have_no_labels(labeled: bool, tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        split = "train" if i < 10 else "test"
+        path = tmp_path / "photos" / split / ("ab"[i % 2] if labeled or split == "train" else "") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
+        if i == 10:  # what is drawn must be the pictures whose features there are
+            path.write_bytes(b"no picture")
+    options = {"data__world__pictures": None, "data__world__test_pictures": None, "data__workers": 0}
+    start("rotation", tmp_path / "run", **options, data__folder=tmp_path / "photos", report="quick", steps=1)
+    assert ("Accuracy on" in capsys.readouterr().out) == labeled
+    assert (tmp_path / "run" / "neighbors_after.png").exists()
+
+
 def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "book" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -140,6 +140,11 @@ class Data:
         return len(self.class_names)
 
     @property
+    def measurable(self) -> bool:
+        """Whether there are classes to tell apart, and test pictures that are labelled."""
+        return self.num_classes > 1 and self.num_test > 0 and bool((self.labels("test") >= 0).any())
+
+    @property
     def skipped(self) -> int:
         """Different pictures that could not be read so far."""
         return len(self.unreadable)
@@ -503,7 +508,9 @@ class _Cutter(Dataset):
                 return None
         if self.replace:
             name, reason = unreadable[-1]
-            unreadable.append(("", f"{attempts} pictures in a row cannot be read, the last is {name} ({reason})"))
+            unreadable.append(
+                ("", f"{attempts} pictures in a row cannot be read, the last is {name} ({reason}): mend them")
+            )
         return None
 
     def _make(self, view: View, pictures: list[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:

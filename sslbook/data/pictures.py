@@ -47,8 +47,8 @@ def open_picture(path: str | Path) -> Any:
             return _upright(to_rgb(picture), picture)
     except Exception as error:  # decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
         lines = str(error).splitlines()
-        reason = lines[0].replace(str(path), "file").replace("'file'", "file") if lines else type(error).__name__
-        raise UnreadablePicture(str(path), reason) from error
+        reason = lines[0].replace(f"image file {str(path)!r}", "it").replace(str(path), "it") if lines else ""
+        raise UnreadablePicture(str(path), reason or type(error).__name__) from error
 
 
 def to_rgb(picture: Any) -> Any:

@@ -54,7 +54,7 @@ def scan(folder: Path) -> list[str]:
                 here = (status.st_dev, status.st_ino)
                 if here not in above:  # a link to a folder that contains it
                     walk(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif entry.name.lower().endswith(EXTENSIONS):
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):  # no pipes
                 found.append(prefix + entry.name)
 
     status = os.stat(folder)
@@ -234,7 +234,7 @@ def _load_imported(name: str, root: str | Path) -> Sets:
     module, _, attribute = name.rpartition(".")
     try:
         make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot import the data set {name} ({error}): check the path, or set PYTHONPATH") from error
     try:
         signature = inspect.signature(make)

@@ -137,6 +137,8 @@ def test_scan_is_sorted_and_passes_over_the_hidden(tmp_path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / "good.png", tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("no picture")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")  # whoever opened it would wait for ever
     assert scan(tmp_path) == ["a/10.jpg", "a/deep/er/1.gif", "a/z.PNG", "b/2.jpg", "good.png", "top.webp"]
 
 
