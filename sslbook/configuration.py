@@ -46,7 +46,14 @@ class Parser(ArgumentParser):
 
     def construct(self, config: Namespace) -> Namespace:
         """Call the constructors that the parsed configuration names."""
-        return self.instantiate(config)
+        try:
+            return self.instantiate(config)
+        except UserError:
+            raise
+        except ValueError as error:  # what a constructor in a list, or one that may be null, has raised
+            if not str(error).startswith("Does not validate"):
+                raise
+            raise UserError(self._one_line(str(error))) from error
 
     def plain(self, config: Namespace) -> dict[str, Any]:
         """The parsed options as plain values, nulls included: a default may be something else."""
@@ -65,7 +72,9 @@ class Parser(ArgumentParser):
     def _one_line(self, message: str) -> str:
         options = [name for name in self._option_string_actions if name.startswith("--")]
         if found := re.search(r"unrecognized arguments: (.*)", message, re.S):
-            word = next((w for w in shlex.split(found[1]) if w.startswith("-")), found[1].strip())
+            word = next((w for w in shlex.split(found[1]) if w.startswith("-")), None)
+            if word is None:
+                return f"unexpected {found[1].strip()}: the method comes first, all else are --OPTION VALUE"
             return f"unknown option {word}{_nearest_option(word.split('=')[0], options)}"
         if found := re.search(r"Option '(\w+)' is not accepted", message):
             owner = re.search(r"class_path[= ]*'([\w.]+)'", message)
@@ -84,7 +93,11 @@ class Parser(ArgumentParser):
             return f"unknown key {found[1]}{_nearest_option('--' + found[1], options).replace('--', '')}"
         message = re.sub(r"<class '([\w.]+)'>", lambda m: m[1].split(".")[-1], message)
         message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
-        return " ".join(message.split())[:400]
+        message = " ".join(message.split())
+        message = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message)
+        message = re.sub(r" - Expected a NoneType( Given value type: \w+)? Given value: ", ". Got value: ", message)
+        message = re.sub(r"Expected a dot import path string: (\w+)(\. Got value: .*)?$", _no_class, message)
+        return message.replace("Literal[", "one of [").replace("typing.", "")[:400]
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -96,6 +109,20 @@ def _wrap(text: str, width: int) -> list[str]:
 def _short_names(found: re.Match) -> str:
     names = [path.strip().split(".")[-1] for path in found[1].replace("\n", " ").split(",")]
     return ", one of: " + ", ".join(n for n in names if n not in ("Schedule", "Optimizer", "Hook")) + ")"
+
+
+def _no_class(found: re.Match) -> str:
+    """There is no such class, and which one may be meant: an optimizer, a schedule or a hook."""
+    from torch.optim import Optimizer
+
+    from sslbook.hooks import Hook
+    from sslbook.schedules import Schedule
+
+    kinds: list[type] = [Optimizer, Schedule, Hook]
+    for kind in kinds:  # which grows: AdamW is an Adam
+        kinds += kind.__subclasses__()
+    names = [kind.__name__ for kind in kinds[3:]]
+    return f"there is no {found[1]}{nearest(found[1], names)} (a name, or the import path of your own)"
 
 
 def _nearest_option(word: str, options: list[str]) -> str:
@@ -160,7 +187,7 @@ def method_class(name: str) -> type:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"method {name}: cannot be imported ({error})") from None
     if not isinstance(found, type) or not issubclass(found, Method):
         raise UserError(f"method {name}: is not a subclass of sslbook.methods.base.Method")

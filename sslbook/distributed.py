@@ -163,7 +163,12 @@ def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = N
         device: where to compute, such as `cpu` or `cuda:1`; by default a GPU if there is one.
     """
     cuda = torch.cuda.is_available()
-    kind = torch.device(device).type if device else "cuda" if cuda else "cpu"
+    try:
+        kind = torch.device(device).type if device else "cuda" if cuda else "cpu"
+        torch.empty(0, device="cpu" if kind == "cuda" else kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise UserError(f"device {device} cannot be used ({reason}): use cpu, cuda or cuda:0") from None
     if kind == "cuda" and not cuda:
         raise UserError(f"device {device} needs an NVIDIA GPU and torch finds none: use device cpu")
     if backend == "nccl" and kind != "cuda":

@@ -13,5 +13,13 @@ def nearest(word: str, words: list[str]) -> str:
     """`; did you mean X?` for the closest of `words`, or an empty string."""
     import difflib
 
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    by_lower = {known.lower(): known for known in words}  # SimCLR is simclr
+    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[found[0]]}?" if found else ""
+
+
+def at_least_one(**counts: int) -> None:
+    """Refuse a count below 1, by its name."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} is {count}: give 1 or more")

@@ -17,7 +17,7 @@ from torch import Tensor
 from sslbook import distributed
 from sslbook.checkpoint import write_atomically, write_text
 from sslbook.data.loader import Batch, Data
-from sslbook.errors import UserError
+from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.schedules import Clock
 
@@ -171,11 +171,12 @@ class OnlineKNN(Hook):
     """
 
     def __init__(self, every: int = 1, k: int = 20, limit: int = 10_000) -> None:
+        at_least_one(every=every, k=k, limit=limit)
         self.every, self.k, self.limit = every, k, limit
 
     def start(self, run: Run) -> None:
-        if run.data.num_classes < 2 or run.data.num_test == 0:
-            raise UserError("OnlineKNN needs labeled pictures and a test split; leave it out of --hooks")
+        if not run.data.measurable:
+            raise UserError("OnlineKNN needs labeled pictures, also for the test; leave it out of --hooks")
 
     def epoch(self, run: Run) -> None:
         if run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps:
@@ -193,6 +194,7 @@ class Pictures(Hook):
     """
 
     def __init__(self, every: int = 10) -> None:
+        at_least_one(every=every)
         self.every = every
 
     def start(self, run: Run) -> None:
@@ -217,6 +219,7 @@ class TensorBoard(Hook):
     """
 
     def __init__(self, every: int = 10) -> None:
+        at_least_one(every=every)
         self.every = every
 
     def start(self, run: Run) -> None:
@@ -255,6 +258,7 @@ class WandB(Hook):
     def __init__(
         self, project: str = "sslbook", mode: Literal["offline", "online", "disabled"] = "offline", every: int = 10
     ) -> None:
+        at_least_one(every=every)
         self.project, self.mode, self.every = project, mode, every
 
     def start(self, run: Run) -> None:

@@ -27,6 +27,11 @@ from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
 
+CURES = {  # what torch says of a batch that is too small or too large, and what to do about it
+    "Expected more than 1 value per channel": "batch norm needs more than one picture at a time: raise --batch_size, or "
+    "lower --accumulate",
+    "can't allocate memory": "out of memory: lower --batch_size or the views' size, or raise --accumulate",
+}
 OWN_FILES = ("config.yaml", "metrics.jsonl", "backbone.safetensors", "initial.safetensors", "report.json")
 
 
@@ -108,6 +113,9 @@ def pretrain(
     torch.backends.cudnn.benchmark = cudnn_benchmark
     processes, rank = distributed.world_size(), distributed.rank()
     _check_batch(batch_size, accumulate, processes)
+    _check_numbers(
+        log_every=log_every, clip=clip, layer_decay=layer_decay, lr_reference_batch=lr_reference_batch, keep=keep
+    )
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = steps if steps is not None else round(epochs * steps_per_epoch)
     if total_steps < 1:
@@ -324,6 +332,14 @@ def _check_batch(batch_size: int, accumulate: int, processes: int) -> None:
         )
 
 
+def _check_numbers(*, keep: int, **positive: float | None) -> None:
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value}: give a number above 0")
+    if keep < 0:
+        raise UserError(f"--keep is {keep}: give how many checkpoints to keep, or 0 for all")
+
+
 def _open_folder(
     method: Method, data: Data, out: str | None, resume: str | None, weights: str | None
 ) -> tuple[Path, dict[str, Any] | None]:
@@ -477,6 +493,8 @@ def main(argv: list[str] | None = None) -> None:
     from sslbook import configuration
 
     parser, config, resolved = configuration.resolve(sys.argv[1:] if argv is None else argv, pretrain)
+    if not -(2**63) <= config.seed < 2**63:
+        raise UserError(f"--seed is {config.seed}: give a number of at most 64 bits")
     torch.manual_seed(config.seed)  # the fresh weights
     options = vars(parser.construct(config))
     for name in ("config", "recipe"):
@@ -496,6 +514,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"out of GPU memory: lower --batch_size or raise --accumulate ({error})".split("\n")[0]
         ) from None
+    except (ValueError, RuntimeError) as error:
+        cure = next((cure for words, cure in CURES.items() if words in str(error)), None)
+        if isinstance(error, UserError) or cure is None:
+            raise
+        raise UserError(cure) from None
     finally:
         distributed.shutdown()
 

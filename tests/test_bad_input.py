@@ -12,7 +12,15 @@ from PIL import Image
 
 from sslbook import checkpoint, configuration, train
 from sslbook.errors import UserError
+from sslbook.methods.simclr import SimCLR
 from tests.engine import command, start, start_process
+
+
+class Hungry(SimCLR):
+    """A method that asks for more memory than there is."""
+
+    def forward(self, batch, clock):
+        return {"loss": torch.empty(2**50)}
 
 
 @pytest.fixture
@@ -40,6 +48,9 @@ def refusal(*words: str) -> str:
     ("words", "cure"),
     [
         (["simclrr"], "did you mean simclr?"),
+        (["SimCLR"], "did you mean simclr?"),
+        (["simclr", "mae"], "unexpected mae"),
+        ([".x"], "cannot be imported"),
         (["my_module.Nothing"], "cannot be imported"),
         (["os.path"], "not a subclass"),
         (["simclr", "--method.temprature=0.1"], "did you mean --method.temperature?"),
@@ -51,7 +62,7 @@ def refusal(*words: str) -> str:
         (["simclr", "--method.backbone=ResNet", "--method.backbone.dpth=18"], "did you mean depth?"),
         (["simclr", "--method.backbone=ResNet", "--method.backbone.depth=19"], "use one of 18"),
         (["simclr", "--optimizer.lrr=1"], "did you mean lr?"),
-        (["simclr", "--optimizer=Adamw2"], "optimizer"),
+        (["simclr", "--optimizer=Adamw2"], "did you mean AdamW?"),
         (["simclr", "--recipe=cifar"], "did you mean cifar10?"),
         (["simclr", "--config=nowhere.yaml"], "cannot be read"),
         (["simclr", "--data.name=cifra10"], "did you mean cifar10?"),
@@ -61,7 +72,19 @@ def refusal(*words: str) -> str:
         (["simclr", "--batch_size=10", "--accumulate=3"], "multiple of 3"),
         (["simclr", "--resume=nowhere"], "no such run folder"),
         (["simclr", "--precision=int8"], "precision"),
-        (["simclr", "--schedule=Cosin"], "schedule"),
+        (["simclr", "--schedule=Cosin"], "did you mean Cosine?"),
+        (["simclr", "--hooks=[OnlineKN]"], "did you mean OnlineKNN?"),
+        (["simclr", '--hooks=[{"class_path": "Pictures", "init_args": {"every": 0}}]'], "every is 0"),
+        (["simclr", "--steps=x"], "--steps: Expected a int. Got value: x"),
+        (["simclr", "--seed=99999999999999999999"], "64 bits"),
+        (["simclr", "--log_every=0"], "above 0"),
+        (["simclr", "--clip=0"], "above 0"),
+        (["simclr", "--layer_decay=-1"], "above 0"),
+        (["simclr", "--keep=-1"], "or 0 for all"),
+        (["simclr", "--device=tpu"], "use cpu, cuda"),
+        (["simclr", "--method.backbone=ResNet", "--method.backbone.width=0"], "1 or more"),
+        (["byol", "--batch_size=1"], "raise --batch_size"),
+        (["tests.test_bad_input.Hungry", "--batch_size=8"], "out of memory"),
         (["simclr", '--rules=[{"patern": "a"}]'], "patern"),
         (["simclr", "--method.view.flip=2"], "probability"),
         (["mae", "--method.backbone=resnet18"], "vision transformer"),
@@ -73,7 +96,7 @@ def refusal(*words: str) -> str:
 def test_a_wrong_option_is_answered_with_the_cure(words: list[str], cure: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = [] if any("data." in word for word in words) else ["--data.world.pictures=32"]
-    assert cure in refusal(*words, *small, "--steps=1", "--progress=false", "--report=none", "--hooks=[]")
+    assert cure in refusal(words[0], *small, "--steps=1", "--progress=false", "--report=none", "--hooks=[]", *words[1:])
 
 
 @pytest.mark.parametrize(

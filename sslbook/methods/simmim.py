@@ -33,9 +33,9 @@ def num_hidden(num_units: int, mask_ratio: float) -> int:
     hidden = math.ceil(num_units * mask_ratio - 1e-6)
     if not 0 < hidden < num_units:
         what = "to see" if hidden > 0 else "to predict"
+        ratio = f"use a ratio above 0 and at most {1 - 1 / num_units:.3g}, or " if num_units > 1 else "use "
         raise UserError(
-            f"mask ratio {mask_ratio} of {num_units} squares leaves nothing {what}: "
-            f"use a ratio above 0 and at most {1 - 1 / num_units:.3g}, or a smaller mask_size"
+            f"mask ratio {mask_ratio} of {num_units} squares leaves nothing {what}: {ratio}a smaller mask_size"
         )
     return hidden
 

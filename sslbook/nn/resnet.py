@@ -52,6 +52,8 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in _BLOCKS:
             raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
+        if width < 1 or inner_width < 1:
+            raise UserError(f"a ResNet of width {width} and inner_width {inner_width}: give 1 or more")
         block, counts = _BLOCKS[depth]
         if inner_width != 1 and block is BasicBlock:
             raise UserError(f"a ResNet-{depth} has no bottlenecks to widen: use depth 50, 101 or 152, or width")
