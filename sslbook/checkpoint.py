@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    own = [path for path in folder.glob("checkpoint-*.pt") if path.stem.removeprefix("checkpoint-").isdecimal()]
+    return sorted(own, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
 
 
 def find(path: Path) -> Path:
@@ -125,7 +127,9 @@ def load_weights(module: nn.Module, path: Path) -> Loaded:
         weights = _read_safetensors(path)
     else:
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickles that are refused in the next line
+                weights = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise UserError(f"{path}: holds more than tensors and could execute code; it was not loaded") from None
         except (RuntimeError, EOFError, OSError, KeyError, ValueError):

@@ -55,6 +55,16 @@ class Parser(ArgumentParser):
                 raise
             raise UserError(self._one_line(str(error))) from error
 
+    def check_groups(self, values: dict[str, Any]) -> None:
+        """Refuse something else than a mapping where a group of options stands, such as `data: PHOTOS`."""
+        for option in self._option_string_actions:
+            place: Any = values
+            path = option.removeprefix("--").split(".")
+            for depth, name in enumerate(path[:-1] if path[-1] != "help" else (), start=1):
+                place = place.get(name, {})
+                if not isinstance(place, dict):
+                    raise UserError(f"{'.'.join(path[:depth])}: holds options, such as {path[depth]}, and not {place}")
+
     def plain(self, config: Namespace) -> dict[str, Any]:
         """The parsed options as plain values, nulls included: a default may be something else."""
         return yaml.safe_load(self.dump(config, skip_validation=True, skip_unset=False))
@@ -225,6 +235,8 @@ def merge(base: dict, over: dict) -> dict:
     """`over` laid upon `base`, mapping by mapping; a change of `class_path` drops the old arguments."""
     if "class_path" in over and over["class_path"] != base.get("class_path"):
         return over
+    if "class_path" in base and (astray := [str(key) for key in over if key not in ("class_path", "init_args")]):
+        raise UserError(f"{', '.join(astray)}: options of {base['class_path']} stand below init_args")
     out = dict(base)
     for key, value in over.items():
         out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
@@ -316,14 +328,12 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     folders, _ = _take(argv, "--data.folder")
     outs, _ = _take(argv, "--out")
 
-    layers = [read_yaml(path) for path in config_files]
+    files = list(config_files)
     if resumes and (written := _config_of_run(resumes[-1], outs)) is not None:
-        layers.insert(0, read_yaml(written))
-    for layer in layers:
-        own = layer.get("method")
-        if isinstance(own, dict) and "class_path" in own:
-            name = name or own["class_path"]
-            layer["method"] = own.get("init_args") or {}
+        files.insert(0, str(written))
+    layers = [read_yaml(path) for path in files]
+    for path, layer in zip(files, layers):
+        name = _own_method(path, layer, name)
     if name and name.startswith("sslbook.methods."):
         name = name.split(".")[2]
     name = name or "simclr"
@@ -331,7 +341,9 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     merged: dict[str, Any] = {}
     if recipes or not (resumes and layers):
         recipe = recipes[-1] if recipes else ("folder" if folders else "world")
-        merged = read_yaml(recipe_path(name, recipe))
+        path = recipe_path(name, recipe)
+        merged = read_yaml(path)
+        _own_method(str(path), merged, name)
         if "." in name:
             accepted = inspect.signature(method).parameters
             merged["method"] = {k: v for k, v in merged.get("method", {}).items() if k in accepted}
@@ -342,6 +354,9 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     _drop_replaced(merged, argv)
 
     parser = train_parser(method, engine, f"python -m sslbook.train {name}", "")
+    parser.check_groups(merged)
+    if isinstance(backbone := merged.get("method", {}).get("backbone"), str):
+        merged["method"]["backbone"] = yaml.safe_load(_backbone(backbone))
     resume = [f"--resume={resumes[-1]}"] if resumes else []
     config = parser.parse([f"--config={json.dumps(merged)}", *argv, *resume])
     resolved = parser.plain(config)
@@ -350,6 +365,18 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     path = f"{method.__module__}.{method.__qualname__}"
     resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
     return parser, config, resolved
+
+
+def _own_method(path: str, layer: dict[str, Any], name: str | None) -> str | None:
+    """Flatten a file's method to its options; the name of the method, which may be the file's."""
+    own = layer.get("method")
+    if not isinstance(own, dict) or "class_path" not in own:
+        return name
+    layer["method"] = own.get("init_args") or {}
+    kind = method_class(str(own["class_path"]))
+    if name is not None and not issubclass(method_class(name), kind):
+        raise UserError(f"{path}: sets options of the method {kind.__name__}; leave out {name}, or this file")
+    return name or own["class_path"]
 
 
 def _drop_replaced(merged: dict[str, Any], argv: list[str]) -> None:

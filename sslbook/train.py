@@ -171,10 +171,11 @@ def pretrain(
         _set_random_states(state["random"], rank)
     else:
         torch.manual_seed(seed + rank)  # only for what is not keyed, such as drop path
-        if distributed.is_main():
+    if distributed.is_main():
+        if state is None or not (folder / "config.yaml").exists():  # or the run goes on in a folder of its own
             checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
-            if report != "none":
-                checkpoint.export_backbone(folder / "initial.safetensors", method.backbone, description)
+        if state is None and report != "none":
+            checkpoint.export_backbone(folder / "initial.safetensors", method.backbone, description)
 
     for module in _compilable(method) if compile else ():
         module.compile()
@@ -365,6 +366,7 @@ def _choose_folder(method: Method, data: Data, out: str | None, resume: str | No
         folder = Path(out) if out is not None else path.parent
         if out is not None and folder.resolve() != path.parent.resolve():
             _refuse_used(folder)
+            _make(folder)
         return str(folder), str(path)
     if resume == "auto":
         runs = [Path(out)] if out is not None else [p for p in Path("runs").glob(f"{stem}*") if p.is_dir()]

@@ -108,6 +108,12 @@ def test_a_wrong_option_is_answered_with_the_cure(words: list[str], cure: str, t
         ("- a list", "mapping"),
         ("method: {backbone: {class_path: sslbook.nn.ResNet, init_args: {dept: 18}}}", "did you mean depth?"),
         ("data: {wrld: {size: 32}}", "did you mean data.world"),
+        ("data: photos", "data: holds options"),
+        ("method: {view: null}", "method.view: holds options"),
+        ("method: {backbone: resnet19}", "did you mean resnet18?"),
+        ("method: {backbone: {depth: 18}}", "below init_args"),
+        ("optimizer: {lr: 1}", "below init_args"),
+        ("method: {class_path: sslbook.methods.mae.MAE, init_args: {mask_ratio: 0.5}}", "options of the method MAE"),
     ],
 )
 def test_a_wrong_configuration_file_too(text: str, cure: str, tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def test_every_method_runs_and_resumes_to_the_bit(method: str, tmp_path: Path) -
     assert (parts / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
 
 
+def test_it_goes_on_in_another_folder(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "one", steps=2, checkpoint_every="1 steps", keep=0)
+    (tmp_path / "one" / "checkpoint-mine.pt").touch()  # somebody else's name is passed over
+    train.main([f"--resume={tmp_path / 'one' / 'checkpoint-00000001.pt'}", f"--out={tmp_path / 'other'}"])
+    assert_same_bits(weights(tmp_path / "one"), weights(tmp_path / "other"))
+    assert (tmp_path / "one" / "config.yaml").read_text() == (tmp_path / "other" / "config.yaml").read_text()
+
+
 def test_killed_at_a_random_moment_it_resumes_to_the_bit(tmp_path: Path) -> None:
     options = {"steps": 40, "checkpoint_every": "1 steps", "data__world__pictures": 80}
     start("byol", tmp_path / "whole", **options)
