@@ -51,7 +51,11 @@ def compare(
     """
     from sslbook.notebook import results
 
-    methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else methods
+    methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else list(dict.fromkeys(methods))
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise UserError(f"--options {options!r}: cannot be cut into words ({error}); close the quotation") from None
     if not methods or not seeds:
         raise UserError("nothing to compare: give at least one method and one seed")
     for method in methods:
@@ -60,7 +64,7 @@ def compare(
     for method in methods:
         full = method == comparison.controls_of
         for seed in seeds:
-            comparison.add(method, seed, one_run(method, seed, runs / name, shlex.split(options), full), full)
+            comparison.add(method, seed, one_run(method, seed, runs / name, words, full), full)
         comparison.save(name, options, seeds)
     print(f"\n{results.show(name)}")
 

@@ -84,7 +84,7 @@ class Parser(ArgumentParser):
         if found := re.search(r"unrecognized arguments: (.*)", message, re.S):
             word = next((w for w in shlex.split(found[1]) if w.startswith("-")), None)
             if word is None:
-                return f"unexpected {found[1].strip()}: the method comes first, all else are --OPTION VALUE"
+                return f"unexpected {found[1].strip()}: but for the first word all are --OPTION VALUE"
             return f"unknown option {word}{_nearest_option(word.split('=')[0], options)}"
         if found := re.search(r"Option '(\w+)' is not accepted", message):
             owner = re.search(r"class_path[= ]*'([\w.]+)'", message)

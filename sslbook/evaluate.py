@@ -20,7 +20,7 @@ from torch import nn
 from sslbook import checkpoint
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.errors import UserError
+from sslbook.errors import UserError, at_least_one
 from sslbook.evaluation import factors
 from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view, extract_features
@@ -72,6 +72,7 @@ def evaluate(
         UserError: something the caller can mend.
     """
     target = _free(out)
+    at_least_one(batch_size=batch_size)
     if not protocols:
         raise UserError("--protocols: name at least one of knn, linear, factors")
     if "factors" in protocols and not data.factors("test"):

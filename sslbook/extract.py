@@ -24,7 +24,7 @@ from torch import nn
 from sslbook import checkpoint
 from sslbook.data.loader import Data
 from sslbook.data.pictures import Files
-from sslbook.errors import UserError
+from sslbook.errors import UserError, at_least_one
 from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of
 from sslbook.evaluation.features import extract_with_index
 
@@ -67,6 +67,7 @@ def extract(
         UserError: something the caller can mend.
     """
     target = _free(out, overwrite)
+    at_least_one(batch_size=batch_size)
     where = choose_device(device)
     module, facts = checkpoint.load_backbone(run, backbone)
     view = view_of(facts, resize)

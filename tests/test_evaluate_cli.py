@@ -14,6 +14,7 @@ from sslbook import checkpoint, evaluate, extract
 from sslbook.configuration import run as run_command
 from sslbook.data.loader import Data
 from sslbook.data.world import World
+from sslbook.errors import UserError
 from sslbook.evaluation.features import center_view, extract_features
 from sslbook.nn import ResNet
 from sslbook.notebook import results
@@ -191,3 +192,11 @@ def test_extract_needs_a_place(run: Path, tmp_path: Path, out: str | None, messa
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
+    data = Data(world=World(pictures=4, test_pictures=4))
+    with pytest.raises(UserError, match="batch_size is 0"):
+        evaluate.evaluate("nowhere", data, batch_size=0)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        extract.extract("nowhere", data, out=str(tmp_path / "features.npz"), batch_size=0)

@@ -114,6 +114,8 @@ def test_a_comparison_that_cannot_end_does_not_begin(tmp_path: Path, monkeypatch
     monkeypatch.setattr(compare.subprocess, "run", lambda words: pytest.fail(f"started {words}"))
     with pytest.raises(UserError, match="mkdir -p book/results"):
         compare.compare("tiny", ["simclr"])
+    with pytest.raises(UserError, match="close the quotation"):
+        compare.compare("tiny", ["simclr"], options="--batch_size '8")
     with pytest.raises(UserError, match="did you mean simclr"):
         compare.compare("tiny", ["rotation", "simcrl"])
     for methods, seeds in (([], [0]), (["simclr"], [])):

@@ -47,7 +47,7 @@ def open_picture(path: str | Path) -> Any:
             return _upright(to_rgb(picture), picture)
     except Exception as error:  # decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
         lines = str(error).splitlines()
-        reason = lines[0].replace(f"image file {str(path)!r}", "it").replace(str(path), "it") if lines else ""
+        reason = lines[0].replace(f": {str(path)!r}", "").replace(f"image file {str(path)!r}", "it") if lines else ""
         raise UnreadablePicture(str(path), reason or type(error).__name__) from error
 
 

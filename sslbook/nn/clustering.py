@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sslbook import chance, distributed
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.errors import UserError
+from sslbook.errors import UserError, at_least_one
 from sslbook.schedules import Clock
 
 DISTANCES_AT_ONCE = 2**25  # 128 MB: a million pictures have ten thousand million distances to ten thousand centroids
@@ -23,7 +23,8 @@ PERTURBATION = 1 / 1024  # what tells the two halves of a split cluster apart, a
 
 
 def check_clusters(num_clusters: int, pictures: int) -> None:
-    """A `UserError` if there are fewer pictures than clusters."""
+    """A `UserError` if there are fewer pictures than clusters, or no clusters."""
+    at_least_one(num_clusters=num_clusters)
     if num_clusters > pictures:
         raise UserError(f"{num_clusters} clusters of {pictures} pictures: ask for at most {pictures} (num_clusters)")
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sslbook.errors import UserError
+
 
 class EMA(nn.Module):
     """A copy of a module whose parameters are the exponential moving average of the original's.
@@ -32,5 +34,7 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: float) -> None:
         """Every parameter becomes `momentum` times itself plus `1 - momentum` times the online one."""
+        if not -1e-6 <= momentum <= 1 + 1e-6:  # a schedule rounds
+            raise UserError(f"the teacher's momentum is {momentum}: give a number from 0 to 1")
         for mine, theirs in zip(self.module.parameters(), online.parameters(), strict=True):
             mine.lerp_(theirs.to(mine.dtype), 1 - momentum)

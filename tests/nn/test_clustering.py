@@ -160,6 +160,8 @@ def test_features_that_collapsed_can_be_whitened() -> None:
 def test_what_cannot_be_clustered() -> None:
     with pytest.raises(UserError, match="9 clusters of 8 pictures: ask for at most 8"):
         kmeans(torch.randn(8, 2), 9, 1, 0)
+    with pytest.raises(UserError, match="num_clusters is 0"):
+        kmeans(torch.randn(8, 2), 0, 1, 0)
     with pytest.raises(UserError, match="NaN or Inf"):
         kmeans(torch.full((8, 2), torch.nan), 2, 1, 0)
     with pytest.raises(UserError, match="5 principal components"):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from sslbook.errors import UserError
 from sslbook.nn import EMA, VisionTransformer
 
 
@@ -17,6 +18,8 @@ def test_update_from_its_definition() -> None:
     torch.testing.assert_close(teacher.module.weight, 0.9 * start + 0.1 * online.weight)
     teacher.update(online, 0.0)
     torch.testing.assert_close(teacher.module.weight, online.weight)
+    with pytest.raises(UserError, match="from 0 to 1"):
+        teacher.update(online, 2.0)
 
 
 def test_it_is_a_copy_that_never_learns() -> None:

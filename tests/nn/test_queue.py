@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import Tensor
 
 from sslbook import distributed
+from sslbook.errors import UserError
 from sslbook.nn import Queue
 
 
@@ -22,6 +24,11 @@ def test_more_rows_than_it_holds() -> None:
     assert sorted(queue.rows.flatten().tolist()) == [7, 8, 9, 10]
     queue.push(torch.tensor([[11.0]]))
     assert sorted(queue.rows.flatten().tolist()) == [8, 9, 10, 11]
+
+
+def test_a_queue_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="queue_size is 0"):
+        Queue(0, 4)
 
 
 def test_it_starts_as_unit_vectors_and_stays_float32() -> None:
