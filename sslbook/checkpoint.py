@@ -54,25 +54,31 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda part: torch.save({"format": FORMAT, **state}, part))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint written by `save`.
+def load(path: Path, *needs: str) -> dict[str, Any]:
+    """Read a checkpoint written by `save`, which holds the entries `needs`.
 
     Raises:
-        UserError: the file is missing, truncated, from elsewhere, or would execute code.
+        UserError: the file is missing, truncated, damaged, from elsewhere, or would execute code.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     if path.stat().st_size == 0 or not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated or not a checkpoint; take an older one (checkpoint-*.pt beside it)")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not compare the checksums that it writes
+        if damaged is not None:
+            raise UserError(f"{path}: damaged ({damaged} is not what was saved); take an older one")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and could execute code; it was not loaded") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: truncated or not a checkpoint ({reason}); take an older one") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of sslbook; to start from its weights use --weights")
+    if absent := [name for name in needs if name not in state]:
+        raise UserError(f"{path}: holds no {', '.join(absent)}; take another checkpoint")
     return state
 
 
@@ -226,7 +232,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
     if checkpoint is None and path.is_dir() and not export.exists():
         checkpoint = find(path)
     if checkpoint is not None:
-        state = load(checkpoint)
+        state = load(checkpoint, "method", "description")
         facts = state["description"]
         weights = {
             name.removeprefix("backbone."): value

@@ -364,7 +364,19 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
         resolved.pop(key, None)
     path = f"{method.__module__}.{method.__qualname__}"
     resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
+    _refuse_negative_counts("method", resolved["method"])
     return parser, config, resolved
+
+
+def _refuse_negative_counts(path: str, values: dict[str, Any]) -> None:
+    """No whole number that a class of ours takes may be below 0: they are counts and sizes."""
+    if not values.get("class_path", "sslbook.").startswith("sslbook."):
+        return
+    for key, value in (values.get("init_args", values) or {}).items():
+        if isinstance(value, dict):
+            _refuse_negative_counts(f"{path}.{key}", value)
+        elif isinstance(value, int) and value < 0:
+            raise UserError(f"--{path}.{key} is {value}: give 0 or more")
 
 
 def _own_method(path: str, layer: dict[str, Any], name: str | None) -> str | None:

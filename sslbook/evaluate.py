@@ -201,7 +201,7 @@ def own_data(run: str) -> list[str]:
         except ValueError:
             raise UserError(f"{description}: not valid JSON") from None
     else:
-        facts = checkpoint.load(checkpoint.find(path))["description"]
+        facts = checkpoint.load(checkpoint.find(path), "description")["description"]
     data = facts.get("data") if isinstance(facts, dict) else None
     options = data.get("init_args", data) if isinstance(data, dict) else None
     if not options:

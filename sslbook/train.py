@@ -27,11 +27,16 @@ from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
 
-CURES = {  # what torch says of a batch that is too small or too large, and what to do about it
+CURES = {  # what torch says of batches and pictures that are too small or too large, and what to do about it
     "Expected more than 1 value per channel": "batch norm needs more than one picture at a time: raise --batch_size, or "
     "lower --accumulate",
+    "Kernel size can't be greater than actual input size": "the views are too small for the backbone: raise their size",
     "can't allocate memory": "out of memory: lower --batch_size or the views' size, or raise --accumulate",
 }
+CHECKPOINT = (  # its entries
+    *("method", "optimizer", "scaler", "step", "steps_per_epoch", "batch_size"),
+    *("seed", "seconds", "figures", "best", "random", "description"),
+)
 OWN_FILES = ("config.yaml", "metrics.jsonl", "backbone.safetensors", "initial.safetensors", "report.json")
 
 
@@ -356,11 +361,13 @@ def _open_folder(
         raise UserError(refusal)
     if path is not None and weights is not None and resume != "auto":
         raise UserError("--weights starts a new run and --resume goes on with an old one: give one of them")
-    return Path(folder), checkpoint.load(Path(path)) if path is not None else None
+    return Path(folder), checkpoint.load(Path(path), *CHECKPOINT) if path is not None else None
 
 
 def _choose_folder(method: Method, data: Data, out: str | None, resume: str | None) -> tuple[str, str | None]:
     stem = f"{type(method).__name__.lower()}-{data.name}"
+    if out is not None and not out.strip():
+        raise UserError("--out is empty: name a folder, or leave it out")
     if resume is not None and resume != "auto":
         path = checkpoint.find(Path(resume))
         folder = Path(out) if out is not None else path.parent

@@ -58,6 +58,27 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, keep: float) -> None:
         checkpoint.load(path)
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-00000001.pt"
+    weights = torch.full((1000,), 0.125)
+    checkpoint.save(path, {"w": weights})
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(weights.numpy().tobytes()) + 1234] ^= 4
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"damaged .* take an older one"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_without_what_is_needed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-00000001.pt"
+    checkpoint.save(path, {"step": 3})
+    assert checkpoint.load(path, "step")["step"] == 3
+    with pytest.raises(UserError, match="holds no method, description; take another"):
+        checkpoint.load(path, "step", "method", "description")
+    with pytest.raises(UserError, match="holds no method, description"):
+        checkpoint.load_backbone(path)
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     path = tmp_path / "checkpoint-00000001.pt"

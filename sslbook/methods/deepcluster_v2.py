@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sslbook import chance, distributed
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import IMAGENET_MEAN, View
+from sslbook.errors import at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, MemoryBank, backbone_dim
 from sslbook.nn.clustering import check_clusters, embed_views, kmeans
@@ -97,6 +98,7 @@ class DeepClusterV2(Method):
         kmeans_iterations: int = 10,
     ) -> None:
         super().__init__()
+        at_least_one(num_prototypes=num_prototypes)
         self.view, self.small_view, self.num_small = view, small_view, num_small
         self.temperature, self.kmeans_iterations = temperature, kmeans_iterations
         self.backbone = backbone

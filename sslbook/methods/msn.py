@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sslbook import chance, distributed
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
-from sslbook.errors import UserError
+from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
 from sslbook.nn.sinkhorn import sinkhorn
@@ -103,6 +103,7 @@ class MSN(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
+        at_least_one(num_prototypes=num_prototypes)
         if not isinstance(backbone, VisionTransformer):
             raise UserError(
                 f"MSN drops patches from a vision transformer and cannot use a {type(backbone).__name__}: "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.views import IMAGENET_MEAN, View
-from sslbook.errors import UserError
+from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
 from sslbook.nn.sinkhorn import sinkhorn
@@ -108,6 +108,7 @@ class SwAV(Method):
         queue_start: Duration = 15,
     ) -> None:
         super().__init__()
+        at_least_one(num_prototypes=num_prototypes)
         self.view, self.small_view, self.num_small = view, small_view, num_small
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
         self.freeze_prototypes, self.queue_start = freeze_prototypes, queue_start
