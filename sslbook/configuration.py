@@ -22,6 +22,7 @@ from sslbook.data.loader import Data
 from sslbook.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")  # the last are those that a constructor takes as **kwargs
 
 
 # -- a parser that answers in one line ---------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def merge(base: dict, over: dict) -> dict:
     """`over` laid upon `base`, mapping by mapping; a change of `class_path` drops the old arguments."""
     if "class_path" in over and over["class_path"] != base.get("class_path"):
         return over
-    if "class_path" in base and (astray := [str(key) for key in over if key not in ("class_path", "init_args")]):
+    if "class_path" in base and (astray := [str(key) for key in over if key not in CLASS_KEYS]):
         raise UserError(f"{', '.join(astray)}: options of {base['class_path']} stand below init_args")
     out = dict(base)
     for key, value in over.items():

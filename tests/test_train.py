@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from sslbook import Data, World, checkpoint, train
+from sslbook import Data, World, checkpoint, configuration, train
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.hooks import Hook, OnlineKNN, TensorBoard, WandB
@@ -245,6 +245,15 @@ def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
     train.main(["--config", str(tmp_path / "a" / "config.yaml"), f"--out={tmp_path / 'b'}"])
     assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text()) == written
     assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("words", [["simmim", "--recipe=imagenet"], ["odc"], ["dino", "--recipe=imagenet"]])
+def test_a_written_configuration_is_that_of_its_recipe(words: list[str], tmp_path: Path) -> None:
+    """Alone and laid over the recipe, also with keyword arguments of a timm model and a backbone within a backbone."""
+    _, _, resolved = configuration.resolve(words, train.pretrain)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved))
+    for again in ([], words):
+        assert configuration.resolve([*again, f"--config={tmp_path / 'config.yaml'}"], train.pretrain)[2] == resolved
 
 
 def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
