@@ -18,7 +18,8 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 DATA = {
     "world": "The embedded world",
     "fashion_mnist": "Fashion-MNIST",
-    "cifar10_jpeg": "CIFAR-10 (JPEG)",
+    "cifar10_jpeg": "CIFAR-10 (JPEG), 32 pixels",
+    "cifar10_jpeg_all": "CIFAR-10 (JPEG), 10,000 pictures, 20 epochs, with the networks and sizes of the embedded world",
     "clothing_160": "Clothing, photographs of 160 pixels",
 }
 COLUMNS = {
