@@ -294,7 +294,7 @@ class VisionTransformer(nn.Module):
             if tokens.shape[1] != self.grid[0] * self.grid[1]:
                 raise UserError(
                     f"relative positions are for all {self.grid[0] * self.grid[1]} patches and {tokens.shape[1]} came: "
-                    "for pictures of other sizes, or with patches left out, use positions sincos or learned"
+                    "give the backbone the pictures' image_size, or use positions sincos or learned"
                 )
             bias = self.rel_pos_bias()
         x = self.start(tokens)

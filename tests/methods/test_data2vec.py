@@ -15,7 +15,7 @@ from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch,
 
 CASE = Case(
     options={"view": VIEW, "min_block": 2, "top_layers": 2},
-    command={"method.backbone": TRANSFORMER, "method.min_block": 2, "method.top_layers": 1},
+    command={"method.backbone": TRANSFORMER, "method.view.size": 16, "method.min_block": 2, "method.top_layers": 1},
     # The loss of who predicts 0 is about 0.25; a teacher that has collapsed would say the same of all pictures.
     learned=lambda method, batch, out: bool(out["loss"] < 0.1 and out["target_deviation"] > 0.3),
     backbone=transformer,
