@@ -257,8 +257,6 @@ def test_a_written_configuration_is_that_of_its_recipe(words: list[str], tmp_pat
 
 
 def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
-    from sslbook import configuration
-
     words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone=resnet50", "--optimizer", "SGD"]
     _, _, resolved = configuration.resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], train.pretrain)
     assert resolved["method"]["init_args"]["backbone"] == {
