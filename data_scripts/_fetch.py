@@ -26,9 +26,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
 
-from sslbook.errors import UserError
+    from sslbook.errors import UserError
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed: run `python -m pip install -e .` in the repository root first")
 
 CHUNK = 1 << 18
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sslbook.errors import UserError
+from sslbook.nn.ema import EMA
 
 FORMAT = "sslbook checkpoint 1"
 
@@ -105,6 +106,8 @@ class Loaded(NamedTuple):
     """names in the module that got weights"""
     resampled: list[str]
     """those of them that were interpolated: tables of positions for another image size"""
+    copied: list[str]
+    """names of teachers in the module that the file does not know, which became copies of their students"""
     missing: list[str]
     """names in the module that found none"""
     unused: list[str]
@@ -112,7 +115,12 @@ class Loaded(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{len(self.taken)} of {len(self.taken) + len(self.missing)} tensors taken"
-        for what, names in (("resampled", self.resampled), ("left fresh", self.missing), ("not used", self.unused)):
+        for what, names in (
+            ("resampled", self.resampled),
+            ("copied from the student", self.copied),
+            ("left fresh", self.missing),
+            ("not used", self.unused),
+        ):
             shown = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
             text += f"; {what}: {shown}" if names else ""
         return text
@@ -123,7 +131,8 @@ def load_weights(module: nn.Module, path: Path) -> Loaded:
 
     Weights whose name and shape fit the module, or its backbone, are taken: those of torchvision's ResNets and timm's
     vision transformers among them, whose classifiers are not used. Tables of positions for another image size are
-    interpolated, by the method `resampled` of the part they belong to.
+    interpolated, by the method `resampled` of the part they belong to. A teacher that is not in the file becomes a copy
+    of its student, as at the beginning of every run.
     """
     if path.is_dir():
         path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
@@ -161,7 +170,13 @@ def load_weights(module: nn.Module, path: Path) -> Loaded:
     if not fitting:
         raise UserError(f"{path}: none of its weights fits {type(module).__name__}; is the backbone the same?")
     module.load_state_dict(fitting, strict=False)
-    return Loaded(list(fitting), resampled, [name for name in own if name not in fitting], unused)
+    missing, copied = [name for name in own if name not in fitting], []
+    for teacher, part in module.named_modules():
+        if isinstance(part, EMA) and not any(name.startswith(f"{teacher}.") for name in fitting):
+            part.restart()
+            copied.append(teacher)
+            missing = [name for name in missing if not name.startswith(f"{teacher}.")]
+    return Loaded(list(fitting), resampled, copied, missing, unused)
 
 
 # -- backbones to take elsewhere ---------------------------------------------------------------------------------------

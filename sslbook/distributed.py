@@ -87,6 +87,13 @@ def total(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 
 
 @torch.no_grad()
+def deviation(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "*rest"]:
+    """The standard deviation over the rows of all processes; every process must hold equally many."""
+    center = mean(x.mean(dim=0))
+    return mean((x - center).square().mean(dim=0)).sqrt()
+
+
+@torch.no_grad()
 def maximum(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The greatest value over processes, without gradient."""
     return _reduced(x, dist.ReduceOp.MAX)

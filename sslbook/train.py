@@ -136,6 +136,7 @@ def pretrain(
     method.prepare(data)
     if weights is not None and state is None:
         loaded = checkpoint.load_weights(method, Path(weights))
+        method.after_weights(loaded.taken)
         if distributed.is_main():
             print(f"weights: {loaded}")
     if channels_last:

@@ -29,6 +29,7 @@ def _everything(x: Tensor) -> dict[str, object]:
         "integers": distributed.gather(torch.tensor([r, r])),
         "booleans": distributed.gather(torch.tensor([r == 0])),
         "mean": distributed.mean(torch.tensor([1.0 + r, 0.0])),
+        "deviation": distributed.deviation(mine),
         "tensor": distributed.from_main(torch.full((2,), r)),
         "object": distributed.from_main({"from": r}),
     }
@@ -43,6 +44,7 @@ def test_together(pool) -> None:
         assert got["integers"].tolist() == [0, 0, 1, 1]
         assert got["booleans"].tolist() == [True, False]
         assert got["mean"].tolist() == [1.5, 0.0]
+        torch.testing.assert_close(got["deviation"], x.std(dim=0, correction=0))
         assert got["tensor"].tolist() == [0, 0]
         assert got["object"] == {"from": 0}
 

@@ -32,6 +32,12 @@ class Method(nn.Module):
         Raises a `UserError` if the data do not suit the method.
         """
 
+    def after_weights(self, taken: list[str]) -> None:
+        """Called when a new run has begun from weights, with the names of the state's tensors that were taken.
+
+        Teachers need nothing: where the weights know none, they became copies of their students.
+        """
+
     def before_epoch(self, data: Data, clock: Clock) -> None:
         """Called before every epoch, in every process: clusterings are made here."""
 

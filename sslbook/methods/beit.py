@@ -36,9 +36,11 @@ def token_loss(
     """Equation 1: cross-entropy with the codes of the hidden patches; and how many percent were right.
 
     Pictures have different numbers of hidden patches. The sum is divided by the number that a process has on average,
-    so that the mean over processes is the mean over all their patches.
+    so that the mean over processes is the mean over all their patches. Where blocks are large and pictures few, none may
+    be hidden at all: the loss is 0 then.
     """
     count = distributed.mean(torch.tensor(float(len(codes)), device=codes.device))
+    count = torch.where(count > 0, count, 1.0)
     loss = F.cross_entropy(scores.float(), codes, reduction="sum") / count
     return loss, 100 * (scores.argmax(dim=1) == codes).sum() / count
 
@@ -95,8 +97,12 @@ class BEiT(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def prepare(self, data: Data) -> None:
-        if self.tokenizer_steps:
+    def after_weights(self, taken: list[str]) -> None:
+        if any(name.startswith("tokenizer.") for name in taken):
+            self.tokenizer_steps = 0  # it came with them
+
+    def before_epoch(self, data: Data, clock: Clock) -> None:
+        if self.tokenizer_steps and clock.step == 0:
             train_discrete(self.tokenizer, data, self.view, self.tokenizer_steps, "beit")
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def regression_loss(
     Beyond it grows in a straight line. Its mean over processes is the mean over all hidden patches, however many are
     in which.
     """
-    number = distributed.mean(torch.tensor(float(len(target)), device=target.device)).clamp(min=1)
+    number = distributed.mean(torch.tensor(float(len(target)), device=target.device))
+    number = torch.where(number > 0, number, 1.0)
     return F.smooth_l1_loss(prediction.float(), target, beta=beta, reduction="sum") / (number * target.shape[1])
 
 
@@ -132,7 +133,7 @@ class Data2Vec(Method):
         y = self.targets(images)
         tokens = self.backbone.encode(self.backbone.embed(images, mask, self.mask_token))
         prediction = self.predictor(tokens[:, 1:][mask])
-        deviation = distributed.gather(y).std(dim=0, correction=0).mean()
+        deviation = distributed.deviation(y).mean()
         return {"loss": regression_loss(prediction, y[mask], self.beta), "target_deviation": deviation}
 
     def after_step(self, clock: Clock) -> None:

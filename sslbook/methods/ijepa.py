@@ -146,8 +146,8 @@ class IJEPA(Method):
             rearrange(targets, "batch block patch -> (batch block) patch"),
             grid,
         )
-        variance = distributed.gather(h).std(dim=0, correction=0).mean()
-        return {"loss": prediction_loss(prediction, target), "target_deviation": variance}
+        deviation = distributed.deviation(h).mean()
+        return {"loss": prediction_loss(prediction, target), "target_deviation": deviation}
 
     def after_step(self, clock: Clock) -> None:
         self.teacher.update(self.backbone, Linear(self.momentum, 1.0)(clock))

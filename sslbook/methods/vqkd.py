@@ -85,6 +85,7 @@ class VQKD(Method):
     counts: Tensor
     sums: Tensor
     spare: Tensor
+    started: Tensor
 
     def __init__(
         self,
@@ -121,9 +122,14 @@ class VQKD(Method):
         self.register_buffer("counts", torch.zeros(backbone.codes))
         self.register_buffer("sums", torch.zeros(backbone.codes, backbone.code_dim))
         self.register_buffer("spare", torch.zeros(backbone.codes, backbone.code_dim))
+        self.register_buffer("started", torch.tensor(0))  # 1 once the codes lie where pictures are
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
+
+    def after_weights(self, taken: list[str]) -> None:
+        if "backbone.codebook" in taken:
+            self.started.fill_(1)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
@@ -161,8 +167,9 @@ class VQKD(Method):
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:
-        if clock.step == 1:
+        if not self.started:
             self.backbone.codebook.copy_(self.spare)
+            self.started.fill_(1)
         else:
             codes = moved_codes(self.backbone.codebook, self.counts, self.sums, self.momentum)
             self.backbone.codebook.copy_(codes)

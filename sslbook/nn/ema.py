@@ -22,6 +22,7 @@ class EMA(nn.Module):
     def __init__(self, online: nn.Module) -> None:
         super().__init__()
         self.module = deepcopy(online).requires_grad_(False)
+        self._online = (online,)  # in a tuple, so that it does not count as a part of the teacher
         for part in self.module.modules():
             for name in ("drop_path", "drop_prob"):  # ours is a number, timm's a module with one
                 if isinstance(getattr(part, name, None), float):
@@ -30,6 +31,10 @@ class EMA(nn.Module):
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
         return self.module(*inputs)
+
+    def restart(self) -> None:
+        """Become a copy of the online module again, parameters and buffers: it was given other weights."""
+        self.module.load_state_dict(self._online[0].state_dict())
 
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: float) -> None:

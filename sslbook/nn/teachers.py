@@ -256,36 +256,41 @@ def attention_of_cls(
 
 
 class _Watch:
-    """Keeps what comes into the last attention of a network while the `with` block runs."""
+    """Keeps the weights of a network's last attention while the `with` block runs.
+
+    Attention of torch is computed again from what comes into it. Timm's comes in many forms (norms of queries, rotary
+    or relative positions), so it is made to leave the fused kernel, and its weights are read where its dropout is.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) or hasattr(m, "qkv")]
+        found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) or hasattr(m, "attn_drop")]
         self.attention: Any = found[-1] if found else None
-        self.x: Tensor | None = None
+        self.weights: Tensor | None = None
 
     def __enter__(self) -> None:
-        if self.attention is not None:
-            self.handle = self.attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+        if isinstance(self.attention, nn.MultiheadAttention):
+            self.handle = self.attention.register_forward_pre_hook(self._compute, with_kwargs=True)
+        elif self.attention is not None:
+            self.fused, self.attention.fused_attn = getattr(self.attention, "fused_attn", False), False
+            self.handle = self.attention.attn_drop.register_forward_pre_hook(self._keep)
 
     def __exit__(self, *_: object) -> None:
         if self.attention is not None:
             self.handle.remove()
+        if not isinstance(self.attention, nn.MultiheadAttention | None):
+            self.attention.fused_attn = self.fused
 
-    def _keep(self, _: nn.Module, inputs: tuple, named: dict) -> None:
-        self.x = inputs[0] if inputs else named.get("query", named.get("x"))
+    def _compute(self, attention: Any, inputs: tuple, named: dict) -> None:
+        x = inputs[0] if inputs else named["query"]
+        qkv = F.linear(
+            x if attention.batch_first else x.transpose(0, 1), attention.in_proj_weight, attention.in_proj_bias
+        )
+        self.weights = attention_of_cls(qkv, attention.num_heads)
+
+    def _keep(self, _: nn.Module, inputs: tuple) -> None:
+        self.weights = inputs[0][:, :, 0].mean(dim=1)
 
     def of_cls(self, prefix: int) -> Float[Tensor, "batch patches"]:
-        attention, x = self.attention, self.x
-        if attention is None or x is None:
+        if self.weights is None:
             raise UserError("the teacher has no attention that can be read: choose another")
-        if isinstance(attention, nn.MultiheadAttention):
-            x = x if attention.batch_first else x.transpose(0, 1)
-            return _shares(
-                attention_of_cls(F.linear(x, attention.in_proj_weight, attention.in_proj_bias), attention.num_heads)[
-                    :, prefix:
-                ]
-            )
-        q, k, v = rearrange(attention.qkv(x), "b n (three h d) -> three b h n d", three=3, h=attention.num_heads)
-        q, k = (getattr(attention, f"{name}_norm", nn.Identity())(part) for name, part in (("q", q), ("k", k)))
-        qkv = rearrange([q, k, v], "three b h n d -> b n (three h d)")
-        return _shares(attention_of_cls(qkv, attention.num_heads)[:, prefix:])
+        return _shares(self.weights[:, prefix:])

@@ -105,7 +105,8 @@ class LayerScale(nn.Module):
 class RelativePositions(nn.Module):
     """A learned bias of attention for every offset between two patches and every head (BEiT, arXiv:2106.08254).
 
-    The last three rows of the table stand for patch to cls token, cls token to patch, and cls token to itself.
+    The last three rows of the table stand for cls token to patch, patch to cls token, and cls token to itself, as in
+    the authors' files.
     """
 
     index: Tensor
@@ -120,7 +121,7 @@ class RelativePositions(nn.Module):
         down, right = row[:, None] - row + height - 1, column[:, None] - column + width - 1
         index = torch.full((1 + len(row), 1 + len(row)), offsets)
         index[1:, 1:] = down * (2 * width - 1) + right
-        index[1:, 0], index[0, 1:], index[0, 0] = offsets, offsets + 1, offsets + 2
+        index[0, 1:], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
         self.register_buffer("index", index, persistent=False)
 
     def forward(self) -> Float[Tensor, "heads tokens tokens"]:

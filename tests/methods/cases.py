@@ -99,6 +99,8 @@ def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options)
     torch.manual_seed(seed)
     method = load(name)(this.backbone() if backbone is None else backbone, **{**this.options, **options})
     method.prepare(Data(world=WORLD))
+    if hasattr(method, "tokenizer_steps"):  # what they predict is made here
+        method.before_epoch(Data(world=WORLD), Clock())
     return method
 
 

@@ -10,11 +10,11 @@ from sslbook.data.loader import Data
 from sslbook.data.masks import block_mask
 from sslbook.data.views import View
 from sslbook.errors import UserError
-from sslbook.methods import beit
+from sslbook.methods import beit, load
 from sslbook.methods.beit import token_loss
 from sslbook.nn import DiscreteEncoder, ResNet, VisionTransformer
 from sslbook.schedules import Clock
-from tests.methods.cases import SIZE, TRANSFORMER, VIEW, WORLD, Case, make, make_batch
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, WORLD, Case, case, make, make_batch
 
 RELATIVE = {**json.loads(TRANSFORMER)["init_args"], "positions": "relative", "layer_scale": 0.1}
 CASE = Case(
@@ -82,6 +82,27 @@ def test_the_tokenizer_is_made_from_the_data_and_goes_round(capsys) -> None:
     assert "one is trained first, 2 steps" in capsys.readouterr().err
     longer = make("beit", tokenizer_steps=4)
     assert not torch.equal(longer.tokenizer.encoder.head.weight, one.tokenizer.encoder.head.weight)
+
+
+@pytest.mark.parametrize("name", ["beit", "cae"])
+def test_a_tokenizer_is_trained_once(name: str, tmp_path: Path, capsys) -> None:
+    method = make(name)
+    had = method.tokenizer.encoder.head.weight.clone()
+    capsys.readouterr()
+    method.before_epoch(Data(world=WORLD), Clock(2, 4, 2))  # a later epoch, or a run that was resumed
+    torch.save(method.state_dict(), tmp_path / "state.pt")
+    other = load(name)(case(name).backbone(), **case(name).options)
+    other.after_weights(checkpoint.load_weights(other, tmp_path / "state.pt").taken)
+    other.before_epoch(Data(world=WORLD), Clock())
+    assert torch.equal(other.tokenizer.encoder.head.weight, had)
+    assert not capsys.readouterr().err
+
+
+def test_where_nothing_is_hidden_the_loss_is_zero() -> None:
+    scores = torch.zeros(0, 8, requires_grad=True)
+    loss, right = token_loss(scores, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert (float(loss.detach()), float(right)) == (0.0, 0.0)
 
 
 def test_a_tokenizer_of_ones_own(tmp_path: Path, capsys) -> None:
@@ -156,6 +177,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="nearest size that works is 20x20"):
         make("beit", view=View(size=19))
     with pytest.raises(UserError, match="say nothing: use at least 2"):
-        beit.BEiT(VisionTransformer(**RELATIVE), view=VIEW, num_masked=6, min_block=2, codes=1).prepare(
-            Data(world=WORLD)
+        beit.BEiT(VisionTransformer(**RELATIVE), view=VIEW, num_masked=6, min_block=2, codes=1).before_epoch(
+            Data(world=WORLD), Clock()
         )

@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sslbook import nn as nets
+from sslbook.checkpoint import load_weights
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import load
 from sslbook.methods.base import Method
+from sslbook.nn.ema import EMA
 from sslbook.schedules import Clock
 from tests.methods.cases import NAMES, case, gradient, make, make_batch, train
 from tests.methods.first_loss import FILE, first_loss
@@ -113,6 +117,33 @@ def test_state_goes_round(name: str) -> None:
     assert torch.equal(method(batch, clock)["loss"], other(batch, clock)["loss"])
     for (key, a), b in zip(method.state_dict().items(), other.state_dict().values()):
         assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(import_module(f"sslbook.methods.{name}"), "EMA")])
+def test_a_teacher_begins_as_its_student(name: str, tmp_path: Path) -> None:
+    """Also where the weights are those of a backbone alone, such as torchvision's; its own are kept where they are in."""
+    source, target = make(name), make(name, seed=1)
+    teachers = {path: part for path, part in target.named_modules() if isinstance(part, EMA)}
+    torch.save(source.backbone.state_dict(), tmp_path / "backbone.pt")
+    loaded = load_weights(target, tmp_path / "backbone.pt")
+    assert loaded.copied == list(teachers)
+    assert not any(missing.startswith(tuple(teachers)) for missing in loaded.missing)
+    state = target.state_dict()
+    for path, teacher in teachers.items():
+        for key, value in teacher.module.state_dict().items():
+            assert any(torch.equal(value, v) for k, v in state.items() if k.endswith(key) and path not in k), (
+                path,
+                key,
+            )
+    first = next(teacher.module.state_dict() for path, teacher in teachers.items() if "head" not in path)
+    assert all(torch.equal(value, first[key]) for key, value in source.backbone.state_dict().items() if key in first)
+    with torch.no_grad():
+        for path, p in source.named_parameters():
+            p.add_(float(path.startswith(tuple(teachers))))
+    torch.save(source.state_dict(), tmp_path / "method.pt")
+    assert load_weights(target, tmp_path / "method.pt").copied == []
+    for key, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value), key
 
 
 @methods

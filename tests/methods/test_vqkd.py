@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from sslbook.checkpoint import load_weights
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.vqkd import cosine_loss, moved_codes
@@ -95,6 +97,7 @@ def test_the_gradient_passes_the_codes_by() -> None:
 def test_dead_codes_are_revived(dead_below: float) -> None:
     """Only the first code is ever chosen; the others move to patches of the batch, unless that is switched off."""
     method = make("vqkd", dead_below=dead_below, momentum=0.5)
+    method.started.fill_(1)
     start = method.backbone.codebook.clone()
     for step in range(2, 9):
         method.counts[0] = 16.0
@@ -114,6 +117,16 @@ def test_codes_start_at_patches() -> None:
     method.after_step(Clock(1, 10))
     distance = (method.backbone.codebook[:, None] - places).norm(dim=2)
     assert distance.amin(dim=1).max() < 1e-5
+
+
+def test_codes_of_weights_are_kept(tmp_path: Path) -> None:
+    source, target = make("vqkd"), make("vqkd", seed=1)
+    torch.save(source.backbone.state_dict(), tmp_path / "tokenizer.pt")
+    target.after_weights(load_weights(target, tmp_path / "tokenizer.pt").taken)
+    target(make_batch(target, 4), Clock())
+    target.after_step(Clock(1, 10))
+    cosine = (target.backbone.codebook * source.backbone.codebook).sum(dim=1)
+    assert cosine.min() > 0.99  # moved, not replaced
 
 
 def test_the_paper_scale() -> None:

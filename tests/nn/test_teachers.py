@@ -12,7 +12,7 @@ from sslbook.checkpoint import export_backbone
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.nn import ConvNet, ResNet, VisionTransformer
-from sslbook.nn.teachers import Teacher, attention_of_cls
+from sslbook.nn.teachers import Teacher, _of_timm, _Watch, attention_of_cls
 
 VIEW = View(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
@@ -140,6 +140,27 @@ def test_models_of_timm_by_name(monkeypatch) -> None:
     torch.testing.assert_close(seen.attention, Teacher(twin, VIEW)(theirs).attention, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="did you mean resnet18"):
         Teacher("timm/resnet_18", VIEW)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_the_attention_of_timm_is_the_one_that_makes_the_output(name: str) -> None:
+    """Also with relative and with rotary positions; with one head, it mixes the values into what comes out."""
+    model = tiny(name, img_size=16, patch_size=4, depth=2, embed_dim=16, num_heads=1).eval()
+    for table in (p for key, p in model.named_parameters() if "position_bias" in key or "q_bias" in key):
+        nn.init.normal_(table)  # those of BEiT begin at zero
+    attention, kept = model.blocks[-1].attn, {}
+    fused = attention.fused_attn
+    attention.register_forward_hook(lambda _, inputs, out: kept.update(x=inputs[0], out=out))
+    watch, x = _Watch(model), torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), watch:
+        model.forward_features(x)
+    bias = attention.qkv.bias[32:] if getattr(attention, "v_bias", None) is None else attention.v_bias
+    v = F.linear(kept["x"], attention.qkv.weight[32:], bias)
+    mixed = getattr(attention, "norm", nn.Identity())((watch.weights[:, :, None] * v).sum(dim=1))
+    torch.testing.assert_close(attention.proj(mixed), kept["out"][:, 0], rtol=1e-4, atol=1e-5)
+    expected = watch.weights[:, 1:] / watch.weights[:, 1:].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(_of_timm(model, x).attention, expected, rtol=1e-4, atol=1e-5)
+    assert attention.fused_attn is fused  # left as it was
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ def biases(positions: RelativePositions, grid: tuple[int, int]) -> Tensor:
         for j, b in enumerate(tokens):
             if a is None and b is None:
                 row = -1
-            elif a is None:
-                row = -2
-            elif b is None:
+            elif a is None:  # the cls token asks
                 row = -3
+            elif b is None:
+                row = -2
             else:
                 row = (a[0] - b[0] + height - 1) * (2 * width - 1) + (a[1] - b[1] + width - 1)
             out[:, i, j] = positions.table[row]
