@@ -20,6 +20,7 @@ DATA = {
     "fashion_mnist": "Fashion-MNIST",
     "cifar10_jpeg": "CIFAR-10 (JPEG), 32 pixels",
     "cifar10_jpeg_all": "CIFAR-10 (JPEG), 10,000 pictures, 20 epochs, with the networks and sizes of the embedded world",
+    "cifar10_jpeg_long": "The same for 60 epochs",
     "clothing_160": "Clothing, photographs of 160 pixels",
 }
 COLUMNS = {

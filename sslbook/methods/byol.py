@@ -6,8 +6,8 @@ other the network does not go there.
 
 Grill et al., 2020, "Bootstrap your own latent" (arXiv:2006.07733), equations 1 and 2, section 3 and appendix J. The
 defaults are those of the authors' code for 1000 epochs. What differs: the first layer of projector and predictor has no
-bias (batch norm follows and cancels it), and the target's momentum counts the step just taken, so that it reaches 1 at
-the last one.
+bias (batch norm follows and cancels it), the target starts as a copy of the online network (the authors draw each by
+itself), and its momentum counts the step just taken, so that it reaches 1 at the last one.
 """
 
 import math

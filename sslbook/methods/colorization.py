@@ -151,9 +151,12 @@ class Colorization(Method):
         weigh_colors_alike(backbone)
         self.backbone = backbone
         self.register_buffer("bins", palette(bin_width))
-        self.register_buffer("frequency", torch.zeros(len(self.bins)))
+        self.register_buffer("frequency", torch.full((len(self.bins),), 1 / len(self.bins)))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.decoder = UpConvolutions(backbone_dim(backbone), doublings * [decoder_dim], len(self.bins))
+
+    def after_weights(self, taken: list[str]) -> None:
+        weigh_colors_alike(self.backbone)  # those of somebody else's network need not be
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -177,8 +180,9 @@ class Colorization(Method):
     def count(self, nearest: Int[Tensor, "pixels"]) -> None:
         """The colors of a batch enter the mean of all batches so far."""
         share = nearest.bincount(minlength=len(self.bins)).float() / len(nearest)
+        so_far = torch.where(self.batches > 0, self.frequency, 0)  # the beginning does not count, not even in rounding
         self.batches += 1
-        self.frequency += (distributed.mean(share) - self.frequency) / self.batches
+        self.frequency.copy_(so_far + (distributed.mean(share) - so_far) / self.batches)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views

@@ -137,7 +137,7 @@ class DeepClusterV2(Method):
         self.assignment.fill_(-1)
         heads, clusters, _ = self.prototypes.shape
         for head in range(heads):
-            z = self.memories()[(head + 1) % 2].rows[index]
+            z = self.memories()[head % 2].rows[index]
             seed = (100003 * clock.seed + clock.epoch) * heads + head
             prototypes, assignment = kmeans(z, clusters, self.kmeans_iterations, seed, spherical=True)
             self.prototypes[head] = prototypes

@@ -39,16 +39,21 @@ def info_nce(
     temperature: float,
     margin: float = 0.0,
     counted: Bool[Tensor, "n k"] | None = None,
+    known: Bool[Tensor, "n"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n columns"]]:
     """Equations 1 and 4 for cosines: the loss, and the logits with the right answer in column 0.
 
     `margin` is taken from the right cosine: a negative one is content with less. Wrong answers that are not `counted`
-    are left out.
+    are left out, and so are rows whose right answer is not `known`; the mean is over those that all processes have.
     """
     if counted is not None:
         negatives = negatives.masked_fill(~counted, -torch.inf)
     logits = torch.cat([(positive - margin)[:, None], negatives], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)), logits
+    target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    if known is None:
+        return F.cross_entropy(logits, target), logits
+    each = F.cross_entropy(logits, target, reduction="none")
+    return (each * known).sum() / distributed.mean(known.float().sum()).clamp(min=1e-6), logits  # none may be known
 
 
 def draw_positive(
@@ -74,6 +79,8 @@ class InterCLR(Method):
     Args:
         backbone: the network to train; its batch norm becomes that of `sslbook.nn.BatchNorm`.
         view: what a picture becomes, twice, by independent chance.
+        cluster_resize: for the first clustering, the shorter side of a picture is brought to this length, and the
+            center of the view's size is seen.
         projector_dim: width of queries and keys.
         temperature: divides the similarities.
         momentum: how much of itself the key encoder keeps at a step.
@@ -94,6 +101,7 @@ class InterCLR(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
+        cluster_resize: int = 256,
         projector_dim: int = 128,
         temperature: float = 0.2,
         momentum: float = 0.999,
@@ -111,6 +119,7 @@ class InterCLR(Method):
     ) -> None:
         super().__init__()
         self.view, self.temperature, self.momentum = view, temperature, momentum
+        self.cluster_view = View.center(view.size, max(cluster_resize, view.size), view.mean, view.std)
         self.margin, self.intra_weight, self.inter_weight = margin, intra_weight, inter_weight
         self.num_negatives, self.pool_size, self.centroids_every = num_negatives, pool_size, centroids_every
         self.backbone = convert_batch_norm(backbone, batch_norm_groups)
@@ -135,8 +144,7 @@ class InterCLR(Method):
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
         if clock.epoch == 0:
-            view = View.center(self.view.size, self.view.size, self.view.mean, self.view.std)
-            features, index = embed(nn.Sequential(self.backbone, self.projector), data, view)
+            features, index = embed(nn.Sequential(self.backbone, self.projector), data, self.cluster_view)
             self.clusters.begin(features, index, clock.seed)
 
     @torch.no_grad()
@@ -152,15 +160,16 @@ class InterCLR(Method):
         return k[order.argsort()[first : first + n]]
 
     def inter(self, q: Float[Tensor, "n dim"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, ""]:
-        """The loss between pictures: equation 4 with answers from the memory."""
+        """The loss between pictures: equation 4 with answers from the memory, for pictures that have a cluster."""
         rows, assignment = self.clusters.memory.rows, self.clusters.assignment
         label = assignment[index]
         u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 1 + self.num_negatives)
-        right = draw_positive(label, assignment, self.clusters.sizes(), u[:, 0])
+        right = draw_positive(label.clamp(min=0), assignment, self.clusters.sizes(), u[:, 0])
         wrong = draw_semihard(q.detach() @ rows.T, self.pool_size, u[:, 1:])
         counted = (assignment[wrong] != label[:, None]) & (assignment[wrong] >= 0)
         negatives = torch.einsum("nd,nkd->nk", q, rows[wrong])
-        return info_nce((q * rows[right]).sum(dim=1), negatives, self.temperature, self.margin, counted)[0]
+        positive = (q * rows[right]).sum(dim=1)
+        return info_nce(positive, negatives, self.temperature, self.margin, counted, label >= 0)[0]
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         x_q, x_k = batch.views

@@ -10,7 +10,9 @@ transformers see the recipe `imagenet_vit`. As there, the loss is the sum of bot
 
 What differs from the authors' code: the moving average is taken after each step instead of before each forward pass,
 and its momentum counts the step just taken, so that it reaches 1 at the last one; a transformer's fixed positions are
-MAE's table, in which rows and columns have changed places.
+MAE's table, in which rows and columns have changed places. A transformer's first weights are MAE's too: the authors draw
+the maps to query, key and value each by itself, the class token with a deviation of 1e-6 instead of 0.02, and start the
+patch embedding's bias at zero.
 """
 
 import math

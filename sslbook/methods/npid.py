@@ -9,9 +9,12 @@ Wu, Xiong, Yu and Lin, 2018, "Unsupervised feature learning via non-parametric i
 once, are those of the authors' code; the proximal regularization of equation 9 is in the paper alone. What differs:
 
 - The memory starts as random directions of unit length; the authors draw every value uniformly.
+- Views jitter colors before some become gray, as the authors do for CIFAR-10; for ImageNet they do it the other way.
 - Negatives are keyed by the picture and the epoch, and logarithms take the place of the small constant that the authors
   add to the probabilities.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +74,10 @@ class NPID(Method):
         self.backbone = backbone
         self.projector = nn.Linear(backbone_dim(backbone), projector_dim)
         self.memory = MemoryBank(projector_dim)
-        self.register_buffer("partition", torch.zeros(()))
+        # -inf: no batch seen yet; the softmax needs none
+        self.register_buffer("log_partition", torch.tensor(-torch.inf if num_negatives else 0.0))
 
-    partition: Tensor
+    log_partition: Tensor
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -92,9 +96,18 @@ class NPID(Method):
         negatives = draw_negatives(index, self.num_negatives, len(rows), clock)
         compared = rows[torch.cat([index[:, None], negatives], dim=1)]
         logits = torch.einsum("nd,nkd->nk", v, compared) / self.temperature
-        estimate = distributed.mean(logits.detach().exp().mean()) * len(rows)  # equation 8
-        self.partition.copy_(torch.where(self.partition > 0, self.partition, estimate))
-        return nce(logits - self.partition.log(), len(rows)), logits, torch.zeros_like(index)
+        self.fix_partition(logits.detach())
+        return nce(logits - self.log_partition, len(rows)), logits, torch.zeros_like(index)
+
+    def fix_partition(self, logits: Float[Tensor, "n rows"]) -> None:
+        """Equation 8 by the first batch: the mean exponential times the number of pictures, as a logarithm.
+
+        The exponentials themselves may exceed float32: at a temperature of 0.01 they reach e^100.
+        """
+        log_sums = distributed.gather(logits.logsumexp(dim=(0, 1))[None])
+        log_mean = log_sums.logsumexp(dim=0) - math.log(len(log_sums) * logits.numel())
+        estimate = log_mean + math.log(len(self.memory.rows))
+        self.log_partition.copy_(torch.where(self.log_partition.isfinite(), self.log_partition, estimate))
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         v = self.projector(self.backbone(batch.views[0]))

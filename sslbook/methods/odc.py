@@ -12,6 +12,7 @@ weight frequency^-0.5. What differs:
 - Dropout, the first centroids and the halves of a split cluster are keyed, and everything that looks at the memories is
   computed alike in every process, so that one process and several have the same clusters.
 - The weighted loss is averaged over the global batch instead of each GPU's part.
+- The authors' code also turns every picture by up to 2 degrees.
 """
 
 import torch.nn.functional as F
@@ -33,19 +34,25 @@ VIEW = View(crop=(0.08, 1.0), color_jitter=(0.4, 0.4, 1.0, 0.5), color_jitter_p=
 def weighted_cross_entropy(
     logits: Float[Tensor, "n clusters"], label: Int[Tensor, "n"], sizes: Int[Tensor, "clusters"]
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy in which a picture counts as its cluster's size to the power -0.5 (section 3.3)."""
-    weight = sizes.clamp(min=1).float().rsqrt()[label]
-    each = F.cross_entropy(logits, label, reduction="none")
-    return (weight * each).sum() / distributed.mean(weight.sum())
+    """The mean cross-entropy in which a picture counts as its cluster's size to the power -0.5 (section 3.3).
+
+    Pictures of cluster -1 do not count.
+    """
+    weight = sizes.clamp(min=1).float().rsqrt()[label.clamp(min=0)] * (label >= 0)
+    each = F.cross_entropy(logits, label, reduction="none", ignore_index=-1)
+    return (weight * each).sum() / distributed.mean(weight.sum()).clamp(min=1e-9)  # all pictures may be of cluster -1
 
 
 class Neck(nn.Module):
-    """Two layers with batch norm and dropout between backbone and classifier."""
+    """Two layers with batch norm and dropout between backbone and classifier.
+
+    As in the authors' code, batch norm has no scale and shift, and its running statistics are slow.
+    """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
         self.first = nn.Linear(in_dim, hidden_dim, bias=False)
-        self.norm = nn.BatchNorm1d(hidden_dim)
+        self.norm = nn.BatchNorm1d(hidden_dim, momentum=0.001, affine=False)
         self.second = nn.Linear(hidden_dim, out_dim)
 
     def forward(

@@ -11,6 +11,7 @@ the authors' code (VISSL) for ResNet-50. What differs:
   divides by a constant, this sum as the first batch has it. So do we, with a constant for each term.
 - Negatives are drawn by chance keyed by picture and epoch, and a picture is never its own negative.
 - Views jitter colors as torchvision does; the authors jitter twice, by two implementations.
+- The puzzle's view is colored and mirrored once and then cut; the authors cut first and do both to each patch alone.
 """
 
 import torch

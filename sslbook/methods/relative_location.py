@@ -12,7 +12,8 @@ of a picture are in one batch. What differs:
 - The center is encoded once for its eight pairs instead of eight times, so batch norm counts it once.
 - The authors keep two colors of three for noise, since lenses bend colors differently and the fringes tell a patch's
   place in the picture; here, as in the later work, most pictures lose their color.
-- The head of the later work has dropout; it is left out.
+- The head of the later work has dropout, which is left out, and batch norm whose running statistics take 0.003 of each
+  batch; here they take 0.1.
 - The view is a crop of about the size that theirs has after a resize to 292 pixels.
 """
 

@@ -121,23 +121,46 @@ class BatchNorm(_BatchNorm):
         """Any number of axes will do."""
 
 
+class BatchNormAct(BatchNorm):
+    """Batch norm and what timm keeps in the same module: dropout and activation, which come after it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(  # pyrefly: ignore[bad-override-param-name]
+        self, x: Float[Tensor, "batch channels *space"]
+    ) -> Float[Tensor, "batch channels *space"]:
+        return self.act(self.drop(super().forward(x)))
+
+
 def convert_batch_norm(module: nn.Module, groups: int | None = None) -> nn.Module:
     """Replaces every batch norm of torch inside `module` by `BatchNorm`, keeping parameters and buffers.
 
     Args:
         module: changed in place; returned, since it may be a batch norm itself.
         groups: as for `BatchNorm`; by default 1 for new ones, and what is a `BatchNorm` already stays as it is.
+
+    Raises:
+        UserError: there is a batch norm that computes something else besides, and not as timm's with an activation.
     """
     if isinstance(module, BatchNorm):
         module.groups = groups or module.groups
         return module
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
-        new = BatchNorm(
+    if isinstance(module, _BatchNorm):
+        act = getattr(module, "act", None)
+        if act is None and type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            raise UserError(
+                f"{type(module).__name__} is more than a batch norm, and what else it does would be lost: "
+                "use a torch.nn.BatchNorm2d and a module of its own for the rest"
+            )
+        new = (BatchNorm if act is None else BatchNormAct)(
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, groups or 1
         )
         # The same tensors, not copies: an optimizer made before goes on working.
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(new, name, getattr(module, name))
+        if act is not None:  # under the same names, so that weights go in and out unchanged
+            new.drop, new.act = getattr(module, "drop", nn.Identity()), act
         return new.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, convert_batch_norm(child, groups))

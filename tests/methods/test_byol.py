@@ -51,13 +51,14 @@ def test_both_directions_each_view_alone() -> None:
 
 def test_the_target_follows() -> None:
     method = make("byol", momentum=0.5)
-    start = method.target_projector.module[0].weight.clone()
-    with torch.no_grad():
-        method.projector[0].weight += 1
-    method.after_step(Clock(0, 10))
-    torch.testing.assert_close(method.target_projector.module[0].weight, start + 0.5)
-    method.after_step(Clock(10, 10))
-    torch.testing.assert_close(method.target_projector.module[0].weight, start + 0.5)
+    for target, online in ((method.target_backbone, method.backbone), (method.target_projector, method.projector)):
+        start = next(target.module.parameters()).clone()
+        with torch.no_grad():
+            next(online.parameters()).add_(1)
+        method.after_step(Clock(0, 10))
+        torch.testing.assert_close(next(target.module.parameters()), start + 0.5)
+        method.after_step(Clock(10, 10))  # the momentum is 1
+        torch.testing.assert_close(next(target.module.parameters()), start + 0.5)
 
 
 def test_spread() -> None:

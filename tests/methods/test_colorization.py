@@ -135,6 +135,19 @@ def test_frequencies_are_those_of_all_pictures_so_far() -> None:
     assert method.frequency[:4].tolist() == pytest.approx([1 / 6, 5 / 12, 5 / 12, 0.0])
 
 
+@torch.no_grad()
+def test_before_the_first_batch_all_colors_are_as_frequent() -> None:
+    method = make("colorization").eval()
+    batch = make_batch(method, 3)
+    loss = float(method(batch, Clock())["loss"])
+    lab = method.to_lab(batch.views[0])
+    ab, logits = lab[:, 2::4, 2::4, 1:].reshape(-1, 2), method.predict(lab[..., 0]).flatten(0, 2)
+    uniform = torch.full((len(method.bins),), 1 / len(method.bins))
+    assert loss == pytest.approx(literal(logits, ab, method.bins, uniform, 20.0, 0.5), rel=1e-4)
+    method.count(torch.tensor([0, 0, 1, 2]))  # which this beginning does not touch
+    assert method.frequency[:4].tolist() == [0.5, 0.25, 0.25, 0.0]
+
+
 def test_the_annealed_mean_lies_between_mean_and_mode() -> None:
     bins = torch.tensor([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0]])
     logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
@@ -205,3 +218,13 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"VisionTransformer makes none: choose sslbook\.nn\.ResNet"):
         make("colorization", backbone=nets.VisionTransformer(16, 4, 16, 1, 2))
     assert make("colorization", view=View(size=20)).views()[0].size == 20
+
+
+def test_weights_of_another_network_become_blind_too() -> None:
+    method = make("colorization")
+    (first, *_) = (m for m in method.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    torch.nn.init.normal_(first.weight)
+    gray = first.weight.mean(dim=1)
+    method.after_weights(["backbone.conv1.weight"])
+    for color in range(3):
+        torch.testing.assert_close(first.weight[:, color], gray)

@@ -104,7 +104,7 @@ def test_the_memory_is_the_last_epochs_and_becomes_the_prototypes() -> None:
             method(batch, Clock(step, 4, 2, seed=3))
         torch.testing.assert_close(method.memory_1.rows[batch.index], z[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(method.memory_2.rows[batch.index], z[1], rtol=1e-4, atol=1e-5)
-    rows = [method.memory_2.rows.clone(), method.memory_1.rows.clone()]
+    rows = [method.memory_1.rows.clone(), method.memory_2.rows.clone()]
     method.before_epoch(data, Clock(2, 4, 2, seed=3))  # no further pass: the memory alone
     for head in range(2):
         seed = (100003 * 3 + 1) * 2 + head

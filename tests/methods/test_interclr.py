@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import chance, distributed
 from sslbook import nn as nets
 from sslbook.data.loader import Batch, Data
+from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.interclr import InterCLR, draw_positive, draw_semihard, info_nce
+from sslbook.nn import clustering
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
 
@@ -22,6 +24,7 @@ def finds_keys(method: InterCLR, batch: Batch, out: dict[str, Tensor]) -> bool:
 
 
 SMALL = {
+    "cluster_resize": SIZE,
     "projector_dim": 16,
     "queue_size": 21,
     "batch_norm_groups": 2,
@@ -104,6 +107,52 @@ def test_the_loss_between_pictures_term_by_term() -> None:
     assert float(method.inter(q, index, clock)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_pictures_of_no_cluster_are_left_out() -> None:
+    """One that could not be read when the clusters began has no right answers; the others are compared as always."""
+    method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
+    q, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([12, 50, 13, 0])
+    method.clusters.assignment[[12, 13]] = -1
+    torch.testing.assert_close(method.inter(q, index, clock), method.inter(q[[1, 3]], index[[1, 3]], clock))
+    q.requires_grad_()
+    loss = method.inter(q[[0, 2]], index[[0, 2]], clock)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not q.grad.any()
+    batch = make_batch(method, 8)
+    method.clusters.assignment[batch.index] = -1
+    assert method(batch, clock)["loss"].isfinite()
+    assert (method.clusters.assignment[batch.index] >= 0).all()
+
+
+def _inter(positive: Tensor, negatives: Tensor, known: Tensor) -> float:
+    r, n = distributed.rank(), len(positive) // distributed.world_size()
+    mine = slice(r * n, (r + 1) * n)
+    loss, _ = info_nce(positive[mine], negatives[mine], 0.2, known=known[mine])
+    return float(distributed.mean(loss))
+
+
+def test_pictures_left_out_are_counted_over_all_processes(pool) -> None:
+    args = torch.randn(6), torch.randn(6, 3), torch.tensor([True, False, False, True, True, True])
+    assert pool.run(_inter, *args) == pytest.approx([_inter(*args)] * 2, rel=1e-5)
+
+
+def test_clusters_follow_the_steps() -> None:
+    """All centroids move every `centroids_every` steps, and small clusters are dealt with after each."""
+    method = make("interclr", centroids_every=3)
+    clusters = method.clusters
+    clusters.assignment.copy_(torch.arange(PICTURES) % 6)
+    old = clusters.centroids.clone()
+    for step in (1, 2):
+        method.after_step(Clock(step, 10))
+        assert torch.equal(clusters.centroids, old)
+    method.after_step(Clock(3, 10))
+    for cluster in range(6):
+        torch.testing.assert_close(clusters.centroids[cluster], clusters.memory.rows[cluster::6].mean(dim=0))
+    clusters.assignment.copy_(torch.tensor([0] * 40 + [1] * 20 + [2] * 3 + [3]))
+    method.after_step(Clock(4, 10))
+    assert clusters.sizes().min() >= 3
+
+
 def test_three_quarters_within_and_one_between() -> None:
     method = make("interclr")
     batch = make_batch(method, 8)
@@ -149,10 +198,11 @@ def test_without_the_inter_image_loss_clusters_do_not_come_together() -> None:
 
 
 def test_it_begins_with_clusters_of_all_pictures() -> None:
-    method, data = make("interclr"), Data(world=WORLD)
-    before = method.clusters.memory.rows.clone()
+    method, data = make("interclr", cluster_resize=20), Data(world=WORLD)
+    network = torch.nn.Sequential(method.backbone, method.projector)
+    features, _ = clustering.embed(network, data, View.center(SIZE, 20))
     method.before_epoch(data, Clock(seed=4))
-    assert not torch.allclose(method.clusters.memory.rows, before)
+    torch.testing.assert_close(method.clusters.memory.rows, F.normalize(features, dim=1))
     assert (method.clusters.sizes() > 0).all()
 
 

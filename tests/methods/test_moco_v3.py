@@ -69,13 +69,14 @@ def test_keys_follow_with_a_momentum_that_rises_to_1() -> None:
     assert key_momentum(0.9, 0.5) == pytest.approx(0.95)
     assert key_momentum(0.9, 1.0) == 1.0
     method = make("moco_v3", momentum=0.5)
-    start = method.key_projector.module[0].weight.clone()
-    with torch.no_grad():
-        method.projector[0].weight += 1
-    method.after_step(Clock(0, 10))
-    torch.testing.assert_close(method.key_projector.module[0].weight, start + 0.5)
-    method.after_step(Clock(10, 10))
-    torch.testing.assert_close(method.key_projector.module[0].weight, start + 0.5)
+    for key, online in ((method.key_backbone, method.backbone), (method.key_projector, method.projector)):
+        start = next(key.module.parameters()).clone()
+        with torch.no_grad():
+            next(online.parameters()).add_(1)
+        method.after_step(Clock(0, 10))
+        torch.testing.assert_close(next(key.module.parameters()), start + 0.5)
+        method.after_step(Clock(10, 10))  # the momentum is 1
+        torch.testing.assert_close(next(key.module.parameters()), start + 0.5)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import chance, distributed
 from sslbook import nn as nets
 from sslbook.data.loader import Batch
 from sslbook.methods.npid import NPID, draw_negatives, nce
@@ -71,14 +71,45 @@ def test_the_partition_is_estimated_by_the_first_batch_alone() -> None:
     logits = literal(method, v.double(), index, columns)
     partition = PICTURES * sum(math.exp(s) for row in logits for s in row) / (5 * 21)  # equation 8
     loss, _, _ = method.contrast(v, index, clock)
-    assert float(method.partition) == pytest.approx(partition, rel=1e-5)
+    assert math.exp(method.log_partition) == pytest.approx(partition, rel=1e-5)
     expected = 0.0
     for row in logits:
         h = [(p := math.exp(s) / partition) / (p + 20 / PICTURES) for s in row]
         expected -= (math.log(h[0]) + sum(math.log(1 - x) for x in h[1:])) / 5
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     method.contrast(-v, index, clock)
-    assert float(method.partition) == pytest.approx(partition, rel=1e-5)
+    assert math.exp(method.log_partition) == pytest.approx(partition, rel=1e-5)
+
+
+def test_the_partition_may_exceed_float32() -> None:
+    """Of directions in the plane some nearly agree, and at a temperature of 0.01 their exponential is near e^100."""
+    method = make("npid", temperature=0.01, projector_dim=2)
+    clock = Clock(seed=2)
+    v, index = F.normalize(torch.randn(5, 2), dim=1), torch.tensor([3, 60, 3, 0, 9])
+    columns = torch.cat([index[:, None], draw_negatives(index, 20, PICTURES, clock)], dim=1)
+    logits = literal(method, v.double(), index, columns)
+    log_partition = math.log(PICTURES * sum(math.exp(s) for row in logits for s in row) / (5 * 21))
+    assert log_partition > 89  # e^89 is too much for float32
+    loss, _, _ = method.contrast(v, index, clock)
+    assert float(method.log_partition) == pytest.approx(log_partition, rel=1e-5)
+    expected = 0.0
+    for row in logits:
+        odds = [s - log_partition - math.log(20 / PICTURES) for s in row]
+        expected += (math.log1p(math.exp(-odds[0])) + sum(math.log1p(math.exp(o)) for o in odds[1:])) / 5
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def _partition(v: Tensor, index: Tensor) -> float:
+    r, n = distributed.rank(), len(v) // distributed.world_size()
+    mine = slice(r * n, (r + 1) * n)
+    method = make("npid", temperature=0.3)
+    method.contrast(v[mine], index[mine], Clock())
+    return float(method.log_partition)
+
+
+def test_the_partition_is_estimated_by_all_processes(pool) -> None:
+    v, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([3, 60, 0, 9])
+    assert pool.run(_partition, v, index) == pytest.approx([_partition(v, index)] * 2, rel=1e-5)
 
 
 def test_negatives_are_keyed_and_fair() -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import distributed
+from sslbook import chance, distributed
 from sslbook import nn as nets
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
@@ -13,7 +13,7 @@ from sslbook.methods.odc import ODC, Neck, weighted_cross_entropy
 from sslbook.nn import clustering
 from sslbook.nn.online_clusters import OnlineClusters
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, transformer
+from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
 
 CASE = Case(
     options={
@@ -70,6 +70,43 @@ def test_weights_are_summed_over_all_processes(pool) -> None:
     got = pool.run(_loss, logits, label)
     torch.testing.assert_close(torch.cat([g for _, g in got]), gradient)
     assert got[0][0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_pictures_of_no_cluster_do_not_count() -> None:
+    logits, sizes = torch.randn(4, 3), torch.tensor([1, 10, 100])
+    loss = weighted_cross_entropy(logits, torch.tensor([-1, 1, -1, 2]), sizes)
+    torch.testing.assert_close(loss, weighted_cross_entropy(logits[[1, 3]], torch.tensor([1, 2]), sizes))
+    logits.requires_grad_()
+    loss = weighted_cross_entropy(logits, torch.full((4,), -1), sizes)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not logits.grad.any()
+
+
+def test_a_picture_that_was_not_readable_at_first_gets_its_cluster_when_it_is_seen() -> None:
+    method = make("odc")
+    batch = make_batch(method, 8)
+    method.clusters.assignment[batch.index[:2]] = -1
+    loss = method(batch, Clock())["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert (method.clusters.assignment[batch.index] >= 0).all()
+
+
+def test_what_the_method_weighs_by_are_the_clusters_of_the_memory() -> None:
+    method, clock = make("odc"), Clock(seed=3)
+    method.clusters.assignment.copy_(torch.tensor([0] * 40 + [1] * 14 + [2] * 4 + [3] * 3 + [4] * 2 + [5]))
+    batch = make_batch(method, 8)._replace(index=torch.tensor([0, 39, 41, 55, 58, 61, 62, 63]))
+    kept = chance.uniform(clock.seed, clock.epoch, batch.index, chance.METHOD, 32) < 0.5
+    with torch.no_grad():
+        logits = method.classifier(method.neck(method.backbone(batch.views[0]), kept)).tolist()
+        loss = float(method(batch, clock)["loss"])
+    terms, weights = [], []
+    for row, own, size in zip(logits, [0, 0, 1, 2, 3, 4, 4, 5], [40, 40, 14, 4, 3, 2, 2, 1]):
+        terms.append(math.log(sum(math.exp(v) for v in row)) - row[own])
+        weights.append(size**-0.5)
+    assert loss == pytest.approx(sum(w * t for w, t in zip(weights, terms)) / sum(weights), rel=1e-5)
+    assert loss != pytest.approx(sum(terms) / 8, rel=1e-3)
 
 
 def test_half_of_the_hidden_values_stay_doubled() -> None:
@@ -137,6 +174,23 @@ def test_a_cluster_of_equal_rows_is_split_too() -> None:
     assert method.clusters.centroids.isfinite().all()
 
 
+def test_clusters_follow_the_steps() -> None:
+    """All centroids move every `centroids_every` steps, and small clusters are dealt with after each."""
+    method = make("odc", centroids_every=3)
+    clusters = method.clusters
+    clusters.assignment.copy_(torch.arange(PICTURES) % 6)
+    old = clusters.centroids.clone()
+    for step in (1, 2):
+        method.after_step(Clock(step, 10))
+        assert torch.equal(clusters.centroids, old)
+    method.after_step(Clock(3, 10))
+    for cluster in range(6):
+        torch.testing.assert_close(clusters.centroids[cluster], clusters.memory.rows[cluster::6].mean(dim=0))
+    clusters.assignment.copy_(torch.tensor([0] * 40 + [1] * 20 + [2] * 3 + [3]))
+    method.after_step(Clock(4, 10))
+    assert clusters.sizes().min() >= 3
+
+
 def test_it_begins_with_clusters_of_all_pictures() -> None:
     method, data = make("odc"), Data(world=WORLD)
     method.before_epoch(data, Clock(seed=4))
@@ -178,4 +232,5 @@ def test_the_paper_scale_model() -> None:
     with torch.device("meta"):
         method = ODC(nets.resnet50())
     assert method.classifier.weight.shape == (10000, 256)
-    assert sum(p.numel() for p in method.neck.parameters()) == 2048 * 512 + 2 * 512 + 512 * 256 + 256
+    assert sum(p.numel() for p in method.neck.parameters()) == 2048 * 512 + 512 * 256 + 256
+    assert (method.neck.norm.affine, method.neck.norm.momentum) == (False, 0.001)

@@ -131,6 +131,41 @@ def test_conversion_keeps_everything(momentum: float | None) -> None:
     assert isinstance(convert_batch_norm(nn.SyncBatchNorm(3)), BatchNorm)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnetv2_50"])
+def test_conversion_keeps_what_timm_puts_into_its_batch_norm(name: str, training: bool) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm")
+    options = {"layers": (1, 1, 1, 1)} if name == "resnetv2_50" else {}
+    plain = timm.create_model(name, num_classes=0, drop_rate=0.0, drop_path_rate=0.0, **options).train(training)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):  # far from where batch norm starts, at which evaluation does nothing
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    ours = convert_batch_norm(deepcopy(plain))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    for (key, a), (other, b) in zip(ours.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert key == other
+        torch.testing.assert_close(a, b)
+
+
+class ActsFirst(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.relu())
+
+
+class Renamed(nn.BatchNorm2d):
+    """The same computation under another name."""
+
+
+def test_conversion_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(UserError, match=r"ActsFirst is more than a batch norm, .*: use a torch\.nn\.BatchNorm2d"):
+        convert_batch_norm(nn.Sequential(ActsFirst(3)))
+    assert type(convert_batch_norm(nn.Sequential(Renamed(3)))[0]) is BatchNorm
+
+
 def test_conversion_leaves_chosen_groups_alone() -> None:
     module = convert_batch_norm(nn.Sequential(nn.BatchNorm1d(3)), groups=4)
     assert convert_batch_norm(module)[0].groups == 4
