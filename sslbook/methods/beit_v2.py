@@ -7,7 +7,8 @@ but patch tokens of an early one: what these do not know yet, the class token ha
 Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-quantized visual tokenizers"
 (arXiv:2208.06366), sections 3.2 and 3.3, equations 2 and 3. As in the authors' code the two predictions share one linear
 map, and masks are BEiT's blocks filled up to exactly 75 of 196. The tokenizer is one that we train
-(`python -m sslbook.train vqkd`). Masks are keyed by picture and epoch.
+(`python -m sslbook.train vqkd`). Masks are keyed by picture and epoch. The blocks' linear maps start by Xavier, the
+authors' from a truncated normal of 0.02, and smaller in later blocks where a branch ends.
 """
 
 import torch
@@ -28,11 +29,17 @@ VIEW = View(crop=(0.2, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.
 
 
 class Aggregation(nn.Module):
-    """Blocks over the last layer's class token and an early layer's patch tokens (section 3.3)."""
+    """Blocks over the last layer's class token and an early layer's patch tokens (section 3.3).
 
-    def __init__(self, dim: int, depth: int, heads: int) -> None:
+    As in the authors' code they have the backbone's layer scale, and its drop path as if they followed the early layer.
+    """
+
+    def __init__(self, backbone: VisionTransformer, depth: int, early_layer: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
+        heads, scale = backbone.blocks[0].attn.heads, backbone.init_args["layer_scale"]  # pyrefly: ignore
+        step = backbone.init_args["drop_path"] / (max(len(backbone.blocks), early_layer + depth) - 1)
+        rates = [step * (early_layer + i) for i in range(depth)]
+        self.blocks = nn.ModuleList([Block(backbone.dim, heads, 4.0, rate, scale) for rate in rates])
         init_transformer(self)
 
     def forward(
@@ -96,8 +103,7 @@ class BEiTv2(Method):
         self.backbone = backbone
         self.tokenizer = Tokenizer(encoder, view, self.grid[0], normalization)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(backbone.dim), std=0.02))
-        heads = backbone.blocks[0].attn.heads  # pyrefly: ignore
-        self.aggregation = Aggregation(backbone.dim, aggregation_depth, heads) if aggregation_depth else None
+        self.aggregation = Aggregation(backbone, aggregation_depth, early_layer) if aggregation_depth else None
         self.head = nn.Linear(backbone.dim, self.tokenizer.codes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

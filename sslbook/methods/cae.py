@@ -8,7 +8,8 @@ Chen, Ding, Wang, Xin, Mo, Wang, Han, Luo, Zeng and Wang, 2022, "Context autoenc
 learning" (arXiv:2202.03026), sections 3.1 and 3.2: four blocks each, alignment weight 2. As in the authors' code 98 of
 196 patches are hidden (75 in OpenMMLab's port), in BEiT's blocks, and the target of the alignment is the encoder itself
 on the hidden patches, without gradient. What differs: the tokenizer is one that we train (`sslbook.train dvae`) instead
-of DALL-E's; the blocks of regressor and decoder have no layer scale. Masks are keyed by picture and epoch.
+of DALL-E's; the regressor's blocks have no drop path; the patch embedding starts by Xavier
+and the last map from a truncated normal, the other way round than there. Masks are keyed by picture and epoch.
 """
 
 from pathlib import Path
@@ -25,22 +26,35 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.tokenizers import DiscreteEncoder, Tokenizer, load_tokenizer, small_encoder, train_discrete
-from sslbook.nn.vit import Block, FeedForward, VisionTransformer, init_transformer, patch_grid, sincos_positions
+from sslbook.nn.vit import (
+    Block,
+    FeedForward,
+    LayerScale,
+    VisionTransformer,
+    init_transformer,
+    patch_grid,
+    sincos_positions,
+)
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.08, 1.0), interpolation="bicubic")
 
 
 class CrossBlock(nn.Module):
-    """Queries attend to a context and to themselves, then a feed-forward network."""
+    """Queries attend to a context and to themselves, then a feed-forward network.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    As in the authors' code what is attended with has positions and what is gathered has none, and the second norm lies
+    on the path itself, not only on the branch.
+    """
+
+    def __init__(self, dim: int, heads: int, layer_scale: float | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_q, self.norm_kv = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.mlp = FeedForward(dim, 4 * dim)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
 
     def forward(
         self,
@@ -49,20 +63,26 @@ class CrossBlock(nn.Module):
         context: Float[Tensor, "batch tokens dim"],
         context_place: Float[Tensor, "batch tokens dim"],
     ) -> Float[Tensor, "batch hidden dim"]:
-        everything = self.norm_kv(torch.cat([context + context_place, x + x_place], dim=1))
-        q = rearrange(self.q(self.norm_q(x + x_place)), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv(everything), "b n (two h d) -> two b h n d", two=2, h=self.heads)
-        x = x + self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
-        return x + self.mlp(self.norm2(x))
+        everything = torch.cat([context, x], dim=1)
+        place = torch.cat([context_place, x_place], dim=1)
+        parts = (
+            self.q(self.norm_q(x + x_place)),
+            self.k(self.norm_k(everything + place)),
+            self.v(self.norm_v(everything)),
+        )
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in parts)
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        x = self.norm2(x + self.ls1(self.proj(attended)))
+        return x + self.ls2(self.mlp(x))
 
 
 class Regressor(nn.Module):
     """Guesses the features of hidden patches from those of the visible ones (section 3.1)."""
 
-    def __init__(self, dim: int, depth: int, heads: int) -> None:
+    def __init__(self, dim: int, depth: int, heads: int, layer_scale: float | None = None) -> None:
         super().__init__()
         self.query = nn.Parameter(0.02 * torch.randn(dim))
-        self.blocks = nn.ModuleList([CrossBlock(dim, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([CrossBlock(dim, heads, layer_scale) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_transformer(self)
 
@@ -131,8 +151,11 @@ class CAE(Method):
         self.backbone = backbone
         self.tokenizer = Tokenizer(encoder, view, self.grid[0], normalization)
         self.register_buffer("positions", sincos_positions(dim, *self.grid))
-        self.regressor = Regressor(dim, regressor_depth, heads)
-        self.decoder = nn.ModuleList([Block(dim, heads) for _ in range(decoder_depth)])
+        # As in the authors' code: layer scale as in the backbone, drop path rising from 0 again.
+        scale, drop_path = backbone.init_args["layer_scale"], backbone.init_args["drop_path"]
+        self.regressor = Regressor(dim, regressor_depth, heads, scale)
+        rates = [drop_path * i / max(1, decoder_depth - 1) for i in range(decoder_depth)]
+        self.decoder = nn.ModuleList([Block(dim, heads, drop_path=rate, layer_scale=scale) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, self.tokenizer.codes)
         init_transformer(self.decoder)
@@ -142,8 +165,12 @@ class CAE(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def prepare(self, data: Data) -> None:
-        if self.tokenizer_steps:
+    def after_weights(self, taken: list[str]) -> None:
+        if any(name.startswith("tokenizer.") for name in taken):
+            self.tokenizer_steps = 0  # it came with them
+
+    def before_epoch(self, data: Data, clock: Clock) -> None:
+        if self.tokenizer_steps and clock.step == 0:
             train_discrete(self.tokenizer, data, self.view, self.tokenizer_steps, "cae")
 
     def split(
@@ -161,10 +188,9 @@ class CAE(Method):
         hidden: Int[Tensor, "batch hidden"],
     ) -> tuple[Float[Tensor, "batch hidden dim"], Float[Tensor, "batch hidden codes"]]:
         """The guessed features of the hidden patches, and the scores that the decoder makes of them."""
-        encoded = self.backbone.encode(take(tokens, visible))
-        nowhere = self.positions.new_zeros(len(tokens), 1, self.positions.shape[1])  # the class token has no place
+        encoded = self.backbone.encode(take(tokens, visible))[:, 1:]  # without the class token, as in the authors' code
         place = self.positions[hidden]
-        guessed = self.regressor(encoded, torch.cat([nowhere, self.positions[visible]], dim=1), place)
+        guessed = self.regressor(encoded, self.positions[visible], place)
         x = guessed + place
         for block in self.decoder:
             x = block(x)

@@ -14,6 +14,7 @@ centered by the mean of the batches before it. What differs from it:
 - In the first epoch the last layer gets a gradient of zero instead of none. Weight decay then shortens its rows, which
   changes nothing, since they are normalized.
 - The engine clips the norm of the whole gradient; the authors clip that of every parameter tensor.
+- A transformer's linear maps start by Xavier here, from a truncated normal of 0.02 there.
 """
 
 import torch
@@ -105,6 +106,7 @@ class DINO(Method):
     """
 
     center: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -138,6 +140,9 @@ class DINO(Method):
         self.head = PrototypeHead(backbone_dim(backbone), hidden_dim, bottleneck_dim, num_outputs, 3, head_batch_norm)
         self.teacher_backbone, self.teacher_head = EMA(self.backbone), EMA(self.head)
         self.register_buffer("center", torch.zeros(num_outputs))
+        # What the center moves to when the step is taken: a batch may come in several parts.
+        self.register_buffer("seen", torch.zeros(num_outputs), persistent=False)
+        self.parts = 0
 
     def views(self) -> tuple[View, ...]:
         return self.crops
@@ -159,11 +164,17 @@ class DINO(Method):
         with torch.autocast(scores.device.type, enabled=False):
             teacher = teacher_distribution(scores, self.center, self.sharpness(clock))
             loss = dino_loss(student, teacher, self.student_temperature)
-            self.center.lerp_(distributed.mean(scores.mean(dim=(0, 1))), 1 - self.center_momentum)
+            if self.training:
+                self.seen += distributed.mean(scores.mean(dim=(0, 1)))
+                self.parts += 1
             average = distributed.mean(teacher.mean(dim=(0, 1)))
         return {"loss": loss, "teacher_entropy": entropy(teacher).mean(), "average_entropy": entropy(average)}
 
     def after_step(self, clock: Clock) -> None:
+        if self.parts:
+            self.center.lerp_(self.seen / self.parts, 1 - self.center_momentum)
+            self.seen.zero_()
+            self.parts = 0
         momentum = Cosine(self.momentum, 1.0)(clock)
         self.teacher_backbone.update(self.backbone, momentum)
         self.teacher_head.update(self.head, momentum)

@@ -7,9 +7,10 @@ its plainest, whose target already means something.
 Fang et al., 2022, "EVA: Exploring the limits of masked visual representation learning at scale" (arXiv:2211.07636),
 section 2.1: the transformer sees the full sequence with mask tokens, as here. With an option of the authors' code, and
 in OpenMMLab's port, MAE's encoder and decoder get the same target instead; `milan` is near to that. What differs: any
-frozen network can teach (`sslbook.nn.teachers`); the loss is 2 - 2 cos instead of -cos, which has the same minimum; and
-every picture has exactly the same number of hidden patches, where BEiT's blocks, which the authors use, may leave some
-with fewer.
+frozen network can teach (`sslbook.nn.teachers`); the targets are its features after the last norm, without CLIP's
+projection, where the authors predict the projected ones; the loss is 2 - 2 cos instead of -cos, which has the same
+minimum; every picture has exactly the same number of hidden patches, where BEiT's blocks, which the authors use, may
+leave some with fewer; and the backbone's linear maps start by Xavier, theirs from a truncated normal.
 """
 
 import torch

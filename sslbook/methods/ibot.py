@@ -11,8 +11,11 @@ and the KoLeo regularizer, which spreads the features.
 
 What differs from the authors' code: as there, the patches' center averages all patches of the teacher and not the
 hidden ones; but how much of a crop is hidden is keyed by picture and epoch, a last layer that waits gets a gradient of
-zero, and the outputs' scale is 1, which the authors learn. In DINOv2's code a nearest neighbor is sought among the
-pictures of one GPU, here among the whole batch, so that the number of processes changes nothing.
+zero, and the outputs' scale is 1, which the authors learn. As in `dino`, the teacher's temperature rises with every step
+instead of every epoch, its momentum counts the step just taken, the engine clips the norm of the whole gradient instead
+of every tensor's, and the backbone's linear maps start by Xavier instead of a truncated normal. In DINOv2's code a
+nearest neighbor is sought among the pictures of one GPU, here among the whole batch, so that the number of processes
+changes nothing.
 """
 
 from typing import Any, Literal
@@ -98,7 +101,8 @@ def koleo(x: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
     with torch.no_grad():
         cosine = everyone[own] @ everyone.T
         nearest = cosine.scatter(1, own[:, None], -2.0).argmax(dim=1)
-    return -(F.pairwise_distance(everyone[own], everyone[nearest]) + 1e-8).log().mean()
+    # As in DINOv2's code; the default epsilon of 1e-6 is felt where neighbors are close.
+    return -(F.pairwise_distance(everyone[own], everyone[nearest], eps=1e-8) + 1e-8).log().mean()
 
 
 class IBOT(Method):
@@ -116,6 +120,8 @@ class IBOT(Method):
         separate_heads: give the patches a head of their own, instead of that of the cls token.
         mask_probability: part of the large crops in which patches are hidden.
         mask_ratio: range of the part of a crop's patches that is hidden there.
+        min_block: the smallest area of a block of hidden patches, in patches; null: the square of a third of the
+            grid's side, 16 of 14 x 14, as in iBOT's code.
         cls_weight: weight of the loss on cls tokens.
         patch_weight: weight of the loss on hidden patches.
         koleo_weight: weight of the KoLeo regularizer on the cls tokens of the large crops.
@@ -133,6 +139,7 @@ class IBOT(Method):
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
     center: Tensor
     patch_center: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -147,6 +154,7 @@ class IBOT(Method):
         separate_heads: bool = False,
         mask_probability: float = 0.5,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
+        min_block: int | None = None,
         cls_weight: float = 1.0,
         patch_weight: float = 1.0,
         koleo_weight: float = 0.0,
@@ -170,7 +178,7 @@ class IBOT(Method):
         self.crops = (global_1, global_2, *[local] * num_local)
         for view in self.crops:
             patch_grid(view.size, view.size, backbone.patch_size)  # refuses crops that cannot be cut into patches
-        self.mask_probability, self.mask_ratio = mask_probability, mask_ratio
+        self.mask_probability, self.mask_ratio, self.min_block = mask_probability, mask_ratio, min_block
         self.cls_weight, self.patch_weight, self.koleo_weight = cls_weight, patch_weight, koleo_weight
         self.centering, self.center_momentum = centering, center_momentum
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
@@ -186,6 +194,9 @@ class IBOT(Method):
         self.teacher_backbone, self.teacher_heads = EMA(self.backbone), EMA(self.heads)
         self.register_buffer("center", torch.zeros(num_outputs))
         self.register_buffer("patch_center", torch.zeros(num_outputs))
+        # What the two centers move to when the step is taken: a batch may come in several parts.
+        self.register_buffer("seen", torch.zeros(2, num_outputs), persistent=False)
+        self.parts = 0
 
     def views(self) -> tuple[View, ...]:
         return self.crops
@@ -197,7 +208,7 @@ class IBOT(Method):
         u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + crop, 2)
         low, high = self.mask_ratio
         ratio = torch.where(u[:, 0] < self.mask_probability, low + (high - low) * u[:, 1], 0.0)
-        smallest = (min(grid) // 3) ** 2  # as in the authors' code: 16 of 14 x 14
+        smallest = (min(grid) // 3) ** 2 if self.min_block is None else self.min_block
         stream = masks.STREAM + 100_000 * crop  # beyond the attempts at the first crop's blocks
         return masks.block_mask(
             index, grid, (ratio * grid[0] * grid[1]).long(), clock, min_block=smallest, stream=stream
@@ -215,7 +226,7 @@ class IBOT(Method):
     def teach(
         self, images: Float[Tensor, "crops 3 height width"], mask: Bool[Tensor, "crops patches"], clock: Clock
     ) -> tuple[Float[Tensor, "crops outputs"], Float[Tensor, "hidden outputs"]]:
-        """The teacher's distributions for the cls tokens and for the hidden patches; moves the centers afterwards."""
+        """The teacher's distributions for the cls tokens and for the hidden patches; notes where the centers go."""
         network: Any = self.teacher_backbone.module
         heads: Any = self.teacher_heads.module
         tokens = network.encode(network.embed(images))
@@ -227,8 +238,9 @@ class IBOT(Method):
                 self.targets(cls, self.center, temperature),
                 self.targets(patches[mask], self.patch_center, temperature),
             )
-            self.center.lerp_(distributed.mean(cls.mean(dim=0)), 1 - self.center_momentum)
-            self.patch_center.lerp_(distributed.mean(patches.mean(dim=(0, 1))), 1 - self.center_momentum)
+            if self.training:
+                self.seen += distributed.mean(torch.stack([cls.mean(dim=0), patches.mean(dim=(0, 1))]))
+                self.parts += 1
         return answers
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
@@ -258,6 +270,11 @@ class IBOT(Method):
         return {"loss": loss, **logged}
 
     def after_step(self, clock: Clock) -> None:
+        if self.parts:
+            for center, seen in zip((self.center, self.patch_center), self.seen):
+                center.lerp_(seen / self.parts, 1 - self.center_momentum)
+            self.seen.zero_()
+            self.parts = 0
         momentum = Cosine(self.momentum, 1.0)(clock)
         self.teacher_backbone.update(self.backbone, momentum)
         self.teacher_heads.update(self.heads, momentum)

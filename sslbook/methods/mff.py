@@ -7,7 +7,8 @@ the last layer's, with learned weights. After training the maps are dropped, and
 Liu, Zhang, Chen, Yu, Chen and Lin, 2023, "Improving pixel-based MIM by reducing wasted modeling capability"
 (arXiv:2308.00261), section 3: linear projections and weighted average pooling (equations 2 and 3). All else is MAE (He
 et al., 2022, arXiv:2111.06377). The weights are a softmax, as in the authors' code; the fused tokens pass the encoder's
-last norm. Masks are keyed by picture and epoch.
+last norm; pictures are cropped as by MAE, where the authors' are resized and shifted as by PixMIM. Masks are keyed by
+picture and epoch.
 """
 
 import torch

@@ -73,8 +73,9 @@ class PromptBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch hidden dim"], prompts: Float[Tensor, "batch visible dim"]
     ) -> Float[Tensor, "batch hidden dim"]:
-        both = self.norm1(torch.cat([prompts, x], dim=1))
-        q = rearrange(self.q(both[:, prompts.shape[1] :]), "b n (h d) -> b h n d", h=self.heads)
+        own = self.norm1(x)
+        both = torch.cat([prompts, own], dim=1)  # prompts are not normalized, as in the authors' code
+        q = rearrange(self.q(own), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv(both), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         x = x + self.proj(attended)

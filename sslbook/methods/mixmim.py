@@ -9,8 +9,8 @@ Liu, Huang, Zheng, Liu and Li, 2023, "MixMAE: Mixed and masked autoencoder for e
 vision transformers" (arXiv:2205.13137, at first called MixMIM), section 3: mixing (eq. 1), masked attention, dual
 reconstruction (eq. 2). What differs: the encoder is a plain vision transformer, whose class token is there twice, once
 for either picture, since a shared one would carry news from one to the other (the authors' is a Swin without class
-token). Every picture has a mask of its own instead of one for the batch. Partners are drawn by key: the authors turn
-the batch of a GPU around.
+token); what is hidden and drawn at once is one of its patches, a square of 32 pixels there. Every picture has a mask of
+its own instead of one for the batch. Partners are drawn by key: the authors turn the batch of a GPU around.
 """
 
 import torch

@@ -9,7 +9,8 @@ Assran, Caron, Misra, Bojanowski, Bordes, Vincent, Joulin, Rabbat and Ballas, 20
 label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the authors' code, the mean-entropy term
 carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
 four fifths of the way to 1. What differs: which patches are dropped is keyed by picture and epoch instead of drawn once
-for a batch; Sinkhorn is computed with logarithms; the engine clips the prototypes' gradient with the rest, which the
+for a batch; Sinkhorn is computed with logarithms; linear maps start by Xavier (the head's as torch's do), the authors'
+from a truncated normal of 0.02; the engine clips the prototypes' gradient with the rest, which the
 authors leave as it is.
 """
 
@@ -165,7 +166,7 @@ class MSN(Method):
             features.append(self.pool(self.backbone.encode(torch.cat(tokens))))
         if focal:
             features.append(self.backbone(torch.cat(focal)))
-        z = self.head(torch.cat(features))
+        z = torch.cat([self.head(x) for x in features])  # one call per size: batch norm sees each by itself
         with torch.autocast(z.device.type, enabled=False):
             log_p = rearrange(self.log_assignments(z), "(anchor n) k -> anchor n k", n=n)
             assignment, mean_entropy = assignment_loss(log_p, target), mean_entropy_loss(log_p)

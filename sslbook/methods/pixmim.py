@@ -5,9 +5,10 @@ capacity is not spent on texture; and pictures are cut by a simple resized crop,
 
 Liu, Zhang, Chen, Chen and Lin, 2023, "PixMIM: rethinking pixel reconstruction in masked image modeling"
 (arXiv:2303.02416), section 4, equations 2 to 5: an ideal low-pass filter with a radius of 40 periods at 224 pixels. Here
-the radius scales with the picture. The paper's crop lies anywhere along the longer side and moves by up to four pixels
-into a mirrored border; here the view cuts the middle of the longer side, and the picture is moved in `forward`. Masks
-and shifts are keyed by picture and epoch.
+the radius scales with the picture, and the filter's center is the frequency zero as in the equations, half a step from
+where the authors' code has it. The paper's crop lies anywhere along the longer side and moves by up to four pixels into
+a mirrored border; here the view cuts the middle of the longer side, and the picture is moved in `forward`. Masks and
+shifts are keyed by picture and epoch.
 """
 
 import torch

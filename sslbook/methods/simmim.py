@@ -6,7 +6,8 @@ which no neighboring pixel gives away.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai and Hu, 2022, "SimMIM: a simple framework for masked image modeling"
 (arXiv:2111.09886), section 3; the distance is l1 on the hidden pixels (section 3.4). Values are those of the authors'
-code. Which squares are hidden is keyed by picture and epoch. The number hidden is rounded up, as there.
+code. Which squares are hidden is keyed by picture and epoch. The number hidden is rounded up, as there. The linear maps
+of our `VisionTransformer` start by Xavier, those of the authors' from a truncated normal of 0.02.
 """
 
 import math

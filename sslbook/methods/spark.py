@@ -9,7 +9,9 @@ Tian, Jiang, Diao, Lin, Wang and Yuan, 2023, "Designing BERT for convolutional n
 modeling" (arXiv:2301.03580), section 3: 3.1 sparse encoder, 3.2 hierarchical decoder, 3.3 loss on normalized pixels of
 hidden patches. As in the authors' code sparseness is imitated by dense layers whose results are masked. What differs:
 layers of any network are masked from outside, by standing in for their `forward` while the method runs it, so that the
-backbone is the ordinary one; and which patches are hidden is keyed.
+backbone is the ordinary one; all convolutions of the decoder start as He's, where there only those that enlarge do and
+the others start from a truncated normal of 0.02; maps are made dense after a batch norm, where the authors take a layer
+norm for ConvNeXt; and which patches are hidden is keyed.
 """
 
 import math
@@ -161,7 +163,7 @@ class Densify(nn.Module):
     def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels, 1, 1), std=0.02, a=-0.02, b=0.02))
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels), std=0.02, a=-0.02, b=0.02))
         self.project = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(
@@ -169,7 +171,7 @@ class Densify(nn.Module):
     ) -> Float[Tensor, "batch out h w"]:
         with sparsely(self.norm, mask):
             x = self.norm(x)
-        return self.project(torch.where(at(mask, x), x, self.mask_token.to(x.dtype)))
+        return self.project(torch.where(at(mask, x), x, self.mask_token.to(x.dtype)[:, None, None]))
 
 
 class SparK(Method):

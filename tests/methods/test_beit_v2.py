@@ -85,6 +85,15 @@ def test_the_class_token_has_to_tell(monkeypatch) -> None:
     assert gradient_of_last_block() == 0
 
 
+def test_layer_scale_and_drop_path_of_the_aggregation_are_the_backbones() -> None:
+    backbone = VisionTransformer(SIZE, 4, 16, 4, 2, layer_scale=0.1, drop_path=0.3)
+    method = make("beit_v2", backbone=backbone, early_layer=2)
+    # The backbone's blocks drop 0, 0.1, 0.2, 0.3: those after the second are 0.2 and 0.3.
+    assert [block.drop_path for block in method.aggregation.blocks] == pytest.approx([0.2, 0.3])
+    for block in method.aggregation.blocks:
+        assert all(torch.equal(scale.gamma, torch.full((16,), 0.1)) for scale in (block.ls1, block.ls2))
+
+
 def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     tokenizer = seeded_tokenizer()
     facts = {"view": {"size": 16, "mean": [0.5] * 3, "std": [0.25] * 3}}
@@ -115,3 +124,17 @@ def test_what_cannot_be_is_refused() -> None:
         make("beit_v2", num_masked=16)
     with pytest.raises(UserError, match="does not lie before the last of 2 blocks: use 1"):
         make("beit_v2", early_layer=2)
+
+
+def test_paper_scale() -> None:
+    with torch.device("meta"):
+        method = beit_v2.BEiTv2(VisionTransformer(positions="relative", layer_scale=0.1), VQTokenizer())
+        tokens, bias = torch.empty(2, 197, 768), method.backbone.rel_pos_bias()
+        assert method.head(method.aggregation(tokens, tokens, bias)).shape == (2, 197, 8192)
+    block = 12 * 768**2 + 13 * 768 + 2 * 768  # with layer scale
+    table = ((2 * 14 - 1) ** 2 + 3) * 12
+    backbone = 12 * block + (16 * 16 * 3 * 768 + 768) + 768 + 2 * 768 + table
+    assert round(backbone / 1e6) == 86  # as ViT-B is known
+    assert sum(p.numel() for p in method.backbone.parameters()) == backbone
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    assert trained == backbone + 2 * block + 768 + 768 * 8192 + 8192

@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -81,7 +82,31 @@ def test_forward_with_the_center_of_the_batches_before() -> None:
     teacher = teacher_distribution(torch.stack(scores), before, 0.04)
     expected = dino_loss(torch.stack([*large, *small]), teacher, 0.1)
     torch.testing.assert_close(method(batch, clock)["loss"], expected)
+    assert torch.equal(method.center, before)
+    method.after_step(clock)
     torch.testing.assert_close(method.center, 0.9 * before + 0.1 * torch.cat(scores).mean(dim=0))
+
+
+def test_a_batch_in_two_parts_moves_the_center_once() -> None:
+    method = make("dino", backbone=transformer())  # without batch norm, which would tell the parts apart
+    method.center += torch.linspace(-0.1, 0.1, 24)
+    other, batch, clock = deepcopy(method), make_batch(method, 6), Clock(0, 10)
+    one, two = (
+        batch._replace(views=tuple(view[part] for view in batch.views), index=batch.index[part])
+        for part in (slice(3), slice(3, 6))
+    )
+    whole = float(method(batch, clock)["loss"].detach())
+    halves = [float(other(part, clock)["loss"].detach()) for part in (one, two)]
+    assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5)  # the first half does not center the second
+    for m in (method, other):
+        m.after_step(clock)
+        assert m.parts == 0
+        assert not m.seen.any()
+    torch.testing.assert_close(other.center, method.center)
+    before = method.center.clone()
+    method.eval()(batch, clock)
+    method.after_step(clock)
+    assert torch.equal(method.center, before)  # nothing is noted outside of training
 
 
 def test_the_teachers_temperature_and_momentum_follow_the_clock() -> None:

@@ -82,3 +82,13 @@ def test_what_cannot_be_is_refused() -> None:
         make("dvae", last_temperature=2.0)
     with pytest.raises(UserError, match="nearest size that works is 16x16"):
         make("dvae", backbone=DiscreteEncoder(8, 8, 8, 1), view=VIEW.__class__(size=18))
+
+
+def test_full_scale() -> None:
+    """Three halvings, two residual blocks, one score per code."""
+    with torch.device("meta"):
+        encoder = DiscreteEncoder()
+        assert encoder.scores(torch.empty(2, 3, 112, 112)).shape == (2, 14 * 14, 8192)
+    halvings = (3 * 16 * 256 + 256) + 2 * (256 * 16 * 256 + 256)
+    residuals = 2 * (256 * 9 * 256 + 256 + 256 * 256 + 256)
+    assert sum(p.numel() for p in encoder.parameters()) == halvings + residuals + 256 * 8192 + 8192

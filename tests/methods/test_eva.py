@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sslbook.errors import UserError
-from sslbook.methods.eva import cosine_loss
-from sslbook.nn import ConvNet, ResNet, VisionTransformer
+from sslbook.methods.eva import EVA, cosine_loss
+from sslbook.nn import ConvNet, ResNet, VisionTransformer, vit_giant
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
@@ -108,3 +108,15 @@ def test_the_teacher_learns_nothing() -> None:
     assert not any(module.training for module in method.teacher.modules())
     for key, value in method.teacher.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def test_paper_scale() -> None:
+    with torch.device("meta"):
+        method = EVA(vit_giant(), VisionTransformer(224, 14, 1024, 24, 16))  # the teacher as large as CLIP's ViT-L/14
+        assert method.backbone.encode(torch.empty(2, 256, 1408)).shape == (2, 257, 1408)
+    block = 4 * (1408**2 + 1408) + 2 * 1408 * 6144 + 6144 + 1408 + 4 * 1408
+    backbone = 40 * block + (14 * 14 * 3 * 1408 + 1408) + 1408 + 2 * 1408
+    assert round(backbone / 1e6) == 1011  # the paper's 1.0 billion
+    assert sum(p.numel() for p in method.backbone.parameters()) == backbone
+    assert sum(p.numel() for p in method.parameters() if p.requires_grad) == backbone + 1408 + 1408 * 1024 + 1024
+    assert method.teacher.grid == (16, 16)

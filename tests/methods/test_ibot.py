@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslbook import distributed
+from sslbook.data import masks
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.ibot import IBOT, cls_loss, koleo, patch_loss
@@ -83,12 +84,25 @@ def test_the_loss_on_cls_tokens_is_equation_3(n: int, crops: int) -> None:
 
 
 def test_koleo_is_equation_2() -> None:
-    x = torch.randn(5, 3, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     unit = F.normalize(x, dim=1).tolist()
     expected = 0.0
     for i in range(5):
         expected -= math.log(min(math.dist(unit[i], unit[j]) for j in range(5) if j != i)) / 5
-    assert float(koleo(x)) == pytest.approx(expected, rel=1e-5)
+    assert float(koleo(x)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_koleo_of_the_same_picture_twice() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))[[0, 1, 2, 2]].requires_grad_()
+    loss = koleo(x)
+    loss.backward()
+    # Two distances of nothing but epsilon, which is 1e-8 in every coordinate and once in the logarithm.
+    z = F.normalize(x.detach(), dim=1)
+    apart = [float((z[i] - torch.cat([z[:i], z[i + 1 :]])).norm(dim=1).min()) for i in (0, 1)]
+    expected = -(sum(math.log(d) for d in apart) + 2 * math.log(3e-8)) / 4
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-3)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def _koleo(x: Tensor) -> tuple[float, Tensor]:
@@ -121,6 +135,14 @@ def test_how_much_is_hidden() -> None:
     assert torch.equal(method.hidden(index[7:9], (14, 14), Clock(seed=1), 1), second[7:9])
 
 
+def test_the_smallest_block(monkeypatch) -> None:
+    asked, real = [], masks.block_mask
+    monkeypatch.setattr(masks, "block_mask", lambda *a, min_block, **k: asked.append(min_block) or real(*a, **k))
+    for min_block in (None, 4):
+        make("ibot", min_block=min_block).hidden(torch.arange(2), (14, 14), Clock(), 0)
+    assert asked == [16, 4]
+
+
 def test_nothing_hidden_is_no_loss_on_patches() -> None:
     for options in ({"mask_probability": 0.0}, {"mask_ratio": (0.0, 0.0)}):
         method = make("ibot", **options)
@@ -145,6 +167,81 @@ def test_the_student_does_not_see_what_is_hidden() -> None:
     torch.testing.assert_close(method(batch._replace(views=tuple(changed)), clock)["loss"], loss)
 
 
+def test_forward_with_the_centers_of_the_batches_before() -> None:
+    method = make("ibot", cls_weight=0.5, patch_weight=2.0, koleo_weight=0.3, mask_probability=1.0)
+    method.center += torch.linspace(-0.1, 0.1, 24)
+    method.patch_center += torch.linspace(0.2, -0.1, 24)
+    batch, clock = make_batch(method, 5), Clock(0, 10)
+    large, small, net = torch.cat(batch.views[:2]), torch.cat(batch.views[2:]), method.backbone
+    mask = torch.cat([method.hidden(batch.index, (4, 4), clock, crop) for crop in (0, 1)])
+    assert mask.any()
+    scores = method.teacher_heads.module["cls"](net.encode(net.embed(large)))
+    teacher = ((scores[:, 0] - method.center) / 0.04).softmax(dim=1).unflatten(0, (2, 5))
+    patch_teacher = ((scores[:, 1:][mask] - method.patch_center) / 0.04).softmax(dim=1)
+    tokens, local = net.encode(net.embed(large, mask, method.mask_token)), net.encode(net.embed(small))
+    student = method.heads["cls"](torch.cat([tokens[:, 0], local[:, 0]])).unflatten(0, (4, 5))
+    expected = 0.5 * cls_loss(student, teacher, 0.1)
+    expected = expected + 2.0 * patch_loss(method.heads["cls"](tokens[:, 1:][mask]), patch_teacher, mask, 0.1)
+    expected = expected + 0.3 * (koleo(tokens[:5, 0]) + koleo(tokens[5:, 0]))  # each crop among its own
+    torch.testing.assert_close(method(batch, clock)["loss"], expected)
+
+
+def test_a_batch_in_two_parts_moves_the_centers_once() -> None:
+    method = make("ibot", mask_probability=1.0)
+    method.center += torch.linspace(-0.1, 0.1, 24)
+    method.patch_center += torch.linspace(0.2, -0.1, 24)
+    other, batch, clock = deepcopy(method), make_batch(method, 6), Clock(0, 10)
+    one, two = (
+        batch._replace(views=tuple(view[part] for view in batch.views), index=batch.index[part])
+        for part in (slice(3), slice(3, 6))
+    )
+    whole = float(method(batch, clock)["loss"].detach())
+    halves = [float(other(part, clock)["loss"].detach()) for part in (one, two)]
+    assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5)  # the first half does not center the second
+    for m in (method, other):
+        m.after_step(clock)
+        assert m.parts == 0
+        assert not m.seen.any()
+    torch.testing.assert_close(other.center, method.center)
+    torch.testing.assert_close(other.patch_center, method.patch_center)
+    before = method.center.clone()
+    method.eval()(batch, clock)
+    method.after_step(clock)
+    assert torch.equal(method.center, before)  # nothing is noted outside of training
+
+
+def test_the_teachers_temperature_and_momentum_follow_the_clock() -> None:
+    method = make("ibot", teacher_temperature_warmup=30, momentum=0.5, separate_heads=True)
+    batch, asked, targets = make_batch(method, 2), [], method.targets
+    method.targets = lambda scores, center, temperature: (
+        asked.append(temperature) or targets(scores, center, temperature)
+    )
+    for step in (0, 150, 300, 999):
+        method(batch, Clock(step, 1000, steps_per_epoch=10))
+    assert asked == pytest.approx([0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07, 0.07])
+    pairs = [(method.teacher_backbone.module.cls_token, method.backbone.cls_token)]
+    pairs += [(method.teacher_heads.module[name].prototypes, method.heads[name].prototypes) for name in method.heads]
+    starts = [teacher.clone() for teacher, _ in pairs]
+    with torch.no_grad():
+        for _, student in pairs:
+            student += 1
+    method.after_step(Clock(10, 10))
+    assert all(torch.equal(teacher, start) for (teacher, _), start in zip(pairs, starts))  # at the end it rests
+    method.after_step(Clock(0, 10))
+    for (teacher, _), start in zip(pairs, starts):
+        torch.testing.assert_close(teacher, start + 0.5)
+
+
+def test_the_last_layers_wait_an_epoch() -> None:
+    method = make("ibot", freeze_last_layer=1, separate_heads=True, mask_probability=1.0)
+    for step, moves in ((0, False), (4, False), (5, True)):
+        method.zero_grad()
+        method(make_batch(method, 4), Clock(step, 10, steps_per_epoch=5))["loss"].backward()
+        for head in method.heads.values():
+            assert bool(head.prototypes.grad.abs().max() > 0) == moves
+            assert all(p.grad.abs().max() > 0 for p in head.mlp.parameters())
+
+
 def test_the_patches_center_is_of_all_patches_of_the_teacher() -> None:
     method = make("ibot", center_momentum=0.9)
     batch = make_batch(method, 3)
@@ -153,6 +250,7 @@ def test_the_patches_center_is_of_all_patches_of_the_teacher() -> None:
     scores = method.teacher_heads.module["cls"](tokens)
     with torch.no_grad():
         method(batch, Clock())
+    method.after_step(Clock(0, 10))
     torch.testing.assert_close(method.patch_center, 0.1 * scores[:, 1:].mean(dim=(0, 1)))
     torch.testing.assert_close(method.center, 0.1 * scores[:, 0].mean(dim=0))
 

@@ -6,7 +6,15 @@ from sslbook import chance
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import mae
-from sslbook.methods.mae import normalize_patches, num_visible, patchify, random_mask, reconstruction_loss, unpatchify
+from sslbook.methods.mae import (
+    MAE,
+    normalize_patches,
+    num_visible,
+    patchify,
+    random_mask,
+    reconstruction_loss,
+    unpatchify,
+)
 from sslbook.nn import ResNet, VisionTransformer
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
@@ -168,3 +176,15 @@ def test_without_the_mask_it_copies(monkeypatch) -> None:
         mae, "random_mask", lambda index, n, ratio, clock: 2 * (torch.arange(n).expand(len(index), -1),)
     )
     assert loss_after_training() < 0.4
+
+
+def test_paper_scale() -> None:
+    with torch.device("meta"):
+        method = MAE(VisionTransformer())
+        tokens, visible, hidden = torch.empty(2, 50, 768), torch.zeros(2, 49).long(), torch.zeros(2, 147).long()
+        assert method.decoder(tokens, visible, hidden, (14, 14)).shape == (2, 147, 16 * 16 * 3)
+    encoder = 12 * (12 * 768**2 + 13 * 768) + (16 * 16 * 3 * 768 + 768) + 768 + 2 * 768
+    decoder = 8 * (12 * 512**2 + 13 * 512) + (768 * 512 + 512) + 512 + 2 * 512 + (512 * 768 + 768)
+    assert sum(p.numel() for p in method.parameters()) == encoder + decoder
+    # The authors' mae_vit_base_patch16, where the fixed positions of class token and patches count too.
+    assert encoder + decoder + 197 * (768 + 512) == 111_907_840

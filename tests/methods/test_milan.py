@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_what_the_teacher_attends_to_stays_visible(monkeypatch) -> None:
     even = milan.semantic_order
     monkeypatch.setattr(milan, "semantic_order", lambda a, *rest: even(torch.full_like(a, 1 / a.shape[1]), *rest))
     assert visible_of_spots() < 0.4  # without the teacher's attention: a quarter
+
+
+def test_the_prompting_block_by_loops() -> None:
+    torch.manual_seed(0)
+    block = milan.PromptBlock(8, 2).double().requires_grad_(False)
+    block.norm1.weight.normal_()
+    x, prompts = torch.randn(3, 8).double(), 3 * torch.randn(4, 8).double()
+    seen = [*prompts, *[block.norm1(token) for token in x]]  # prompts as they are
+    for i in range(3):
+        q, answer = block.q(block.norm1(x[i])), []
+        for head in range(2):
+            part, values = slice(4 * head, 4 * head + 4), slice(8 + 4 * head, 12 + 4 * head)
+            powers = [math.exp(float(q[part] @ block.kv(token)[part]) / 2) for token in seen]
+            answer.append(sum(p / sum(powers) * block.kv(token)[values] for p, token in zip(powers, seen)))
+        y = x[i] + block.proj(torch.cat(answer))
+        expected = y + block.mlp(block.norm2(y)[None, None])[0, 0]
+        torch.testing.assert_close(block(x[None], prompts[None])[0, i], expected)
 
 
 def test_the_decoder_does_not_change_what_is_visible() -> None:

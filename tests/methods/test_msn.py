@@ -39,7 +39,7 @@ CASE = Case(
     overfit={"momentum": 0.9, "num_prototypes": 16},
     overfit_lr=3e-3,
     lr=1e-3,  # ... as sharpened targets do
-    corners=[(2, 1e-3, {"sinkhorn_targets": False, "temperature": 1.0}), (8, 1e-3, {"num_large": 2, "num_focal": 0})],
+    corners=[(4, 1e-3, {"sinkhorn_targets": False, "temperature": 1.0}), (8, 1e-3, {"num_large": 2, "num_focal": 0})],
     other_backbones=[transformer],
 )
 
@@ -106,8 +106,10 @@ def test_forward_from_its_parts() -> None:
     whole, large, *focal = batch.views
     kept = method.drop(method.backbone.embed(large), batch.index, clock, 0)
     assert kept.shape[1] == 12
-    features = [method.backbone.encode(kept)[:, 1:].mean(dim=1), *[method.backbone(x) for x in focal]]
-    log_p = method.log_assignments(method.head(torch.cat(features))).unflatten(0, (3, 5))
+    small = torch.cat([method.backbone(x) for x in focal])
+    # The head is called once for every size, so that its batch norm does not mix them.
+    z = [method.head(method.backbone.encode(kept)[:, 1:].mean(dim=1)), method.head(small)]
+    log_p = method.log_assignments(torch.cat(z)).unflatten(0, (3, 5))
     expected = assignment_loss(log_p, method.targets(whole)) + mean_entropy_loss(log_p)
     torch.testing.assert_close(method(batch, clock)["loss"], expected)
 
@@ -150,8 +152,8 @@ def entropy_of_the_mean(**options: object) -> float:
 
 
 def test_without_mean_entropy_and_sinkhorn_it_collapses() -> None:
-    assert entropy_of_the_mean(sinkhorn_targets=False) > 1.1
-    assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 0.7
+    assert entropy_of_the_mean(sinkhorn_targets=False) > 1.6
+    assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 1.2
 
 
 def test_what_cannot_be_is_refused() -> None:

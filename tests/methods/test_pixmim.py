@@ -9,7 +9,7 @@ from sslbook import chance
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import pixmim
-from sslbook.methods.pixmim import low_pass, shifted
+from sslbook.methods.pixmim import PixMIM, low_pass, shifted
 from sslbook.nn import ResNet, VisionTransformer, vit_base
 from sslbook.nn.pixel_decoder import patchify, random_mask, take
 from sslbook.schedules import Clock
@@ -134,3 +134,15 @@ def test_what_cannot_be_is_refused() -> None:
         make("pixmim", radius=0.0)
     with pytest.raises(UserError, match="moves a picture by more than its size"):
         make("pixmim", shift=300.0)
+
+
+def test_paper_scale() -> None:
+    with torch.device("meta"):
+        method = PixMIM(VisionTransformer())
+        tokens, visible, hidden = torch.empty(2, 50, 768), torch.zeros(2, 49).long(), torch.zeros(2, 147).long()
+        assert method.decoder(tokens, visible, hidden, (14, 14)).shape == (2, 147, 16 * 16 * 3)
+    encoder = 12 * (12 * 768**2 + 13 * 768) + (16 * 16 * 3 * 768 + 768) + 768 + 2 * 768
+    decoder = 8 * (12 * 512**2 + 13 * 512) + (768 * 512 + 512) + 512 + 2 * 512 + (512 * 768 + 768)
+    assert sum(p.numel() for p in method.parameters()) == encoder + decoder
+    # All is MAE's: its mae_vit_base_patch16, where the fixed positions of class token and patches count too.
+    assert encoder + decoder + 197 * (768 + 512) == 111_907_840

@@ -182,7 +182,7 @@ def test_the_decoder_fills_holes_with_the_mask_token() -> None:
         densify.project.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         densify(maps, mask)
         holes = ~at(mask, seen[0]).expand_as(seen[0])
-        assert torch.equal(seen[0][holes], densify.mask_token.expand_as(seen[0])[holes])
+        assert torch.equal(seen[0][holes], densify.mask_token[:, None, None].expand_as(seen[0])[holes])
         torch.testing.assert_close(seen[0][~holes], densify.norm(maps)[~holes])
 
 
