@@ -1,18 +1,18 @@
-"""`sslbook train ...`, the same as `python -m sslbook.train ...`; likewise `evaluate` and `extract`."""
+"""`sslbook train ...`, the same as `python -m sslbook.train ...`; likewise `evaluate`, `extract` and `compare`."""
 
 import importlib
 import sys
 
 from sslbook.errors import nearest
 
-COMMANDS = ("train", "evaluate", "extract")
+COMMANDS = ("train", "evaluate", "extract", "compare")
 
 
 def main() -> None:
     """Hand over to the command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: sslbook {train,evaluate,extract} ...\n\nsslbook COMMAND --help explains each.")
+        print("usage: sslbook {train,evaluate,extract,compare} ...\n\nsslbook COMMAND --help explains each.")
         return
     if name not in COMMANDS:
         print(f"error: unknown command {name}{nearest(name, list(COMMANDS))}", file=sys.stderr)

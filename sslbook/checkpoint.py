@@ -23,6 +23,7 @@ from sslbook.errors import UserError
 from sslbook.nn.ema import EMA
 
 FORMAT = "sslbook checkpoint 1"
+BUILDABLE = ("ConvNet", "ResNet", "VisionTransformer", "DiscreteEncoder", "VQTokenizer", "sobel")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -156,7 +157,8 @@ def load_weights(module: nn.Module, path: Path) -> Loaded:
     own = module.state_dict()
     fitting, resampled, unused = {}, [], []
     for name, value in weights.items() if isinstance(weights, dict) else ():
-        targets = [t for t in (name, f"backbone.{name}", name.removeprefix("module.")) if t in own]
+        bare = str(name).removeprefix("module.").removeprefix("_orig_mod.")  # of data-parallel and compiled modules
+        targets = [t for t in (name, f"backbone.{name}", bare, f"backbone.{bare}") if t in own]
         target = next((t for t in targets if isinstance(value, torch.Tensor) and own[t].shape == value.shape), None)
         if target is None and targets and isinstance(value, torch.Tensor):
             owner, _, last = targets[0].rpartition(".")
@@ -210,10 +212,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
 def build(description: dict[str, Any]) -> nn.Module:
     """The backbone of a description, with fresh weights.
 
-    Only backbones of `sslbook.nn` are built: a description is data, and data must not choose what code is run.
+    Only networks of `sslbook.nn` that are made of numbers alone are built: a description is data, and data must not
+    choose what code is run, or what files are read.
     """
     path, init_args = str(description.get("class_path", "")), description.get("init_args")
-    if not path.startswith("sslbook.nn.") or init_args is None:
+    if not path.startswith("sslbook.nn.") or path.rpartition(".")[2] not in BUILDABLE or init_args is None:
         raise UserError(
             f"the backbone {path or '(none)'} is not one of sslbook.nn: build it yourself and pass --backbone"
         )

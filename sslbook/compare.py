@@ -8,11 +8,15 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from sslbook import configuration
 from sslbook.errors import UserError
 from sslbook.methods import METHODS
+from sslbook.train import pretrain
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}
@@ -153,6 +157,8 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
     """The report of one run; it is trained first, in a process of its own, if it is not finished."""
     folder = runs / f"{method}-seed-{seed}"
     done = folder / "report.json"
+    if (folder / "config.yaml").exists():
+        _require_same(method, [*options, f"--seed={seed}"], folder)
     if not done.exists():
         words = [method, *options, f"--seed={seed}", f"--out={folder}", "--resume=auto"]
         if not full:
@@ -168,6 +174,33 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
     if not done.exists():
         raise UserError(f"{folder}: stopped before the end; give the same command again to go on")
     return json.loads(done.read_text(encoding="utf-8"))
+
+
+def _require_same(method: str, options: list[str], folder: Path) -> None:
+    """The run that is there was trained with these options; what its configuration does not know does not count."""
+    if method in AFTER:
+        source, option = AFTER[method]
+        options = [*options, f"--method.{option}={folder.with_name(folder.name.replace(method, source, 1))}"]
+    wanted = configuration.resolve([method, *options], pretrain)[2]
+    written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    there, here = (
+        {key: value for key, value in _flat(values)} for values in (written, yaml.safe_load(yaml.safe_dump(wanted)))
+    )
+    for key in sorted(there.keys() & here.keys()):
+        if there[key] != here[key] and key not in ("report", "progress"):
+            raise UserError(
+                f"{folder}: was trained with {key} {there[key]!r}, now it is {here[key]!r}: delete it, choose another "
+                "--runs, or give the options of then"
+            )
+
+
+def _flat(values: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of nested mappings, under names such as `method.init_args.view.size`."""
+    if isinstance(values, dict) and values:
+        for name, value in values.items():
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, values
 
 
 def main(argv: list[str] | None = None) -> None:

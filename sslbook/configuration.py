@@ -33,6 +33,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("exit_on_error", False)
+        kwargs.setdefault("allow_abbrev", False)  # --recip would be taken for --recipe here and passed over elsewhere
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # pyrefly: ignore
@@ -330,9 +331,12 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     outs, _ = _take(argv, "--out")
 
     files = list(config_files)
-    if resumes and (written := _config_of_run(resumes[-1], outs)) is not None:
+    written = _config_of_run(resumes[-1], outs) if resumes else None
+    if written is not None:
         files.insert(0, str(written))
     layers = [read_yaml(path) for path in files]
+    if written is not None:
+        layers[0].pop("weights", None)  # the run has begun from them already
     for path, layer in zip(files, layers):
         name = _own_method(path, layer, name)
     if name and name.startswith("sslbook.methods."):
@@ -341,7 +345,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     method = method_class(name)
     merged: dict[str, Any] = {}
     if recipes or not (resumes and layers):
-        recipe = recipes[-1] if recipes else ("folder" if folders else "world")
+        of_files = any(isinstance(data := layer.get("data"), dict) and data.get("folder") for layer in layers)
+        recipe = recipes[-1] if recipes else ("folder" if folders or of_files else "world")
         path = recipe_path(name, recipe)
         merged = read_yaml(path)
         _own_method(str(path), merged, name)

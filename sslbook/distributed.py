@@ -180,6 +180,8 @@ def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = N
         raise UserError(f"device {device} needs an NVIDIA GPU and torch finds none: use device cpu")
     if backend == "nccl" and kind != "cuda":
         raise UserError("backend nccl needs a GPU and this process computes on the CPU: use backend gloo")
+    if initialized() and kind == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", torch.cuda.current_device())
     if "RANK" not in os.environ or initialized():
         return torch.device(device or kind)
 

@@ -5,6 +5,7 @@ python -m sslbook.evaluate runs/simclr-world --protocols knn linear factors --ou
 python -m sslbook.evaluate runs/mae-photos/backbone.safetensors --data.folder PHOTOS
 """
 
+import copy
 import json
 import os
 import sys
@@ -92,7 +93,7 @@ def evaluate(
     print(data.describe())
     name = str(facts.get("method", Path(run).name))
     subjects = {name: module}
-    if controls and (start := _start(run, facts, seed)) is not None:
+    if controls and (start := _start(run, facts, seed, backbone)) is not None:
         subjects["random weights"] = start
     with quiet_about_skipped():
         rows, scores = _measure(subjects, data, view, factors_too="factors" in protocols, options=options)
@@ -132,11 +133,11 @@ def _measure(
     return rows, scores
 
 
-def _start(run: str, facts: dict[str, Any], seed: int) -> nn.Module | None:
+def _start(run: str, facts: dict[str, Any], seed: int, backbone: nn.Module | None) -> nn.Module | None:
     """The backbone before training: as the run kept it, else one with fresh weights, else none."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     if (kept := folder / "initial.safetensors").is_file():
-        module, own = checkpoint.load_backbone(kept)
+        module, own = checkpoint.load_backbone(kept, copy.deepcopy(backbone))
         if own.get("backbone") == facts.get("backbone"):
             return module
     try:

@@ -5,6 +5,7 @@ was written) and `end`.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -58,7 +59,10 @@ class Run:
 
 
 class Hook:
-    """Base of what watches a run; override the events you need. All processes call them."""
+    """Base of what watches a run; override the events you need. All processes call them, but for `save`."""
+
+    measures: tuple[str, ...] | None = None
+    """the figures that it puts into `run.figures`; a hook that does not say may have any"""
 
     def start(self, run: Run) -> None:
         """Before the first step, also of a resumed run."""
@@ -70,7 +74,7 @@ class Hook:
         """After every pass over the data."""
 
     def save(self, run: Run, path: Path) -> None:
-        """After a checkpoint was written to `path`."""
+        """After a checkpoint was written to `path`; in the main process only."""
 
     def end(self, run: Run) -> None:
         """When the run is over, finished or stopped."""
@@ -78,6 +82,8 @@ class Hook:
 
 class Progress(Hook):
     """A progress bar: loss, images per second, time left."""
+
+    measures = ()
 
     def start(self, run: Run) -> None:
         from tqdm import tqdm
@@ -114,27 +120,28 @@ class Metrics(Hook):
         every: steps between lines; each holds the mean over these steps.
     """
 
+    measures = ()
+
     def __init__(self, every: int = 10) -> None:
         self.every = every
 
     def start(self, run: Run) -> None:
         self.path = run.folder / "metrics.jsonl"
-        self.sums: dict[str, float] = {}
-        self.count = 0
-        self.known: dict[str, float] = {}
+        self.sums: dict[str, list[float]] = {}
+        self.known = dict(run.figures)
         if distributed.is_main() and self.path.exists():  # a resumed run goes on where its checkpoint stands
             kept = [line for line in read_metrics(self.path) if line["step"] <= run.clock.step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def step(self, run: Run) -> None:
         for name, value in run.metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+            if math.isfinite(value):  # fp16 passes over steps whose gradient is not
+                self.sums.setdefault(name, []).append(value)
         if run.clock.step % self.every == 0 or run.clock.step == run.clock.total_steps:
-            means = {name: total / self.count for name, total in self.sums.items()}
+            means = {name: sum(values) / len(values) for name, values in self.sums.items()}
             rate = {"images_per_second": round(run.images_per_second, 1), "seconds": round(run.seconds, 2)}
             self._write(run, {**means, "lr": run.metrics["lr"], **rate})
-            self.sums, self.count = {}, 0
+            self.sums = {}
 
     def epoch(self, run: Run) -> None:
         changed = {name: value for name, value in run.figures.items() if self.known.get(name) != value}
@@ -170,6 +177,8 @@ class OnlineKNN(Hook):
         limit: training pictures that take part at most.
     """
 
+    measures = ("knn",)
+
     def __init__(self, every: int = 1, k: int = 20, limit: int = 10_000) -> None:
         at_least_one(every=every, k=k, limit=limit)
         self.every, self.k, self.limit = every, k, limit
@@ -192,6 +201,8 @@ class Pictures(Hook):
     Args:
         every: epochs between pictures.
     """
+
+    measures = ()
 
     def __init__(self, every: int = 10) -> None:
         at_least_one(every=every)
@@ -217,6 +228,8 @@ class TensorBoard(Hook):
     Args:
         every: steps between points.
     """
+
+    measures = ()
 
     def __init__(self, every: int = 10) -> None:
         at_least_one(every=every)
@@ -254,6 +267,8 @@ class WandB(Hook):
         mode: `offline` keeps everything in the run's folder until `wandb sync`; `online` needs an account.
         every: steps between points.
     """
+
+    measures = ()
 
     def __init__(
         self, project: str = "sslbook", mode: Literal["offline", "online", "disabled"] = "offline", every: int = 10

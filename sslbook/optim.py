@@ -103,13 +103,29 @@ class GroupPlan:
         group["weight_decay"] = self.weight_decay * self.weight_decay_schedule(clock)
 
 
-def layer_of(name: str, depth: int) -> int:
-    """The layer a backbone's parameter stands in, counted from the input: 0 is the embedding, `depth + 1` the end."""
-    if found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name):
-        return int(found[1]) + 1
+BLOCK = re.compile(r"(?:(?:^|\.)(?:layers|stages)\.(\d+)\.)?(?:(?<=\.)|^)blocks\.(\d+)\.")
+STAGE = re.compile(r"(?:^|\.)(?:layers|stages)\.(\d+)\.")
+
+
+def blocks_of(names: list[str]) -> list[tuple[int, int]]:
+    """Stage and number of all blocks in the order in which a picture meets them; a plain transformer has one stage."""
+    return sorted({(int(found[1] or 0), int(found[2])) for name in names if (found := BLOCK.search(name))})
+
+
+def layer_of(name: str, depth: int, blocks: list[tuple[int, int]] | None = None) -> int:
+    """The layer a backbone's parameter stands in, counted from the input: 0 is the embedding, `depth + 1` the end.
+
+    In networks with stages (Swin, ConvNeXt) the blocks are counted through all `blocks`, and what leads into a stage
+    stands with its first block.
+    """
+    if found := BLOCK.search(name):
+        stage, number = int(found[1] or 0), int(found[2])
+        return 1 + (blocks.index((stage, number)) if blocks else number)
+    if blocks and (found := STAGE.search(name)):
+        return 1 + min(blocks.index(block) for block in blocks if block[0] == int(found[1]))
     if found := re.search(r"(?:^|\.)layer(\d+)\.", name):
         return int(found[1])
-    if re.search(r"(patch_embed|cls_token|pos_embed|mask_token|conv1|bn1)", name):
+    if re.search(r"(patch_embed|cls_token|pos_embed|mask_token|conv1|bn1|(^|\.)stem\.)", name):
         return 0
     return depth + 1
 
@@ -145,7 +161,8 @@ def parameter_groups(
             raise UserError(f"rules: {rule.pattern!r} is not a regular expression ({error})") from None
         if not matched:
             raise UserError(f"rules: {rule.pattern!r} matches no parameter{nearest(rule.pattern, names)}")
-    depth = max((layer_of(name, 0) for name in names if name.startswith("backbone.")), default=0)
+    blocks = blocks_of([name for name in names if name.startswith("backbone.")])
+    depth = max((layer_of(name, 0, blocks) for name in names if name.startswith("backbone.")), default=0)
 
     members: dict[tuple, list[Tensor]] = {}
     for name, p in method.named_parameters():
@@ -157,7 +174,7 @@ def parameter_groups(
             continue
         scale = 1.0
         if layer_decay is not None and name.startswith("backbone."):
-            scale = layer_decay ** (depth + 1 - min(layer_of(name, depth), depth + 1))
+            scale = layer_decay ** (depth + 1 - min(layer_of(name, depth, blocks), depth + 1))
         members.setdefault((which, p.ndim <= 1, scale), []).append(p)
     if not members:
         raise UserError("nothing is left to train: every parameter is frozen")

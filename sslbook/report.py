@@ -82,7 +82,10 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
             if data.factors("test"):
                 scores[shown] = factors.probe(train[0], data.factors("train"), test[0], data.factors("test"))
         rows = [rows[-1], controls.pixels(data, view, device=run.device), *rows[:-1]]
-        if full and before is not None:
+        if full and before is not None and not bool((data.labels("pretrain") >= 0).any()):
+            print("the pictures to learn from have no labels, so there is no supervised control")
+        elif full and before is not None:
+            transformer = any(name.endswith("attn") for name, _ in before.named_modules())
             rows.append(
                 controls.supervised(
                     copy.deepcopy(before),
@@ -91,6 +94,7 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
                     steps=run.clock.total_steps,
                     batch_size=run.batch_size,
                     evaluation_view=view,
+                    lr=1e-3 if transformer else 3e-3,
                     device=run.device,
                 )
             )

@@ -5,6 +5,8 @@ python -m sslbook.train mae --data.folder PHOTOS --epochs 5
 torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
 """
 
+import copy
+import re
 import signal
 import sys
 import time
@@ -121,6 +123,11 @@ def pretrain(
     _check_numbers(
         log_every=log_every, clip=clip, layer_decay=layer_decay, lr_reference_batch=lr_reference_batch, keep=keep
     )
+    measured = [name for hook in hooks or [] for name in hook.measures or ()]
+    if best is not None and best not in measured and all(hook.measures is not None for hook in hooks or []):
+        raise UserError(
+            f"best: nothing measures {best!r}{nearest(best, measured)}; add a hook that does, such as OnlineKNN"
+        )
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = steps if steps is not None else round(epochs * steps_per_epoch)
     if total_steps < 1:
@@ -134,7 +141,9 @@ def pretrain(
         convert_batch_norm(method)  # in place: a method is not a normalization itself
     method.to(where)
     method.prepare(data)
+    fresh = method.backbone
     if weights is not None and state is None:
+        fresh = copy.deepcopy(fresh).cpu()  # the controls begin where nothing has been learned
         loaded = checkpoint.load_weights(method, Path(weights))
         method.after_weights(loaded.taken)
         if distributed.is_main():
@@ -174,14 +183,15 @@ def pretrain(
         scaler.load_state_dict(state["scaler"])
         clock = run.clock = replace(clock, step=state["step"])
         run.seconds, run.figures, best_value = state["seconds"], dict(state["figures"]), state["best"]
-        _set_random_states(state["random"], rank)
+        _set_random_states(state["random"], rank, seed, where)
+        _set_aside(folder, clock.step)
     else:
         torch.manual_seed(seed + rank)  # only for what is not keyed, such as drop path
     if distributed.is_main():
         if state is None or not (folder / "config.yaml").exists():  # or the run goes on in a folder of its own
             checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
         if state is None and report != "none":
-            checkpoint.export_backbone(folder / "initial.safetensors", method.backbone, description)
+            checkpoint.export_backbone(folder / "initial.safetensors", fresh, description)
 
     for module in _compilable(method) if compile else ():
         module.compile()
@@ -191,7 +201,12 @@ def pretrain(
     method.train()
 
     def save() -> None:
-        random = _random_states()  # of all processes
+        random = _random_states(where)  # of all processes
+        if not all(bool(torch.isfinite(p).all()) for p in method.parameters()):
+            raise UserError(
+                f"weights became NaN or Inf by step {clock.step}, though the loss was a number; they were not saved, the "
+                "last checkpoint is as it was: lower the learning rate, or set --clip"
+            )
         if distributed.is_main():
             path = folder / f"checkpoint-{clock.step:08d}.pt"
             contents = {
@@ -208,9 +223,9 @@ def pretrain(
                 "random": random,
                 "description": description,
             }
-            checkpoint.save(path, contents)
-            if improved:
+            if improved:  # first, since the checkpoint says that it is there
                 checkpoint.save(folder / "best.pt", contents)
+            checkpoint.save(path, contents)
             for old in checkpoint.checkpoints(folder)[:-keep] if keep else []:
                 old.unlink()
             for hook in watchers:
@@ -218,10 +233,11 @@ def pretrain(
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     leaving = _Leaving()
-    improved = False
-    for hook in watchers:
-        hook.start(run)
+    improved, started = False, []
     try:
+        for hook in watchers:
+            started.append(hook)
+            hook.start(run)
         while clock.step < total_steps and not leaving.now:
             place = clock.step % steps_per_epoch  # steps of this epoch already taken, by a run that was resumed
             if place == 0:
@@ -292,10 +308,11 @@ def pretrain(
                         hook.epoch(run)
                     method.train()
                     if best is not None:
-                        if best not in run.figures:
+                        if best in run.figures:
+                            improved = run.figures[best] > best_value
+                            best_value = max(best_value, run.figures[best])
+                        elif best not in measured or ended:
                             raise UserError(f"best: nothing measures {best!r}{nearest(best, list(run.figures))}")
-                        improved = run.figures[best] > best_value
-                        best_value = max(best_value, run.figures[best])
                 leaving.agree(where)
                 if ended or leaving.now or improved or (every and clock.step % every == 0):
                     save()
@@ -304,7 +321,7 @@ def pretrain(
                     break
     finally:
         leaving.restore()
-        for hook in watchers:
+        for hook in started:
             hook.end(run)
 
     run.finished = clock.step >= total_steps
@@ -377,7 +394,9 @@ def _choose_folder(method: Method, data: Data, out: str | None, resume: str | No
             _make(folder)
         return str(folder), str(path)
     if resume == "auto":
-        runs = [Path(out)] if out is not None else [p for p in Path("runs").glob(f"{stem}*") if p.is_dir()]
+        own = re.compile(re.escape(stem) + r"(-\d+)?")
+        every = list(Path("runs").iterdir()) if Path("runs").is_dir() else []
+        runs = [Path(out)] if out is not None else [p for p in every if own.fullmatch(p.name) and _learns(p, data)]
         found = [path for run in runs if run.is_dir() for path in checkpoint.checkpoints(run)[-1:]]
         if found:
             newest = max(found, key=lambda path: path.stat().st_mtime)
@@ -393,6 +412,18 @@ def _choose_folder(method: Method, data: Data, out: str | None, resume: str | No
             _make(folder)
             return str(folder), None
     raise UserError("runs/ is full; clear it out")
+
+
+def _learns(run: Path, data: Data) -> bool:
+    """Whether the run's configuration names these data; folders of the same name may lie in different places."""
+    try:
+        written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+        folder, name = written.get("folder"), written.get("name", "world")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return True  # started from Python, where nothing is written of the data
+    if folder is None or data.folder is None:
+        return folder is None and data.folder is None and name == data.name
+    return Path(folder).expanduser().resolve() == Path(data.folder).expanduser().resolve()
 
 
 def _make(folder: Path) -> None:
@@ -449,10 +480,10 @@ def _compilable(method: Method) -> list[torch.nn.Module]:
     return blocks or [method.backbone]
 
 
-def _random_states() -> list[dict[str, torch.Tensor]]:
+def _random_states(where: torch.device) -> list[dict[str, torch.Tensor]]:
     own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
+    if where.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(where)
     if distributed.world_size() == 1:
         return [own]
     states: list[Any] = [None] * distributed.world_size()
@@ -460,11 +491,26 @@ def _random_states() -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def _set_random_states(states: list[dict[str, torch.Tensor]], rank: int) -> None:
-    if len(states) == distributed.world_size():  # on another number of processes there is nothing to continue
-        torch.set_rng_state(states[rank]["cpu"])
-        if torch.cuda.is_available() and "cuda" in states[rank]:
-            torch.cuda.set_rng_state(states[rank]["cuda"])
+def _set_random_states(states: list[dict[str, torch.Tensor]], rank: int, seed: int, where: torch.device) -> None:
+    if len(states) != distributed.world_size():  # there is nothing to continue
+        torch.manual_seed(seed + rank)
+        return
+    torch.set_rng_state(states[rank]["cpu"])
+    if where.type == "cuda" and "cuda" in states[rank]:
+        torch.cuda.set_rng_state(states[rank]["cuda"], where)
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    """Checkpoints that lie ahead of the one we go on from belong to another past: they are renamed, not deleted."""
+    if not distributed.is_main():
+        return
+    for path in checkpoint.checkpoints(folder):
+        if int(path.stem.rpartition("-")[2]) > step:
+            number = 1
+            while (aside := folder / f"aside-{number}-{path.name}").exists():
+                number += 1
+            path.rename(aside)
+            print(f"{path.name} lies ahead of step {step} and was renamed to {aside.name}")
 
 
 class _Leaving:
@@ -506,20 +552,24 @@ def main(argv: list[str] | None = None) -> None:
     if not -(2**63) <= config.seed < 2**63:
         raise UserError(f"--seed is {config.seed}: give a number of at most 64 bits")
     torch.manual_seed(config.seed)  # the fresh weights
-    options = vars(parser.construct(config))
-    for name in ("config", "recipe"):
-        options.pop(name, None)
+    distributed.setup(config.backend, config.device)  # from here on, what is said once is said once
     try:
+        options = vars(parser.construct(config))
+        for name in ("config", "recipe"):
+            options.pop(name, None)
         if distributed.is_main():
             print(options["data"].describe())
         run = pretrain(**options, config=resolved)
         if not run.finished:
             if distributed.is_main():
                 print(f"stopped after step {run.clock.step}; go on with: python -m sslbook.train --resume {run.folder}")
-        elif options.get("report", "full") != "none" and distributed.is_main():
-            from sslbook.report import report
+        elif options.get("report", "full") != "none":
+            reporting = distributed.is_main()
+            distributed.shutdown()  # what is measured now is one process's work, and must not wait for the others
+            if reporting:
+                from sslbook.report import report
 
-            report(run, full=options.get("report", "full") == "full")
+                report(run, full=options.get("report", "full") == "full")
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory: lower --batch_size or raise --accumulate ({error})".split("\n")[0]

@@ -1,5 +1,6 @@
 """Bad input: one line that names the cure, status 2, no traceback, nothing overwritten."""
 
+import json
 import os
 import signal
 import sys
@@ -217,3 +218,27 @@ def test_help_explains_itself(capsys) -> None:
         assert "--data.folder" in text
         assert "known subclasses" not in text
     assert "mask_ratio" in text
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"class_path": "sslbook.nn.backbones.timm_model", "init_args": {"name": "resnet18", "checkpoint_path": "x.pt"}},
+        {"class_path": "sslbook.nn.teachers.Teacher", "init_args": {"teacher": "timm/resnet18", "view": None}},
+        {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1, "out_features": 1}},
+    ],
+)
+def test_a_description_chooses_no_code(backbone: dict, tmp_path: Path) -> None:
+    """Not even that of a library which would read another file, or fetch one."""
+    checkpoint.export_backbone(tmp_path / "backbone.safetensors", torch.nn.Linear(1, 1), {})
+    (tmp_path / "backbone.json").write_text(json.dumps({"backbone": backbone}))
+    with pytest.raises(UserError, match="build it yourself and pass --backbone"):
+        checkpoint.load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("word", "whole"), [("--recip=cifar10", "--recipe"), ("--epoch=3", "--epochs"), ("--data.fold=x", "--data.folder")]
+)
+def test_an_option_is_not_to_be_shortened(word: str, whole: str) -> None:
+    with pytest.raises(UserError, match=f"unknown option {word}; did you mean {whole}"):
+        configuration.resolve(["simclr", word], train.pretrain)

@@ -200,3 +200,21 @@ def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
         evaluate.evaluate("nowhere", data, batch_size=0)
     with pytest.raises(UserError, match="batch_size is 0"):
         extract.extract("nowhere", data, out=str(tmp_path / "features.npz"), batch_size=0)
+
+
+def test_a_network_of_ones_own_beside_the_weights_it_began_with(run: Path) -> None:
+    class Mine(ResNet):
+        """Not of sslbook.nn: it cannot be built from its description."""
+
+    folder = run.parent / "mine"
+    folder.mkdir()
+    for name in ("initial", "backbone"):
+        facts = json.loads((run / f"{name}.json").read_text())
+        backbone = Mine(18, width=2, stem="small")
+        backbone.init_args = None
+        checkpoint.export_backbone(folder / f"{name}.safetensors", backbone, facts | {"backbone": {}})
+    values = evaluate.evaluate(
+        str(folder), Data(world=World(pictures=60, test_pictures=30)), backbone=Mine(18, width=2, stem="small")
+    )
+    assert "random weights" in values
+    assert values["random weights"]["knn"] != values["SimCLR"]["knn"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from sslbook.errors import UserError
 from sslbook.nn import resnet18, vit_tiny
-from sslbook.optim import LARS, ParamRule, layer_of, parameter_groups
+from sslbook.optim import LARS, ParamRule, blocks_of, layer_of, parameter_groups
 from sslbook.schedules import Clock, Constant, Cosine, Linear
 
 
@@ -85,6 +85,23 @@ def test_layer_decay_follows_depth() -> None:
     assert at["backbone.patch_embed.proj.weight"]["lr"] == pytest.approx(0.5 * 0.5**13)
     names = [name for name, _ in resnet18().named_parameters()]
     assert [layer_of(f"backbone.{n}", 4) for n in names if re.search(r"conv1|fc", n)][:2] == [0, 1]
+
+
+def test_layer_decay_counts_through_stages() -> None:
+    """Names as timm gives them to Swin and ConvNeXt: what leads into a stage stands with its first block."""
+    names = ["patch_embed.proj", *(f"layers.{s}.blocks.{b}.mlp" for s, d in enumerate((2, 2, 6, 2)) for b in range(d))]
+    blocks = blocks_of([f"backbone.{name}.weight" for name in names])
+    assert len(blocks) == 12
+
+    def layer(name: str) -> int:
+        return layer_of(f"backbone.{name}.weight", 12, blocks)
+
+    assert [layer(name) for name in names] == list(range(13))
+    assert [layer(f"layers.{stage}.downsample.reduction") for stage in (1, 2, 3)] == [3, 5, 11]
+    assert [layer(name) for name in ("stem.0", "norm", "head.fc")] == [0, 13, 13]
+    names = [f"stages.{s}.blocks.{b}.conv_dw" for s, d in enumerate((3, 3)) for b in range(d)]
+    blocks = blocks_of([f"backbone.{name}.weight" for name in names])
+    assert [layer_of(f"backbone.{name}.weight", 6, blocks) for name in names] == [1, 2, 3, 4, 5, 6]
 
 
 def literal_lars(w, gradients, lrs, momentum, decay, eta):

@@ -1,7 +1,9 @@
 """What a finished run leaves: the table beside its controls, the pictures, the exported backbone; and comparisons."""
 
+import copy
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sslbook import checkpoint, compare, train
+from sslbook import Data, World, checkpoint, compare, train
 from sslbook.errors import UserError
 from sslbook.notebook import results
+from sslbook.report import report
 from tests.engine import command, start
+from tests.methods.cases import make
 
 PICTURES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
 
@@ -149,3 +153,25 @@ def test_the_pictures_hook_draws_on_the_way(tmp_path: Path) -> None:
     hooks = '[{"class_path": "sslbook.hooks.Pictures", "init_args": {"every": 1}}]'
     start("mae", tmp_path, steps=6, hooks=hooks)
     assert {p.name for p in (tmp_path).glob("*.png")} == {"curves.png", "reconstructions.png", "views.png"}
+
+
+def test_a_comparison_does_not_take_runs_of_other_options(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "book" / "results").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    start("simclr", tmp_path / "runs" / "compare" / "tiny" / "simclr-seed-0", steps=1, report="quick")
+    monkeypatch.setattr(compare.subprocess, "run", lambda words: pytest.fail(f"started {words}"))
+    with pytest.raises(UserError, match="simclr-seed-0: was trained with batch_size 8, now it is 9: delete it"):
+        compare.compare("tiny", ["simclr"], options="--batch_size 9 --epochs 2 --steps 1")
+    assert not list((tmp_path / "book" / "results").iterdir())
+
+
+def test_without_labels_to_learn_from_there_is_no_supervised_control(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As in STL-10, where pictures without labels come beside those with."""
+    data = Data(world=World(pictures=48, test_pictures=24))
+    unlabeled = copy.copy(data._sets.train)
+    unlabeled.labels = torch.full((48,), -1)
+    data.__dict__["_sets"] = replace(data._sets, pretrain=unlabeled)
+    run = train.pretrain(make("rotation"), data, torch.optim.SGD, out=str(tmp_path), batch_size=8, steps=1)
+    rows = [row["name"] for row in report(run)["rows"]]
+    assert rows == ["Rotation", "pixels", "random weights", "chance"]
+    assert "so there is no supervised control" in capsys.readouterr().out

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from sslbook import Data, World, checkpoint, configuration, train
 from sslbook.data.views import View
 from sslbook.errors import UserError
-from sslbook.hooks import Hook, OnlineKNN, TensorBoard, WandB
+from sslbook.hooks import Hook, Metrics, OnlineKNN, Run, TensorBoard, WandB
 from sslbook.methods import METHODS
 from sslbook.methods.base import Method
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import ResNet
+from sslbook.schedules import Clock
 from tests.engine import assert_same_bits, command, lines, start, start_process, weights
 
 WORLD = World(pictures=48, test_pictures=24)
@@ -119,13 +121,16 @@ def lines_so_far(folder: Path) -> int:
 
 
 def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
-    options = {"steps": 4, "device": "cpu", "optimizer": PLAIN}
+    options = {"steps": 4, "device": "cpu", "optimizer": PLAIN, "report": "full"}  # which is one process's work
     torch.set_num_threads(1)
-    start("rotation", tmp_path / "one", **options)
+    start("rotation", tmp_path / "one", **{**options, "report": "none"})
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sslbook.train"]
     process = start_process([*torchrun, *command("rotation", tmp_path / "two", **options)], tmp_path)
-    _, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    assert output.count("training pictures") == 1  # said once, not by every process
+    rows = json.loads((tmp_path / "two" / "report.json").read_text())["rows"]
+    assert "supervised" in [row["name"] for row in rows]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -279,3 +284,105 @@ def test_from_python_without_a_command_line(tmp_path: Path) -> None:
     assert facts["view"]["size"] == 16
     assert torch.equal(backbone.conv1.weight, run.method.backbone.conv1.weight)
     assert json.loads((tmp_path / "backbone.json").read_text())["method"] == "SimCLR"
+
+
+def test_a_run_from_weights_is_resumed_like_any_other(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "source", steps=1)
+    options = {"steps": 3, "seed": 1, "checkpoint_every": "1 steps", "keep": 0, "weights": str(tmp_path / "source")}
+    start("rotation", tmp_path / "run", **options)
+    whole = weights(tmp_path / "run")
+    checkpoint.checkpoints(tmp_path / "run")[-1].unlink()
+    train.main([f"--resume={tmp_path / 'run'}", "--progress=false", "--report=none"])
+    assert_same_bits(weights(tmp_path / "run"), whole)
+
+
+def test_the_control_of_a_run_from_weights_has_random_ones(tmp_path: Path) -> None:
+    start("rotation", tmp_path / "source", steps=1)
+    given = checkpoint.load_backbone(tmp_path / "source")[0].state_dict()
+    start("rotation", tmp_path / "run", steps=1, seed=1, weights=str(tmp_path / "source"), report="quick")
+    fresh = checkpoint.load_backbone(tmp_path / "run" / "initial.safetensors")[0].state_dict()
+    assert not torch.equal(fresh["conv1.weight"], given["conv1.weight"])
+
+
+def test_going_back_keeps_what_lies_ahead_under_another_name(tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    start("rotation", run, steps=4, checkpoint_every="1 steps", keep=0)
+    ahead = (run / "checkpoint-00000004.pt").read_bytes()
+    words = ["--keep=1", "--progress=false", "--report=none"]
+    train.main([f"--resume={run / 'checkpoint-00000002.pt'}", *words])
+    assert "renamed to aside-1-checkpoint-00000003.pt" in capsys.readouterr().out
+    assert (run / "aside-1-checkpoint-00000004.pt").read_bytes() == ahead
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-00000004.pt"]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    class Spoil(Hook):
+        def step(self, run) -> None:
+            if run.clock.step == 2:
+                with torch.no_grad():
+                    next(run.method.parameters()).fill_(torch.nan)
+
+    options = {"batch_size": 16, "epochs": 1, "checkpoint_every": "1 steps", "progress": False, "hooks": [Spoil()]}
+    with pytest.raises(UserError, match="became NaN or Inf by step 2"):
+        train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), **options)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000001.pt"]
+
+
+def test_the_best_may_be_measured_now_and_then(tmp_path: Path) -> None:
+    options = {"batch_size": 16, "epochs": 3, "progress": False, "best": "knn"}
+    data = Data(world=WORLD)
+    train.pretrain(simclr(), data, SGD, out=str(tmp_path / "a"), hooks=[OnlineKNN(every=2, k=3)], **options)
+    assert checkpoint.load(tmp_path / "a" / "best.pt")["step"] in (6, 9)
+    with pytest.raises(UserError, match="nothing measures 'knn'"):
+        train.pretrain(simclr(), data, SGD, out=str(tmp_path / "b"), **options)
+    assert not (tmp_path / "b").exists()  # told before anything is trained
+
+
+def test_a_hook_that_fails_at_the_start_leaves_the_keyboard_alone(tmp_path: Path) -> None:
+    class Broken(Hook):
+        def start(self, run) -> None:
+            raise RuntimeError("no")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="no"):
+        train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), batch_size=16, steps=1, hooks=[Broken()])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_lines_of_metrics_hold_numbers_only(tmp_path: Path) -> None:
+    run = Run(simclr(), Data(world=WORLD), tmp_path, Clock(0, 4, 2), torch.device("cpu"), 16, {})
+    run.figures = {"knn": 50.0}
+    hook = Metrics(every=2)
+    hook.start(run)
+    for step, norm in enumerate((float("inf"), 3.0, float("nan"), float("nan")), start=1):
+        run.clock, run.metrics = Clock(step, 4, 2), {"loss": 1.0, "gradient_norm": norm, "lr": 0.1}
+        hook.step(run)
+    hook.epoch(run)  # what was measured before the run was resumed is not new
+    first, second = lines(tmp_path)
+    assert first["gradient_norm"] == 3.0
+    assert "gradient_norm" not in second
+    assert second["loss"] == 1.0
+
+
+def test_auto_goes_on_with_runs_of_these_data_only(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("A", "Aa", "other/A"):
+        folder = tmp_path / name / "x"
+        folder.mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
+    words = command("rotation", tmp_path / "unused", steps=1, batch_size=4, data__workers=0)
+    words = [word for word in words if not word.startswith(("--out", "--data"))] + ["--data.workers=0"]
+    for name, run in (("Aa", "rotation-Aa"), ("A", "rotation-A"), ("other/A", "rotation-A-2")):
+        train.main([*words, f"--data.folder={tmp_path / name}", "--resume=auto"])
+        assert (tmp_path / "runs" / run / "config.yaml").exists()
+
+
+def test_a_folder_named_in_a_file_gets_the_recipe_for_folders(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for i in range(4):
+        Image.new("RGB", (80, 80), (i, 2 * i, 3 * i)).save(tmp_path / "x" / f"{i}.png")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": {"folder": str(tmp_path / "x")}}))
+    _, _, named = configuration.resolve(["simclr", "--config", str(tmp_path / "mine.yaml")], train.pretrain)
+    _, _, given = configuration.resolve(["simclr", f"--data.folder={tmp_path / 'x'}"], train.pretrain)
+    assert named == given

@@ -155,7 +155,7 @@ class Data:
         source = self._sets.pretrain
         return min(source.images.shape[2:]) if isinstance(source, Resident) else None
 
-    def labels(self, split: Literal["train", "test"]) -> Int[Tensor, "pictures"]:
+    def labels(self, split: Literal["pretrain", "train", "test"]) -> Int[Tensor, "pictures"]:
         """Classes of all pictures of a split; `Batch.index` of its evaluation batches points into it."""
         return self._source(split).labels
 
