@@ -38,7 +38,7 @@ def compare(
     """Train every method with every seed, and write one table to book/results/NAME.json.
 
     Beside its accuracies stand those of its network before training and of the pixels of its pictures (recipes for the
-    embedded world may choose other knobs), the seconds of training for 1,000 pictures, and the most memory that was
+    embedded world may choose other knobs), the seconds of training steps for 1,000 pictures, and the most memory that was
     used, in MB (of the GPU, or else of the process). The controls are those of the first method's network. Teachers
     of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of BEiT v2 is VQ-KD's.
 

@@ -4,6 +4,7 @@ Five events: `start`, `step` (after every optimizer step), `epoch` (after every 
 was written) and `end`.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -242,7 +243,7 @@ class TensorBoard(Hook):
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError('TensorBoard is not installed: pip install "sslbook[tensorboard]"') from None
-            self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.clock.step)
+            self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.clock.step + 1)
 
     def step(self, run: Run) -> None:
         if self.writer and run.clock.step % self.every == 0:
@@ -289,7 +290,7 @@ class WandB(Hook):
                 dir=str(run.folder),
                 mode=self.mode,
                 config=run.config,
-                id=run.folder.name,
+                id=hashlib.blake2b(str(run.folder.resolve()).encode(), digest_size=8).hexdigest(),  # names recur
                 resume="allow",
             )
 
