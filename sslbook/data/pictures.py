@@ -16,6 +16,7 @@ from torch import Tensor
 from sslbook.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+DECODING_ERRORS = (OSError, ValueError, RuntimeError)  # what decoders raise within somebody's dataset
 
 
 class UnreadablePicture(UserError):
@@ -58,7 +59,7 @@ def to_rgb(picture: Any) -> Any:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return Image.fromarray(_to_bytes(np.asarray(picture))).convert("RGB")
+        return Image.fromarray(_to_bytes(np.asarray(picture), _ceilings(picture))).convert("RGB")
     if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -66,12 +67,22 @@ def to_rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Gray values of 16 or 32 bits in 8: by the range their format implies, or else by their own."""
-    whole = np.issubdtype(values.dtype, np.integer)
+def _ceilings(picture: Any) -> tuple[int, ...]:
+    """What the greatest gray value may be by the format of a picture of 16 or 32 bits, ascending."""
+    if picture.mode == "F":
+        return 1, 255, 65535
+    # Files of 16 bits may open in the mode of 32 too; in them small values are a dark picture.
+    bits = {"PNG": 16, "PPM": 16}.get(picture.format, 32)
+    if picture.format == "TIFF":
+        bits = max(picture.tag_v2.get(258, (16,)))  # BitsPerSample
+    return (255, 65535) if picture.mode == "I" and bits == 32 else (65535,)
+
+
+def _to_bytes(values: np.ndarray, ceilings: tuple[int, ...]) -> np.ndarray:
+    """Gray values of 16 or 32 bits in 8: by the first of the ranges that holds them, or else by their own."""
     values = np.nan_to_num(values.astype(np.float64))
     low, high = values.min(), values.max()
-    for ceiling in (65535,) if whole else (1, 255, 65535):
+    for ceiling in ceilings:
         if low >= 0 and high <= ceiling:
             low, high = 0, ceiling
             break
@@ -166,8 +177,11 @@ class Mapped(Source):
         place = int(self.positions[position])
         try:
             item = self.dataset[place]
-        except OSError as error:
-            raise UnreadablePicture(f"number {place} of {type(self.dataset).__name__}", str(error)) from error
+        except UserError:  # says already what to do
+            raise
+        except DECODING_ERRORS as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnreadablePicture(f"number {place} of {type(self.dataset).__name__}", reason) from error
         return _as_picture(item[0] if isinstance(item, tuple | list) else item)
 
     def subset(self, positions: Int[Tensor, "some"]) -> "Mapped":
@@ -180,8 +194,39 @@ def _as_picture(picture: Any) -> Any:
     if isinstance(picture, Image.Image):
         return to_rgb(picture)
     if isinstance(picture, np.ndarray):
-        return to_rgb(Image.fromarray(picture))
-    if isinstance(picture, Tensor) and picture.ndim == 3 and picture.shape[0] in (1, 3):
-        return picture if picture.dtype == torch.uint8 else (picture.float() * 255).round().clamp(0, 255).byte()
-    kind = f"tensor of shape {tuple(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
+        try:
+            return to_rgb(Image.fromarray(picture))
+        except (TypeError, ValueError):  # Pillow has no mode for it; a tensor of the same values may do
+            picture = _as_tensor(picture)
+    if isinstance(picture, Tensor) and picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.numel():
+        return _levels(picture)
+    kind = type(picture).__name__
+    if isinstance(picture, np.ndarray | Tensor):
+        kind = "array" if isinstance(picture, np.ndarray) else "tensor"
+        kind += f" of shape {tuple(picture.shape)} and type {picture.dtype}"
     raise UserError(f"the dataset yields a {kind}: it must yield a PIL image or a tensor (3, height, width)")
+
+
+def _as_tensor(picture: np.ndarray) -> np.ndarray | Tensor:
+    """An array of numbers as a tensor with the channels first; anything else as it is."""
+    if picture.dtype.kind not in "iuf" or picture.ndim not in (2, 3):
+        return picture
+    if picture.ndim == 2:
+        picture = picture[None]
+    elif picture.shape[2] in (1, 3):
+        picture = picture.transpose(2, 0, 1)
+    return torch.from_numpy(picture.astype(np.float32 if picture.dtype.kind == "f" else np.int64))
+
+
+def _levels(picture: Tensor) -> UInt8[Tensor, "channels height width"]:
+    """Whole numbers as they are, fractions of 0..1 as 0..255; other ranges are refused, since they would turn white."""
+    if picture.dtype == torch.uint8:
+        return picture
+    fractions = picture.is_floating_point() or picture.dtype == torch.bool
+    values = picture.float() if fractions else picture.long()
+    levels = (values * 255).round() if fractions else values
+    if not (levels.min() >= 0 and levels.max() <= 255):  # nor is NaN let through
+        found = f"a {picture.dtype} picture with values {values.min():g} to {values.max():g}"
+        cure = "scale it to 0..1" if fractions else "scale it to 0..255"
+        raise UserError(f"the dataset yields {found}: {cure}, or return uint8 (views normalize by themselves)")
+    return levels.byte()

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslbook.data.pictures import EXTENSIONS, Files, Mapped, Resident, Source
+from sslbook.data.pictures import DECODING_ERRORS, EXTENSIONS, Files, Mapped, Resident, Source
 from sslbook.data.world import World
 from sslbook.errors import UserError, nearest
 
 NAMES = ("world", "cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette", "imagenet")
-TEST_FOLDERS = ("test", "val", "validation")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 @dataclass
@@ -49,12 +50,16 @@ def scan(folder: Path) -> list[str]:
         for entry in entries:
             if entry.name.startswith("."):  # macOS leaves a ._name beside every name
                 continue
-            if entry.is_dir():
-                status = entry.stat()
+            try:
+                status = entry.stat() if entry.is_dir() else None
+                is_file = entry.is_file() or entry.is_symlink()  # no pipes
+            except OSError:  # a link to itself, or into what may not be looked at
+                continue
+            if status is not None:
                 here = (status.st_dev, status.st_ino)
                 if here not in above:  # a link to a folder that contains it
                     walk(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):  # no pipes
+            elif is_file and entry.name.lower().endswith(EXTENSIONS):
                 found.append(prefix + entry.name)
 
     status = os.stat(folder)
@@ -65,9 +70,10 @@ def scan(folder: Path) -> list[str]:
 def load_folder(folder: str | Path) -> Sets:
     """A folder of pictures, labelled or not.
 
-    `train/` beside one of `test/`, `val/`, `validation/` is a split. Within a split (or the folder as a whole) the
-    subfolders are classes if every picture lies in one and there are at least two. A labelled folder without a split
-    holds out a tenth of each class for evaluation, chosen by a hash of the paths.
+    `train/` beside one of `test/`, `val/`, `valid/`, `validation/` is a split, and what else lies there is not used.
+    Within a split (or the folder as a whole) the subfolders are classes if every picture lies in one and there are at
+    least two. Of several test folders the first labelled one counts, that is one with classes of the training pictures.
+    A labelled folder without a split holds out a tenth of each class for evaluation, chosen by a hash of the paths.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -79,8 +85,8 @@ def load_folder(folder: str | Path) -> Sets:
 
     tops = {path.split("/", 1)[0] if "/" in path else "" for path in paths}
     by_lower = {top.lower(): top for top in tops}
-    is_split = "train" in by_lower and set(by_lower) <= {"train", *TEST_FOLDERS}
-    if not is_split:
+    tests = [name for name in TEST_FOLDERS if name in by_lower]
+    if "train" not in by_lower or not (tests or set(by_lower) == {"train"}):
         names = _classes(paths)
         everything = _files(folder, paths, names)
         if not names:
@@ -95,17 +101,25 @@ def load_folder(folder: str | Path) -> Sets:
 
     train_root, train_paths = part("train")
     names = _classes(train_paths)
-    tests = [name for name in TEST_FOLDERS if name in by_lower]
     if not tests:
         return load_folder(train_root)
-    test_root, test_paths = part(tests[0])
-    if names and all("/" in path for path in test_paths):
-        names = tuple(sorted({*names, *_tops(test_paths)}))
-        test = _files(test_root, test_paths, names)
-    else:
-        test = _files(test_root, test_paths, ())
+    parts = [part(name) for name in tests]
+    test_root, test_paths = next((one for one in parts if _shares_a_class(one[1], names)), parts[0])
+    others = sorted(set(by_lower) - {"train", *TEST_FOLDERS})
+    if others:
+        what = ", ".join(f"{by_lower[name]}/" if name else "loose pictures" for name in others[:3])
+        what += f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warnings.warn(
+            f"{folder} is split into {train_root.name}/ and {test_root.name}/; not used: {what}", stacklevel=2
+        )
+    test_names: tuple[str, ...] = ()
+    if _shares_a_class(test_paths, names):
+        names = test_names = tuple(sorted({*names, *_tops(test_paths)}))
+    elif names and all("/" in path for path in test_paths):
+        what = f"the folders in {test_root} are not the training classes"
+        warnings.warn(f"{what}: its pictures count as unlabelled, unless you name its folders like these", stacklevel=2)
     train = _files(train_root, train_paths, names)
-    return Sets(train, train, test, names)
+    return Sets(train, train, _files(test_root, test_paths, test_names), names)
 
 
 def _tops(paths: list[str]) -> set[str]:
@@ -115,6 +129,11 @@ def _tops(paths: list[str]) -> set[str]:
 def _classes(paths: list[str]) -> tuple[str, ...]:
     names = _tops(paths)
     return tuple(sorted(names)) if all("/" in path for path in paths) and len(names) >= 2 else ()
+
+
+def _shares_a_class(paths: list[str], names: tuple[str, ...]) -> bool:
+    """Whether every one of the pictures lies in a folder, and some in one of `names`."""
+    return all("/" in path for path in paths) and not _tops(paths).isdisjoint(names)
 
 
 def _files(root: Path, paths: list[str], names: tuple[str, ...]) -> Files:
@@ -248,22 +267,50 @@ def _load_imported(name: str, root: str | Path) -> Sets:
         signature.bind(**options, **splits[0])
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot make the data set {name} ({error}): it gets root, train and split only") from error
-    sources = [_mapped(make(**options, **split)) for split in splits]
-    classes = getattr(sources[0].dataset, "classes", None)
+    datasets = [make(**options, **split) for split in splits]
+    labels = [_labels(dataset) for dataset in datasets]
+    texts = sorted({label for some in labels for label in some if isinstance(label, str)})
+    numbers = {text: i for i, text in enumerate(texts)}
+    sources = [_mapped(dataset, some, numbers) for dataset, some in zip(datasets, labels)]
+    classes = texts or getattr(datasets[0], "classes", None)
     count = int(max(source.labels.max() for source in sources)) + 1
     names = tuple(map(str, classes)) if classes is not None and count > 0 else tuple(map(str, range(count)))
     return Sets(sources[0], sources[0], sources[1] if len(sources) > 1 else None, names)
 
 
-def _mapped(dataset: Any) -> Mapped:
-    """Wrap a dataset; its labels come from `targets` or `labels`, or else from its items."""
+def _labels(dataset: Any) -> list[Any]:
+    """What a dataset gives as labels: its `targets` or `labels`, or else what its items say; None where there is none."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"{type(dataset).__name__} has no __len__ and __getitem__: a map-style dataset is needed")
     if len(dataset) == 0:
         raise UserError(f"{type(dataset).__name__} holds no pictures: check its arguments")
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if labels is None:
-        item = dataset[0]
-        labelled = isinstance(item, tuple | list) and len(item) > 1
-        labels = [int(dataset[i][1]) for i in range(len(dataset))] if labelled else [-1] * len(dataset)
-    return Mapped(dataset, torch.as_tensor(labels).long(), torch.arange(len(dataset)))
+    if labels is not None:
+        return labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    labels = []
+    for i in range(len(dataset)):
+        try:
+            item = dataset[i]
+        except DECODING_ERRORS:  # whoever opens it will hear of it
+            labels.append(None)
+            continue
+        if not (isinstance(item, tuple | list) and len(item) > 1):  # so are the others: they need not be decoded
+            return [None] * len(dataset)
+        if isinstance(item[1], str):  # a class or a caption
+            cure = "number the classes, list their names as `targets`, or yield the picture alone"
+            raise UserError(f"{type(dataset).__name__} yields the label {item[1]!r}: {cure}")
+        labels.append(item[1])
+    return labels
+
+
+def _mapped(dataset: Any, labels: list[Any], numbers: dict[str, int]) -> Mapped:
+    """Wrap a dataset; `numbers` are those of its classes if the labels are names."""
+    try:
+        values = [-1 if label is None else numbers[label] if numbers else int(label) for label in labels]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        cure = "give each picture one number, name or None"
+        raise UserError(f"{type(dataset).__name__} has labels that are no classes: {cure}") from error
+    if len(values) != len(dataset):
+        cure = "give one for each picture"
+        raise UserError(f"{type(dataset).__name__} has {len(values)} labels for {len(dataset)} pictures: {cure}")
+    return Mapped(dataset, torch.tensor(values, dtype=torch.int64), torch.arange(len(dataset)))

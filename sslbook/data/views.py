@@ -7,7 +7,8 @@ executors do it:
 - `apply_batch`: a whole batch of equal-sized pictures on the training device, every sample with its own parameters.
 
 Both read their chance from one `draw`, which depends on `(seed, epoch, index, stream)` alone. They therefore give the
-same picture up to rounding.
+same picture up to rounding, except that a bicubic resize may differ visibly at sharp edges and in noise: Pillow cuts
+its overshoots off at 0 and 255 between rows and columns, the batched executor only at the end.
 
 A crop with an antialiased resize is a linear map that separates into rows and columns, so the batched executor writes
 it as two matrices per sample and two batched matrix products; Gaussian blur is treated alike.

@@ -319,15 +319,17 @@ def test_a_dead_worker_is_reported_in_one_line(deadly) -> None:
 
 
 class Faulty(Deadly):
-    """Raises an error of its own."""
+    """Raises an error of its own, and only when a worker opens a picture."""
+
+    targets = (0,) * 16
 
     def __getitem__(self, i: int) -> Image.Image:
-        raise RuntimeError("the disk is full")
+        raise EOFError("the socket is shut")
 
 
 def test_a_datasets_own_error_is_not_taken_for_a_death(deadly) -> None:
     sys.modules["a_deadly_module"].Faulty = Faulty
-    with pytest.raises(RuntimeError, match="the disk is full"):
+    with pytest.raises(EOFError, match="the socket is shut"):
         list(Data("a_deadly_module.Faulty", workers=1).batches((PLAIN,), 4, seed=0, epoch=0))
 
 

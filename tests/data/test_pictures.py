@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from sslbook.data.loader import Data
-from sslbook.data.pictures import UnreadablePicture, open_picture
+from sslbook.data.pictures import Mapped, UnreadablePicture, open_picture, to_rgb
 from sslbook.data.sets import load_folder, scan
+from sslbook.data.views import View
 from sslbook.errors import UserError
 
 
@@ -80,6 +81,24 @@ def test_palettes(tmp_path) -> None:
 def test_many_bits_are_scaled_not_cut(tmp_path, values, expected) -> None:
     Image.fromarray(values).save(tmp_path / "deep.tif")
     assert np.asarray(open_picture(tmp_path / "deep.tif"))[0, :, 0].tolist() == expected
+
+
+def test_gray_of_32_bits_may_hold_8(tmp_path) -> None:
+    picture = Image.fromarray(np.array([[0, 128, 255]], np.int32))
+    assert picture.mode == "I"
+    assert np.asarray(to_rgb(picture))[0, :, 0].tolist() == [0, 128, 255]
+    picture.save(tmp_path / "shallow.tif")
+    assert np.asarray(open_picture(tmp_path / "shallow.tif"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path) -> None:
+    dark = np.array([[0, 128, 255]], np.uint16)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    Image.fromarray(dark).save(tmp_path / "dark.tif")
+    Image.fromarray(dark).save(tmp_path / "signed.tif", tiffinfo={339: 2})
+    (tmp_path / "dark.ppm").write_bytes(b"P5 3 1 65535\n" + dark.astype(">u2").tobytes())  # opens in mode I
+    for name in ("dark.png", "dark.tif", "signed.tif", "dark.ppm"):
+        assert np.asarray(open_picture(tmp_path / name))[0, :, 0].tolist() == [0, 0, 1], name
 
 
 def test_sixteen_bit_png(tmp_path) -> None:
@@ -153,6 +172,13 @@ def test_loops_of_links_end(tmp_path) -> None:
     assert len(scan(tmp_path)) < 8
 
 
+def test_links_to_themselves_are_passed_over(tmp_path) -> None:
+    paint(tmp_path / "a.png")
+    for name in ("loop", "loop.png"):
+        (tmp_path / name).symlink_to(name)
+    assert scan(tmp_path) == ["a.png"]
+
+
 def test_classes_from_subfolders(tmp_path) -> None:
     for name in ("cat", "dog"):
         for i in range(20):
@@ -182,7 +208,7 @@ def test_flat_and_ragged_folders_are_unlabelled(tmp_path) -> None:
         assert set(sets.train.labels.tolist()) == {-1}
 
 
-@pytest.mark.parametrize("test", ["test", "val", "Validation"])
+@pytest.mark.parametrize("test", ["test", "val", "valid", "Validation"])
 def test_splits(tmp_path, test) -> None:
     for name in ("train/ant", "train/cow", f"{test}/bee", f"{test}/cow"):
         paint(tmp_path / name / "1.png")
@@ -194,9 +220,45 @@ def test_splits(tmp_path, test) -> None:
 
 
 def test_a_class_called_train_is_a_class(tmp_path) -> None:
-    for name in ("train", "bicycle", "test"):
+    for name in ("train", "bicycle", "car"):
         paint(tmp_path / name / "1.png")
-    assert load_folder(tmp_path).class_names == ("bicycle", "test", "train")
+    assert load_folder(tmp_path).class_names == ("bicycle", "car", "train")
+
+
+def test_of_several_tests_the_first_labelled_one_counts(tmp_path) -> None:
+    for name in ("train/a/1", "train/b/1", "val/a/1", "val/b/1", "validation/a/1", "test/1"):  # test/ as in ImageNet
+        paint(tmp_path / f"{name}.png")
+    sets = load_folder(tmp_path)
+    assert sets.test is not None
+    assert sets.test.root == tmp_path / "val"
+    assert sets.test.labels.tolist() == [0, 1]
+    shutil.rmtree(tmp_path / "train")
+    paint(tmp_path / "train" / "1.png")  # no classes: the first one
+    sets = load_folder(tmp_path)
+    assert sets.test is not None
+    assert sets.test.root == tmp_path / "test"
+
+
+def test_what_lies_beside_a_split_is_not_used(tmp_path) -> None:
+    for name in ("train/a/1", "train/b/1", "val/a/1", "val/b/1", "other/x/1", "stray"):
+        paint(tmp_path / f"{name}.png")
+    with pytest.warns(UserWarning, match=r"split into train/ and val/; not used: loose pictures, other/$"):
+        sets = load_folder(tmp_path)
+    assert (len(sets.train), sets.class_names) == (2, ("a", "b"))
+    with pytest.warns(UserWarning, match="not used"):
+        data = Data("imagenet", root=tmp_path)
+    assert (data.num_train, data.num_test, data.measurable) == (2, 2, True)
+
+
+def test_folders_that_are_no_classes_do_not_label(tmp_path) -> None:
+    for name in ("train/n1/images/1", "train/n2/images/1", "val/images/1", "test/images/1"):  # as Tiny ImageNet
+        paint(tmp_path / f"{name}.png")
+    with pytest.warns(UserWarning, match=r"the folders in .*test are not the training classes: .* unlabelled"):
+        sets = load_folder(tmp_path)
+    assert sets.class_names == ("n1", "n2")
+    assert sets.train.labels.tolist() == [0, 1]
+    assert sets.test is not None
+    assert sets.test.labels.tolist() == [-1]
 
 
 def test_unlabelled_training_pictures_beside_a_labelled_test(tmp_path) -> None:
@@ -329,6 +391,41 @@ class Bare:
         return Image.new(("RGB", "L", "RGBA", "P", "1")[i], (9 + i, 9))
 
 
+class Named(Labelled):
+    """Has names for targets; one of them is only in the test."""
+
+    @property
+    def targets(self) -> list[str | None]:
+        return ["dog", "cat"] * 3 if self.train else ["dog", "ant", None, "cat"]
+
+
+class Holey(Labelled):
+    """Now and then has no label, or fails like a decoder."""
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int | None]:
+        if i == 1:
+            raise RuntimeError("bad header\nand so on")
+        return super().__getitem__(i)[0], None if i == 2 else i
+
+
+class Failing(Bare):
+    def __getitem__(self, i: int) -> Image.Image:
+        raise ValueError
+
+
+class Captioned(Labelled):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
+        return super().__getitem__(i)[0], "a cat"
+
+
+class Uneven(Labelled):
+    targets = (0, 1)
+
+
+class Paired(Labelled):
+    targets = np.zeros((6, 2))
+
+
 class Wrong(Bare):
     def __getitem__(self, i: int) -> str:
         return "not a picture"
@@ -342,7 +439,9 @@ class Greedy(Bare):
 @pytest.fixture
 def module(monkeypatch) -> str:
     made = types.ModuleType("a_users_module")
-    made.Labelled, made.Bare, made.Wrong, made.Greedy, made.Number = Labelled, Bare, Wrong, Greedy, object
+    for kind in (Labelled, Bare, Wrong, Greedy, Named, Holey, Failing, Captioned, Uneven, Paired):
+        setattr(made, kind.__name__, kind)
+    made.Number = object
     monkeypatch.setitem(sys.modules, made.__name__, made)
     return made.__name__
 
@@ -368,3 +467,95 @@ def test_a_useless_import_is_explained(module) -> None:
         Data(f"{module}.Greedy")
     with pytest.raises(UserError, match="yields a str"):
         next(Data(f"{module}.Wrong", workers=0).evaluation_batches("train"))
+
+
+def test_labels_may_be_names(module, tmp_path) -> None:
+    data = Data(f"{module}.Named", root=tmp_path, workers=0)
+    assert data.class_names == ("ant", "cat", "dog")
+    assert data.labels("train").tolist() == [2, 1] * 3
+    assert data.labels("test").tolist() == [2, 0, -1, 1]
+
+
+def test_labels_and_pictures_may_be_missing(module, tmp_path) -> None:
+    data = Data(f"{module}.Holey", root=tmp_path, workers=0)
+    assert data.labels("train").tolist() == [0, -1, -1, 3, 4, 5]
+    with pytest.warns(UserWarning, match=r"number 1 of Holey \(bad header\)"):
+        batch = next(data.evaluation_batches("train"))
+    assert batch.index.tolist() == [0, 2, 3, 4, 5]
+
+
+def test_a_dataset_that_only_fails_is_one_line(module) -> None:
+    data = Data(f"{module}.Failing", workers=0)
+    message = r"5 pictures in a row cannot be read.*Failing \(ValueError\)"
+    with pytest.warns(UserWarning, match="unreadable"), pytest.raises(UserError, match=message) as caught:
+        list(data.batches((View(size=8),), 2, seed=0, epoch=0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("Captioned", "yields the label 'a cat': number the classes"),
+        ("Uneven", "2 labels for 6 pictures: give one for each"),
+        ("Paired", "labels that are no classes: give each picture one"),
+    ],
+)
+def test_useless_labels_are_refused_with_the_cure(module, tmp_path, name, match) -> None:
+    with pytest.raises(UserError, match=match):
+        Data(f"{module}.{name}", root=tmp_path)
+
+
+def opened(picture: object) -> torch.Tensor | Image.Image:
+    return Mapped([picture], torch.tensor([-1]), torch.tensor([0])).open(0)
+
+
+RAMP = torch.tensor([0, 128, 255]).view(1, 1, 3).expand(3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        RAMP.byte(),
+        RAMP.long(),
+        RAMP.to(torch.uint16),
+        RAMP.short()[:1],
+        RAMP / 255,
+        (RAMP / 255).half(),
+        RAMP / 255 * 1.0005 - 1e-4,  # rounding
+        RAMP.byte().permute(1, 2, 0).numpy(),
+        RAMP.byte()[0].numpy(),
+        RAMP.permute(1, 2, 0).numpy(),
+        RAMP[0].numpy(),
+        RAMP.permute(1, 2, 0).numpy().astype(np.uint16),
+        (RAMP / 255).permute(1, 2, 0).numpy(),
+        (RAMP[:1] / 255).permute(1, 2, 0).double().numpy(),
+        (RAMP / 255)[0].numpy(),
+    ],
+    ids=lambda picture: f"{type(picture).__name__}-{picture.dtype}-{tuple(picture.shape)}",
+)
+def test_every_type_of_numbers_gives_the_same_picture(picture) -> None:
+    made = opened(picture)
+    made = made.numpy() if isinstance(made, torch.Tensor) else np.asarray(made).transpose(2, 0, 1)
+    assert made.dtype == np.uint8
+    assert np.array_equal(made, np.broadcast_to(RAMP[: len(made)].numpy(), made.shape))
+
+
+@pytest.mark.parametrize(
+    ("picture", "match"),
+    [
+        (RAMP.float(), "float32 picture with values 0 to 255: scale it to 0..1, or return uint8"),
+        (RAMP / 128 - 1, "values -1 to 0.99"),
+        (RAMP / 255 * float("nan"), "values nan to nan"),
+        (RAMP * 257, "int64 picture with values 0 to 65535: scale it to 0..255"),
+        (RAMP - 1, "values -1 to 254"),
+        (RAMP.float().permute(1, 2, 0).numpy(), "values 0 to 255: scale it to 0..1"),
+        (torch.zeros(3, 0, 5), r"tensor of shape \(3, 0, 5\)"),
+        (np.zeros((2, 2, 5), np.float32), r"tensor of shape \(2, 2, 5\) and type torch.float32"),
+        (np.array(["a"]), r"array of shape \(1,\) and type <U1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_the_cure(picture, match) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        opened(picture)
+    assert not isinstance(caught.value, UnreadablePicture)
+    assert "\n" not in str(caught.value)

@@ -87,6 +87,16 @@ def test_a_crop_is_torchvisions_resized_crop(interpolation) -> None:
     torch.testing.assert_close(apply_batch(view, images, 0, 0, index, 0), torch.stack(expected), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("interpolation", "contrast"), [("bilinear", 256), ("bicubic", 128)])
+def test_executors_agree_where_nothing_overshoots(interpolation, contrast) -> None:
+    noise = torch.randint(0, contrast, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0)) + 128 - contrast // 2
+    images, index = noise.byte(), torch.arange(4)
+    view = View(size=32, interpolation=interpolation, **PLAIN)
+    batch = apply_batch(view, images, 0, 0, index, 0)
+    single = [apply_one(view, v2.functional.to_pil_image(image), 0, 0, i, 0) for i, image in enumerate(images)]
+    torch.testing.assert_close(batch, torch.stack(single), atol=2 / 255, rtol=0)  # Pillow rounds twice
+
+
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """Kolmogorov-Smirnov: the greatest gap between two empirical distributions."""
     points = torch.cat([ours, theirs]).unique()
