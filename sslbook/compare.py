@@ -157,16 +157,18 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
     """The report of one run; it is trained first, in a process of its own, if it is not finished."""
     folder = runs / f"{method}-seed-{seed}"
     done = folder / "report.json"
+    words = [method, *options, f"--seed={seed}"]
+    if method in AFTER:
+        source, option = AFTER[method]
+        words.append(f"--method.{option}={runs / f'{source}-seed-{seed}'}")
     if (folder / "config.yaml").exists():
-        _require_same(method, [*options, f"--seed={seed}"], folder)
+        _require_same(words, folder)
     if not done.exists():
-        words = [method, *options, f"--seed={seed}", f"--out={folder}", "--resume=auto"]
+        words += [f"--out={folder}", "--resume=auto"]
         if not full:
             words.append("--report=quick")
         if method in AFTER:
-            source, option = AFTER[method]
-            one_run(source, seed, runs, options)
-            words.append(f"--method.{option}={runs / f'{source}-seed-{seed}'}")
+            one_run(AFTER[method][0], seed, runs, options)
         print(f"\n{method}, seed {seed}: {folder}", flush=True)
         status = subprocess.run([sys.executable, "-m", "sslbook.train", *words]).returncode
         if status:
@@ -176,16 +178,11 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
     return json.loads(done.read_text(encoding="utf-8"))
 
 
-def _require_same(method: str, options: list[str], folder: Path) -> None:
-    """The run that is there was trained with these options; what its configuration does not know does not count."""
-    if method in AFTER:
-        source, option = AFTER[method]
-        options = [*options, f"--method.{option}={folder.with_name(folder.name.replace(method, source, 1))}"]
-    wanted = configuration.resolve([method, *options], pretrain)[2]
+def _require_same(words: list[str], folder: Path) -> None:
+    """The run that is there was trained with these words; what its configuration does not know does not count."""
+    wanted = configuration.resolve(words, pretrain)[2]
     written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    there, here = (
-        {key: value for key, value in _flat(values)} for values in (written, yaml.safe_load(yaml.safe_dump(wanted)))
-    )
+    there, here = (dict(_flat(values)) for values in (written, yaml.safe_load(yaml.safe_dump(wanted))))
     for key in sorted(there.keys() & here.keys()):
         if there[key] != here[key] and key not in ("report", "progress"):
             raise UserError(

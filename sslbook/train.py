@@ -236,8 +236,8 @@ def pretrain(
     improved, started = False, []
     try:
         for hook in watchers:
-            started.append(hook)
             hook.start(run)
+            started.append(hook)
         while clock.step < total_steps and not leaving.now:
             place = clock.step % steps_per_epoch  # steps of this epoch already taken, by a run that was resumed
             if place == 0:
