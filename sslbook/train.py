@@ -249,6 +249,7 @@ def pretrain(
                     seed=seed,
                     epoch=clock.epoch,
                     start=place * accumulate,
+                    stop=steps_per_epoch * accumulate,  # a last part that fills no step is not made
                     rank=rank,
                     world_size=processes,
                     device=where,

@@ -202,6 +202,7 @@ class Data:
         seed: int,
         epoch: int,
         start: int = 0,
+        stop: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
@@ -215,6 +216,7 @@ class Data:
             seed: of the order and of the views.
             epoch: of the order and of the views.
             start: batches to pass over, after a restart.
+            stop: how many batches the epoch has, those passed over included; by default all that can be filled.
             rank: which part of every batch this process takes.
             world_size: number of processes.
             device: where the views are wanted.
@@ -224,7 +226,7 @@ class Data:
         if batch_size % world_size:
             raise UserError(f"a batch of {batch_size} does not divide among {world_size} processes: use a multiple")
         order = permutation(seed, epoch, self.num_train) if order is None else order.cpu()
-        mine = list(order[: steps * batch_size].view(steps, world_size, -1)[start:, rank])
+        mine = list(order[: steps * batch_size].view(steps, world_size, -1)[start:stop, rank])
         return self._run(self._sets.pretrain, views, mine, seed, epoch, torch.device(device), training=True)
 
     def evaluation_batches(

@@ -86,7 +86,8 @@ def test_spawned_workers_change_no_view(folder) -> None:
     assert_same(epoch(Data(folder=folder, workers=1, start_method="spawn")), epoch(Data(folder=folder, workers=0)))
 
 
-def test_workers_live_on_when_the_caller_counts_batches(folder) -> None:
+@pytest.mark.parametrize("stop", [None, 1])  # 1: the rest of the epoch fills no step of several parts
+def test_workers_live_on_when_the_caller_counts_batches(folder, stop) -> None:
     data = Data(folder=folder, workers=1)
 
     def processes() -> list[int]:
@@ -95,8 +96,8 @@ def test_workers_live_on_when_the_caller_counts_batches(folder) -> None:
 
     seen = []
     for number in range(2):
-        batches = data.batches(VIEWS, 8, seed=0, epoch=number)
-        for _ in range(data.steps_per_epoch(8)):
+        batches = data.batches(VIEWS, 8, seed=0, epoch=number, stop=stop)
+        for _ in range(stop or data.steps_per_epoch(8)):
             next(batches)
         seen.append(processes())
     assert seen[0] == seen[1]
