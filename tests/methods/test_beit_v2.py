@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sslbook import checkpoint
 from sslbook.data.masks import block_mask
@@ -65,6 +66,34 @@ def test_the_loss_is_the_papers(n: int) -> None:
         assert len(losses) == 6 * n
         total += sum(losses) / len(losses)
     assert float(method(batch, clock)["loss"].detach()) == pytest.approx(total, rel=1e-4)
+
+
+def test_the_gradient_is_of_both_predictions() -> None:
+    """Through the last class token and the patches of the early layer, with positions in the aggregation too."""
+    backbone = VisionTransformer(SIZE, 4, 16, 4, 2, positions="relative")
+    method = make("beit_v2", backbone=backbone, early_layer=2)
+    torch.nn.init.normal_(backbone.rel_pos_bias.table)
+    batch, clock = make_batch(method, 3), Clock(seed=3)
+    (images,) = batch.views
+    hidden = block_mask(batch.index, (4, 4), 6, clock, 2, exact=True)
+    codes = method.tokenizer(images)[hidden]
+    _, early, _, last = backbone.layers(backbone.embed(images, hidden, method.mask_token))
+    x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
+    for block in method.aggregation.blocks:
+        x = block(x, backbone.rel_pos_bias())
+    scores = [method.head(backbone.norm(output)[:, 1:][hidden]) for output in (last, x)]
+    literal = F.cross_entropy(scores[0], codes) + F.cross_entropy(scores[1], codes)
+    weights = [p for p in method.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(literal, weights)
+    torch.testing.assert_close(torch.autograd.grad(method(batch, clock)["loss"], weights), expected)
+
+
+def test_every_picture_hides_as_many_patches() -> None:
+    method, seen = make("beit_v2", num_masked=7, min_block=4), []
+    predict = method.predict
+    method.predict = lambda images, hidden: seen.append(hidden) or predict(images, hidden)
+    method(make_batch(method, 64), Clock())
+    assert seen[0].sum(dim=1).tolist() == [7] * 64
 
 
 def test_the_class_token_has_to_tell(monkeypatch) -> None:

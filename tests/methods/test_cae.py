@@ -80,6 +80,27 @@ def test_the_regressor_does_not_get_the_class_token() -> None:
     torch.testing.assert_close(method.guess(tokens, visible, hidden)[0], guessed)
 
 
+def test_the_decoder_gets_the_guesses_and_their_places_alone() -> None:
+    method = make("cae", regressor_depth=2, decoder_depth=2)
+    tokens, weight = method.backbone.embed(make_batch(method, 2).views[0]).detach(), torch.randn(2, 6, 8)
+    visible, hidden = method.split(torch.arange(2), Clock())
+    context = method.backbone.encode(take(tokens, visible))[:, 1:]
+    regressor, place = method.regressor, method.positions[hidden]
+    x = regressor.query.expand(place.shape)
+    for block in regressor.blocks:
+        x = block(x, place, context, method.positions[visible])
+    y = regressor.norm(x) + place
+    for block in method.decoder:
+        y = block(y)
+    literal = method.head(method.norm(y))
+    guessed, scores = method.guess(tokens, visible, hidden)
+    torch.testing.assert_close(guessed, regressor.norm(x))
+    torch.testing.assert_close(scores, literal)
+    weights = [*regressor.parameters(), *method.backbone.blocks.parameters()]
+    expected = torch.autograd.grad((literal * weight).sum(), weights)
+    torch.testing.assert_close(torch.autograd.grad((scores * weight).sum(), weights), expected)
+
+
 def test_layer_scale_and_drop_path_are_the_backbones() -> None:
     backbone = VisionTransformer(SIZE, 4, 16, 2, 2, layer_scale=0.1, drop_path=0.2)
     method = make("cae", backbone=backbone, regressor_depth=2, decoder_depth=3)

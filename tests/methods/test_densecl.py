@@ -83,18 +83,20 @@ def test_the_loss_place_by_place() -> None:
     whole, dense = method.queue.rows.clone(), torch.randn(21, 16)
     dense = F.normalize(dense, dim=1)
     method.dense_queue.rows.copy_(dense)
-    with torch.no_grad():
-        f_q, f_k = (
-            feature_map(method.backbone, batch.views[0])[1],
-            feature_map(method.key_backbone.module, batch.views[1])[1],
-        )
-        q, dense_q = heads(method, batch.views[0], False)
-        k, dense_k = heads(method, batch.views[1], True)
-        loss = float(method(batch, Clock())["loss"])
+    with torch.no_grad():  # keys of an encoder that is no longer that of the queries
+        for p in (*method.key_projector.parameters(), *method.key_dense_projector.parameters()):
+            p += 0.1 * torch.randn(p.shape)
+        for p in method.key_backbone.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    f_q = feature_map(method.backbone, batch.views[0])[1]
+    f_k = feature_map(method.key_backbone.module, batch.views[1])[1]
+    q, dense_q = heads(method, batch.views[0], False)
+    k, dense_k = (key.detach() for key in heads(method, batch.views[1], True))
+    loss, weights = method(batch, Clock())["loss"], [p for p in method.parameters() if p.requires_grad]
 
-    def term(a: Tensor, b: Tensor, queue: Tensor) -> float:
-        cosines = [F.cosine_similarity(a, row, dim=0) for row in (b, *queue)]
-        return float(torch.stack(cosines).div(0.2).logsumexp(0) - cosines[0] / 0.2)
+    def term(a: Tensor, b: Tensor, queue: Tensor) -> Tensor:
+        cosines = F.cosine_similarity(a[None], torch.cat([b[None], queue]))
+        return (cosines / 0.2).logsumexp(0) - cosines[0] / 0.2
 
     terms = []
     for i in range(3):
@@ -102,7 +104,9 @@ def test_the_loss_place_by_place() -> None:
             cosines = [float(F.cosine_similarity(f_q[i, place], f, dim=0)) for f in f_k[i]]
             terms.append(term(dense_q[i, place], dense_k[i, cosines.index(max(cosines))], dense))
     expected = 0.7 * sum(term(q[i], k[i], whole) for i in range(3)) / 3 + 0.3 * sum(terms) / len(terms)
-    assert loss == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    passed = torch.autograd.grad(expected, weights)
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), passed, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(method.queue.rows[:3], F.normalize(k, dim=1))
     torch.testing.assert_close(method.dense_queue.rows[:3], F.normalize(dense_k.mean(dim=1), dim=1))
 

@@ -36,9 +36,22 @@ def test_the_loss_is_the_papers(n: int) -> None:
     squared = sum((a - b) ** 2 for a, b in pairs) / images.numel()
     q = scores.double().softmax(dim=2).flatten(0, 1).tolist()
     divergence = sum(float(torch.tensor(p).log() + torch.tensor(8.0).log()) * p for row in q for p in row) / len(q)
-    out = method(batch, clock)
+    out, weights = method(batch, clock), list(method.parameters())
+    literal = (drawn - images).square().mean() - 0.3 * torch.special.entr(scores.softmax(dim=2)).sum(dim=2).mean()
+    expected = torch.autograd.grad(literal, weights)  # through mixture and divergence alike
+    torch.testing.assert_close(torch.autograd.grad(out["loss"], weights), expected)
+    torch.testing.assert_close(out["codes_in_use"], perplexity(method.backbone.tokens(images), 8))
     assert float(out["squared_error"]) == pytest.approx(squared, rel=1e-4)
     assert float(out["loss"].detach()) == pytest.approx(squared + 0.3 * divergence, rel=1e-4)
+
+
+def test_the_noise_draws_codes_as_their_scores_say() -> None:
+    scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    noise = gumbel_noise(torch.arange(2000), 5, 4, 0, 0)
+    drawn = torch.nn.functional.one_hot((scores + noise).argmax(dim=2), 4).float()
+    torch.testing.assert_close(drawn.mean(dim=(0, 1)), scores.exp(), rtol=0, atol=0.02)
+    same = (drawn[:, 0] * drawn[:, 1]).sum(dim=1).mean()  # each patch is drawn by itself
+    assert float(same) == pytest.approx(float(scores.exp().square().sum()), abs=0.05)
 
 
 def test_how_many_codes_are_in_use() -> None:

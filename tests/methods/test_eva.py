@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sslbook import chance
+from sslbook.data.masks import block_mask
 from sslbook.errors import UserError
 from sslbook.methods.eva import EVA, cosine_loss
 from sslbook.nn import ConvNet, ResNet, VisionTransformer, vit_giant
@@ -53,13 +55,28 @@ def test_only_hidden_patches_are_asked_for() -> None:
     assert mask.sum(dim=1).tolist() == [7] * 5  # 0.41 of 16
     seen = method.teacher(batch.views[0])
     tokens = method.backbone.encode(method.backbone.embed(batch.views[0], mask, method.mask_token))
+    rows = cosine_loss(method.head(tokens[:, 1:])[mask], seen.patches[mask])
     total, count = 0.0, 0
     for i in range(5):
         for j in range(16):
             if mask[i, j]:
                 p, t = method.head(tokens[i, 1 + j]).double(), seen.patches[i, j].double()
                 total, count = total + float((2 - 2 * (p @ t) / (p.norm() * t.norm())).detach()), count + 1
-    assert float(method(batch, Clock())["loss"].detach()) == pytest.approx(total / count, rel=1e-4)
+    loss, weights = method(batch, Clock())["loss"], list(method.backbone.blocks.parameters())
+    assert float(loss.detach()) == pytest.approx(total / count, rel=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(rows, weights))
+
+
+def test_patches_are_hidden_in_blocks_of_every_pictures_own() -> None:
+    method, index, clock = make("eva", min_block=16), torch.arange(100), Clock(seed=1)
+    mask = method.mask(index, (14, 14), clock)
+    assert mask.sum(dim=1).tolist() == [80] * 100  # 0.41 of 196
+    assert len(mask.unique(dim=0)) == 100
+    assert torch.equal(method.mask(index[7:8], (14, 14), clock)[0], mask[7])
+    assert torch.equal(mask, block_mask(index, (14, 14), 80, clock, 16, exact=True, stream=chance.METHOD + 1))
+    grid = mask.view(100, 14, 14)
+    beside = (grid[:, :, 1:] & grid[:, :, :-1]).sum() / grid[:, :, 1:].sum()
+    assert beside > 0.7  # neighbors are hidden together: by chance 0.41
 
 
 def loss_after_training() -> float:

@@ -167,21 +167,28 @@ def test_the_student_does_not_see_what_is_hidden() -> None:
     torch.testing.assert_close(method(batch._replace(views=tuple(changed)), clock)["loss"], loss)
 
 
-def test_forward_with_the_centers_of_the_batches_before() -> None:
-    method = make("ibot", cls_weight=0.5, patch_weight=2.0, koleo_weight=0.3, mask_probability=1.0)
+@pytest.mark.parametrize("separate_heads", [False, True])
+def test_forward_with_the_centers_of_the_batches_before(separate_heads: bool) -> None:
+    weights = {"cls_weight": 0.5, "patch_weight": 2.0, "koleo_weight": 0.3}
+    method = make("ibot", **weights, mask_probability=1.0, separate_heads=separate_heads)
     method.center += torch.linspace(-0.1, 0.1, 24)
     method.patch_center += torch.linspace(0.2, -0.1, 24)
+    with torch.no_grad():  # a teacher that is no longer its student
+        for p in (*method.teacher_backbone.parameters(), *method.teacher_heads.parameters()):
+            p += 0.1 * torch.randn(p.shape)
     batch, clock = make_batch(method, 5), Clock(0, 10)
     large, small, net = torch.cat(batch.views[:2]), torch.cat(batch.views[2:]), method.backbone
     mask = torch.cat([method.hidden(batch.index, (4, 4), clock, crop) for crop in (0, 1)])
     assert mask.any()
-    scores = method.teacher_heads.module["cls"](net.encode(net.embed(large)))
-    teacher = ((scores[:, 0] - method.center) / 0.04).softmax(dim=1).unflatten(0, (2, 5))
-    patch_teacher = ((scores[:, 1:][mask] - method.patch_center) / 0.04).softmax(dim=1)
+    teacher_net, teacher_heads = method.teacher_backbone.module, method.teacher_heads.module
+    tokens, head = teacher_net.encode(teacher_net.embed(large)), "patch" if separate_heads else "cls"
+    scores, patch_scores = teacher_heads["cls"](tokens[:, 0]), teacher_heads[head](tokens[:, 1:][mask])
+    teacher = ((scores - method.center) / 0.04).softmax(dim=1).unflatten(0, (2, 5))
+    patch_teacher = ((patch_scores - method.patch_center) / 0.04).softmax(dim=1)
     tokens, local = net.encode(net.embed(large, mask, method.mask_token)), net.encode(net.embed(small))
     student = method.heads["cls"](torch.cat([tokens[:, 0], local[:, 0]])).unflatten(0, (4, 5))
     expected = 0.5 * cls_loss(student, teacher, 0.1)
-    expected = expected + 2.0 * patch_loss(method.heads["cls"](tokens[:, 1:][mask]), patch_teacher, mask, 0.1)
+    expected = expected + 2.0 * patch_loss(method.heads[head](tokens[:, 1:][mask]), patch_teacher, mask, 0.1)
     expected = expected + 0.3 * (koleo(tokens[:5, 0]) + koleo(tokens[5:, 0]))  # each crop among its own
     torch.testing.assert_close(method(batch, clock)["loss"], expected)
 
@@ -274,6 +281,40 @@ def test_sinkhorn_uses_all_outputs_alike() -> None:
     q = method.targets(scores, method.center, 0.1)
     torch.testing.assert_close(q.sum(dim=1), torch.ones(48))
     torch.testing.assert_close(q.sum(dim=0), torch.full((24,), 2.0), rtol=0.1, atol=0.0)
+
+
+def entropies(**options: float) -> list[tuple[float, float]]:
+    """Of one teacher output and of their average, of 0 to log 24 = 3.18: for cls tokens and for hidden patches.
+
+    After training on pictures of one color and noise each.
+    """
+    method = make("ibot", momentum=0.9, mask_probability=1.0, num_local=0, **options)
+    answers, targets = [], method.targets
+    method.targets = lambda *inputs: answers.append(targets(*inputs)) or answers[-1]
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.randn(16, 3, 1, 1, generator=generator)
+    for step in range(30):
+        views = tuple(colors + 0.3 * torch.randn(16, 3, SIZE, SIZE, generator=generator) for _ in range(2))
+        optimizer.zero_grad()
+        method(make_batch(method, 16, seed=step)._replace(views=views), Clock(step, 1000))["loss"].backward()
+        optimizer.step()
+        method.after_step(Clock(0, 1000))
+    entropy = torch.special.entr
+    return [(float(entropy(q).sum(dim=1).mean()), float(entropy(q.mean(dim=0)).sum())) for q in answers[-2:]]
+
+
+def test_centering_and_sharpening_hold_each_other() -> None:
+    """One output wins without centering, all are alike without sharpening."""
+    sharp = {"teacher_temperature_start": 0.04, "teacher_temperature": 0.04}
+    for one, average in entropies(**sharp):
+        assert average > 1.0
+        assert average - one > 0.3  # what an output tells of its picture, in nats
+    for _, average in entropies(**sharp, center_momentum=1.0):
+        assert average < 0.8
+    for one, average in entropies(teacher_temperature_start=0.1, teacher_temperature=0.1):  # the student's
+        assert one > 2.5
+        assert average - one < 0.2
 
 
 def closest(koleo_weight: float) -> float:

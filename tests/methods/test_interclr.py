@@ -94,17 +94,39 @@ def test_wrong_answers_come_from_the_most_similar() -> None:
 def test_the_loss_between_pictures_term_by_term() -> None:
     method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
     method.clusters.assignment[10:30] = 4
-    q, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([12, 50, 12, 0])
+    q, index = F.normalize(torch.randn(4, 16), dim=1).requires_grad_(), torch.tensor([12, 50, 12, 0])
     rows, assignment = method.clusters.memory.rows.double(), method.clusters.assignment
     u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 10)
     right = draw_positive(assignment[index], assignment, method.clusters.sizes(), u[:, 0])
     wrong = draw_semihard(q @ rows.float().T, 20, u[:, 1:])
-    expected = 0.0
+    expected, rows = torch.zeros(()), rows.float()
     for i in range(4):
-        logits = [(float(q[i].double() @ rows[right[i]]) + 0.5) / 0.2]
-        logits += [float(q[i].double() @ rows[j]) / 0.2 for j in wrong[i] if assignment[j] != assignment[index[i]]]
-        expected += (math.log(sum(math.exp(v) for v in logits)) - logits[0]) / 4
-    assert float(method.inter(q, index, clock)) == pytest.approx(expected, rel=1e-4)
+        logits = [(q[i] @ rows[right[i]] + 0.5) / 0.2]
+        logits += [q[i] @ rows[j] / 0.2 for j in wrong[i] if assignment[j] != assignment[index[i]]]
+        expected = expected + (torch.stack(logits).logsumexp(0) - logits[0]) / 4
+    loss = method.inter(q, index, clock)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, q), torch.autograd.grad(expected, q), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_keys_follow_slowly_and_without_gradient(groups: int) -> None:
+    method = make("interclr", momentum=0.9, batch_norm_groups=groups)
+    batch, pairs = make_batch(method, 8), []
+    method(batch, Clock())["loss"].backward()
+    for key, online in ((method.key_backbone, method.backbone), (method.key_projector, method.projector)):
+        assert all(p.grad is None for p in key.parameters())
+        pairs += list(zip(key.module.parameters(), online.parameters()))
+    starts = [key.detach().clone() for key, _ in pairs]
+    with torch.no_grad():
+        for _, online in pairs:
+            online += 1
+    method.after_step(Clock(1, 10))
+    for (key, _), start in zip(pairs, starts):
+        torch.testing.assert_close(key, start + 0.1)
+    method.key_backbone.eval()  # then companions do not matter
+    expected = method.key_projector(method.key_backbone(batch.views[1]))
+    torch.testing.assert_close(method.keys(batch.views[1], batch, Clock()), expected)
 
 
 def test_pictures_of_no_cluster_are_left_out() -> None:

@@ -117,6 +117,21 @@ def test_one_weight_trades_the_two() -> None:
     assert [view.size for view in method.views()] == [16, 16, 8, 8]
 
 
+def test_the_methods_loss_and_its_gradient() -> None:
+    """Every view is tested by itself along the step's directions; nothing stops a gradient."""
+    method = make("lejepa", lambda_=0.3)
+    batch, clock = make_batch(method, 5), Clock(step=7, seed=5)
+    f = [method.backbone(torch.cat(views)) for views in (batch.views[:2], batch.views[2:])]
+    z = method.projector(torch.cat(f)).unflatten(0, (4, 5))
+    along = directions(8, 64, clock, torch.device("cpu"))
+    sigreg = torch.stack([epps_pulley(view @ along).mean() for view in z]).mean()
+    literal = 0.7 * ((z[0] + z[1]) / 2 - z).square().mean() + 0.3 * sigreg
+    loss, weights = method(batch, clock)["loss"], list(method.parameters())
+    torch.testing.assert_close(loss, literal)
+    expected = torch.autograd.grad(literal, weights)
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-4)
+
+
 def deviation_after_training(lambda_: float) -> float:
     method = make("lejepa", lambda_=lambda_)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)

@@ -78,6 +78,20 @@ def test_the_loss_is_the_papers(norm_pix_loss: bool, n: int) -> None:
     assert float(loss.detach()) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
+def test_the_chosen_layers_learn_through_the_fusion() -> None:
+    method = make("mff", backbone=VisionTransformer(SIZE, 4, 16, 4, 2), layers=(0, 2))
+    torch.nn.init.normal_(method.fusion.weights)
+    tokens = method.backbone.embed(make_batch(method, 2).views[0])
+    first, _, third, last = method.backbone.layers(tokens)
+    maps, share = method.fusion.maps, method.fusion.weights.softmax(dim=0)
+    literal = method.backbone.norm(share[0] * maps[0](first) + share[1] * maps[1](third) + share[2] * last)
+    encoded = method.encode(tokens)
+    torch.testing.assert_close(encoded, literal)
+    weights, weight = list(method.backbone.blocks.parameters()), torch.randn(literal.shape)
+    expected = torch.autograd.grad((literal * weight).sum(), weights)
+    torch.testing.assert_close(torch.autograd.grad((encoded * weight).sum(), weights), expected)
+
+
 def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
     """A last block that forgets everything: with fusion the decoder still learns to draw, without it cannot."""
 

@@ -136,14 +136,22 @@ def test_the_prompting_block_by_loops() -> None:
 
 
 def test_the_decoder_does_not_change_what_is_visible() -> None:
-    method = make("milan")
+    method = make("milan", decoder_depth=2)
     batch = make_batch(method, 2)
     seen = method.teacher(batch.views[0])
-    prediction, visible, _ = method.predict(batch.views[0], seen, batch.index, Clock())
+    prediction, visible, hidden = method.predict(batch.views[0], seen, batch.index, Clock())
     decoder, tokens = method.decoder, method.backbone.embed(batch.views[0])
     encoded = decoder.embed(method.backbone.encode(milan.take(tokens, visible)))
     encoded = torch.cat([encoded[:, :1], encoded[:, 1:] + decoder.positions[visible]], dim=1)
     torch.testing.assert_close(prediction[:, :5], decoder.predict(decoder.norm(encoded)))
+    x = decoder.mask_token + decoder.positions[hidden]
+    for block in decoder.blocks:
+        x = block(x, encoded)
+    literal = decoder.predict(decoder.norm(x))
+    torch.testing.assert_close(prediction[:, 5:], literal)
+    weights, weight = list(method.backbone.blocks.parameters()), torch.randn(literal.shape)
+    passed = torch.autograd.grad((literal * weight).sum(), weights)  # hidden patches teach the encoder too
+    torch.testing.assert_close(torch.autograd.grad((prediction[:, 5:] * weight).sum(), weights), passed)
     with torch.no_grad():
         for parameter in decoder.blocks.parameters():
             parameter.add_(torch.randn_like(parameter))

@@ -113,6 +113,26 @@ def test_each_picture_is_encoded_as_if_it_were_alone() -> None:
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_each_picture_is_drawn_from_its_own_patches_and_mask_tokens() -> None:
+    method = make("mixmim")
+    images, others, weight = torch.randn(3, 3, 3, SIZE, SIZE)
+    mask = partner_mask(torch.arange(3), 16, 6, Clock())
+    backbone, literal = method.backbone, torch.empty(2, 3, 16, 48)
+    torch.nn.init.normal_(method.mask_token)
+    for i in range(3):
+        for which, pictures, seen in ((0, images, ~mask[i]), (1, others, mask[i])):
+            encoded = method.decoder_embed(backbone.encode(backbone.embed(pictures[i : i + 1])[:, seen]))[0]
+            patches = method.mask_token.repeat(16, 1)
+            patches[seen] = encoded[1:]
+            x = method.decoder(torch.cat([encoded[:1], patches + method.positions])[None])[0, 1:]
+            literal[which, i] = method.predict_pixels(method.decoder_norm(x))
+    drawn = method.predict(images, others, mask)
+    torch.testing.assert_close(drawn, literal, rtol=1e-4, atol=1e-5)
+    weights, weight = list(method.parameters()), torch.randn(drawn.shape)
+    expected = torch.autograd.grad((literal * weight).sum(), weights)
+    torch.testing.assert_close(torch.autograd.grad((drawn * weight).sum(), weights), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_hidden_patches_are_not_seen() -> None:
     method = make("mixmim")
     images, others = torch.randn(2, 3, 3, SIZE, SIZE)

@@ -68,6 +68,12 @@ def test_the_radius_scales_with_the_picture() -> None:
     assert (method.radius, method.shift) == (40.0, 4)
 
 
+def test_nearly_all_of_a_picture_is_seen() -> None:
+    """MAE's random crop may leave the foreground out."""
+    (view,) = PixMIM(VisionTransformer(224, 16, 16, 1, 2), decoder_dim=16, decoder_depth=1).views()
+    assert view.crop is None
+
+
 def test_shifts_bring_in_the_mirror_image() -> None:
     index, clock = torch.arange(200), Clock(step=4, steps_per_epoch=2, seed=1)
     images = torch.randn(200, 3, 6, 7)

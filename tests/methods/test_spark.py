@@ -111,6 +111,37 @@ def test_the_pattern_of_the_mask_does_not_wear_off(which: int) -> None:
         assert (maps * ~at(mask, maps)).abs().max() > 0
 
 
+def test_the_method_encodes_sparsely() -> None:
+    method = make("spark")
+    mask = visible_mask(torch.arange(6), (4, 4), 6, Clock())
+    x, other = pictures(mask)
+    for maps in method.encode(x, mask):
+        assert (maps * ~at(mask, maps)).abs().max() == 0
+        assert (maps * at(mask, maps)).abs().max() > 0
+    assert torch.equal(method.predict(x, mask), method.predict(other, mask))
+
+
+def test_pooling_does_not_fill_holes() -> None:
+    network, mask = ResNet(18, 4), visible_mask(torch.arange(6), (2, 2), 2, Clock())
+    with sparsely(network, mask):
+        for maps in feature_maps(network, torch.randn(6, 3, 64, 64)):
+            assert (maps * ~at(mask, maps)).abs().max() == 0
+
+
+def test_the_decoder_draws_from_maps_of_all_scales() -> None:
+    method = make("spark")
+    batch, mask = make_batch(method, 3), visible_mask(torch.arange(3), (4, 4), 6, Clock())
+    maps = [m.detach().requires_grad_() for m in method.encode(batch.views[0], mask)]
+    assert [tuple(m.shape[2:]) for m in maps] == [(4, 4), (8, 8)]
+    method.encode = lambda *_: maps
+    x = method.decoder[0](method.densify[0](maps[0], mask))
+    literal = method.predict_pixels(method.decoder[1](x + method.densify[1](maps[1], mask)))
+    drawn, weight = method.predict(batch.views[0], mask), torch.randn(literal.shape)
+    torch.testing.assert_close(drawn, literal)
+    expected = torch.autograd.grad((literal * weight).sum(), maps)
+    torch.testing.assert_close(torch.autograd.grad((drawn * weight).sum(), maps), expected)
+
+
 def test_a_sparse_convolution_place_by_place() -> None:
     network = nn.Conv2d(2, 3, 3, padding=1)
     mask = torch.rand(2, 1, 4, 4) < 0.5
@@ -174,7 +205,7 @@ def test_with_everything_visible_it_is_dense() -> None:
 
 
 def test_the_decoder_fills_holes_with_the_mask_token() -> None:
-    method = make("spark").eval()
+    method = make("spark")
     batch = make_batch(method, 2)
     mask = visible_mask(batch.index, (4, 4), 6, Clock())
     for densify, maps in zip(method.densify, method.encode(batch.views[0], mask)):
@@ -183,7 +214,9 @@ def test_the_decoder_fills_holes_with_the_mask_token() -> None:
         densify(maps, mask)
         holes = ~at(mask, seen[0]).expand_as(seen[0])
         assert torch.equal(seen[0][holes], densify.mask_token[:, None, None].expand_as(seen[0])[holes])
-        torch.testing.assert_close(seen[0][~holes], densify.norm(maps)[~holes])
+        rows = maps.permute(0, 2, 3, 1)[at(mask, maps)[:, 0]].double()  # normalized over visible places
+        expected = (rows - rows.mean(dim=0)) / (rows.var(dim=0, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(seen[0].permute(0, 2, 3, 1)[at(mask, maps)[:, 0]], expected.float())
 
 
 def test_paper_scale() -> None:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslbook import chance
@@ -79,6 +80,25 @@ def test_the_loss_is_the_mean_over_pairs(views: int, n: int) -> None:
             for a, b in zip(z[i].tolist(), z[j].tolist()):
                 terms.append(2 - 2 * sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b))
     assert float(pair_loss(z)) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
+
+
+def test_the_methods_loss_slice_by_slice() -> None:
+    method = make("wmse", slice_size=4, num_views=3, num_permutations=2, epsilon=0.1)
+    batch, clock = make_batch(method, 8), Clock(seed=2)
+    h = method.projector(torch.cat([method.backbone(x) for x in batch.views])).double().unflatten(0, (3, 8))
+    terms = []
+    for k in range(2):
+        for rows in slices(batch.index, 4, chance.METHOD + k, clock):
+            white = []
+            for x in (view[rows] - view[rows].mean(dim=0) for view in h):
+                factor = torch.linalg.cholesky(0.9 * x.T @ x / 3 + 0.1 * torch.eye(2))
+                white.append(F.normalize(x @ torch.linalg.inv(factor).T, dim=1))
+            terms += [(white[i] - white[j]).square().sum(dim=1).mean() for i, j in ((0, 1), (0, 2), (1, 2))]
+    literal, weights = torch.stack(terms).mean(), list(method.projector.parameters())
+    loss = method(batch, clock)["loss"]
+    torch.testing.assert_close(loss, literal.float(), rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(literal, weights)  # the whitening itself is differentiated
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_gradient_goes_to_all_views() -> None:
