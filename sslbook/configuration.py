@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import re
 import shlex
 import sys
@@ -370,19 +371,35 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
         resolved.pop(key, None)
     path = f"{method.__module__}.{method.__qualname__}"
     resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
-    _refuse_negative_counts("method", resolved["method"])
+    _refuse_impossible_numbers("method", resolved["method"])
+    for key in ("optimizer", "schedule", "weight_decay_schedule", "epochs", "clip", "layer_decay"):
+        _refuse_impossible_numbers("", {key: resolved.get(key)})
     return parser, config, resolved
 
 
-def _refuse_negative_counts(path: str, values: dict[str, Any]) -> None:
-    """No whole number that a class of ours takes may be below 0: they are counts and sizes."""
-    if not values.get("class_path", "sslbook.").startswith("sslbook."):
-        return
+# What cannot be 0 in any class of ours; other counts can (a queue of none, a decoder without blocks).
+POSITIVE = re.compile(
+    r"(.+_)?(dim|heads|every|temperature|temperature_start|groups|temperature_end|sharpening|mask_size|mask_grid"
+    r"|pool_size|teacher_size|patch_size|image_size|num_targets|num_slices|num_permutations|num_outputs)"
+)
+
+
+def _refuse_impossible_numbers(path: str, values: dict[str, Any]) -> None:
+    """No number may be NaN or infinite; counts that a class of ours takes are not below 0, some not 0 either."""
+    ours = values.get("class_path", "sslbook.").startswith("sslbook.")
     for key, value in (values.get("init_args", values) or {}).items():
+        name = f"{path}.{key}" if path else key
         if isinstance(value, dict):
-            _refuse_negative_counts(f"{path}.{key}", value)
-        elif isinstance(value, int) and value < 0:
-            raise UserError(f"--{path}.{key} is {value}: give 0 or more")
+            _refuse_impossible_numbers(name, value)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{name} is {number}: give a number")
+        if not ours or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value <= 0 and path.startswith("method") and POSITIVE.fullmatch(key):
+            raise UserError(f"--{name} is {value}: give {'1 or more' if isinstance(value, int) else 'more than 0'}")
+        if isinstance(value, int) and value < 0:
+            raise UserError(f"--{name} is {value}: give 0 or more")
 
 
 def _own_method(path: str, layer: dict[str, Any], name: str | None) -> str | None:
