@@ -5,6 +5,7 @@ one that was stopped is resumed, so the command can be stopped and started at wi
 """
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def compare(
         words = shlex.split(options)
     except ValueError as error:
         raise UserError(f"--options {options!r}: cannot be cut into words ({error}); close the quotation") from None
+    seeds = list(dict.fromkeys(seeds))
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{name!r} is not the name of a result: use letters, digits, - and _, such as cifar10")
     if not methods or not seeds:
         raise UserError("nothing to compare: give at least one method and one seed")
     for method in methods:

@@ -33,13 +33,15 @@ CURES = {  # what torch says of batches and pictures that are too small or too l
     "Expected more than 1 value per channel": "batch norm needs more than one picture at a time: raise --batch_size, or "
     "lower --accumulate",
     "Kernel size can't be greater than actual input size": "the views are too small for the backbone: raise their size",
+    "doesn't match model": "this network of timm takes pictures of one size: give the views that size, or the network "
+    "theirs by --method.backbone.dict_kwargs.img_size, or by --method.backbone.dict_kwargs.dynamic_img_size true",
     "can't allocate memory": "out of memory: lower --batch_size or the views' size, or raise --accumulate",
 }
 CHECKPOINT = (  # its entries
     *("method", "optimizer", "scaler", "step", "steps_per_epoch", "batch_size"),
     *("seed", "seconds", "figures", "best", "random", "description"),
 )
-OWN_FILES = ("config.yaml", "metrics.jsonl", "backbone.safetensors", "initial.safetensors", "report.json")
+OWN_FILES = ("metrics.jsonl", "backbone.safetensors", "best.pt", "report.json")  # of a run that took a step
 
 
 def pretrain(
@@ -437,8 +439,10 @@ def _make(folder: Path) -> None:
 def _refuse_used(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; --out needs a folder")
-    if folder.is_dir() and (any((folder / name).exists() for name in OWN_FILES) or checkpoint.checkpoints(folder)):
+    if folder.is_dir() and checkpoint.checkpoints(folder):
         raise UserError(f"{folder}: holds another run; choose another --out, or go on with it by --resume {folder}")
+    if folder.is_dir() and any((folder / name).exists() for name in OWN_FILES):
+        raise UserError(f"{folder}: holds another run, without checkpoints; choose another --out, or delete it")
 
 
 def _check_same_run(state: dict, method: Method, batch_size: int, steps_per_epoch: int, seed: int) -> None:
@@ -575,7 +579,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"out of GPU memory: lower --batch_size or raise --accumulate ({error})".split("\n")[0]
         ) from None
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         cure = next((cure for words, cure in CURES.items() if words in str(error)), None)
         if isinstance(error, UserError) or cure is None:
             raise

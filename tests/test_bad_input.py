@@ -64,6 +64,7 @@ def refusal(*words: str) -> str:
         (["mae", "--method.decoder_depth=-2"], "--method.decoder_depth is -2: give 0 or more"),
         (["simclr", "--method.temperature=0"], "--method.temperature is 0.0: give more than 0"),
         (["mae", "--method.decoder_heads=0"], "--method.decoder_heads is 0: give 1 or more"),
+        (["mae", "--method.decoder_dim=32", "--method.decoder_heads=5"], "use a divisor of 32"),
         (["interclr", "--method.centroids_every=0"], "--method.centroids_every is 0: give 1 or more"),
         (["mae", "--method.mask_ratio=.nan"], "--method.mask_ratio is nan: give a number"),
         (["ijepa", "--method.target_scale=[.nan,0.2]"], "--method.target_scale is nan: give a number"),
@@ -148,6 +149,14 @@ def test_a_used_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     assert "is a file" in refusal(*command("simclr", tmp_path / "file", steps=1))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_where_no_step_was_taken_is_free(tmp_path: Path) -> None:
+    words = ["simclr", "--batch_size=8", "--steps=1", "--report=none", f"--out={tmp_path / 'run'}"]
+    assert "raise their size" in refusal(*words, "--method.view.size=1")
+    assert (tmp_path / "run" / "config.yaml").exists()
+    train.main(words)
+    assert (tmp_path / "run" / "checkpoint-00000001.pt").exists()
 
 
 def test_resuming_something_else_is_refused(tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ def test_a_comparison_that_cannot_end_does_not_begin(tmp_path: Path, monkeypatch
         compare.compare("tiny", ["simclr"], options="--batch_size '8")
     with pytest.raises(UserError, match="did you mean simclr"):
         compare.compare("tiny", ["rotation", "simcrl"])
+    for name in ("", "../tiny", "a/b"):
+        with pytest.raises(UserError, match="is not the name of a result"):
+            compare.compare(name, ["simclr"])
     for methods, seeds in (([], [0]), (["simclr"], [])):
         with pytest.raises(UserError, match="at least one"):
             compare.compare("tiny", methods, seeds)

@@ -33,6 +33,7 @@ from sslbook.nn.vit import (
     VisionTransformer,
     init_transformer,
     patch_grid,
+    require_heads,
     sincos_positions,
 )
 from sslbook.schedules import Clock
@@ -49,6 +50,7 @@ class CrossBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, layer_scale: float | None = None) -> None:
         super().__init__()
+        require_heads(dim, heads)
         self.heads = heads
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))

@@ -29,6 +29,7 @@ from sslbook.nn.vit import (
     VisionTransformer,
     init_transformer,
     patch_grid,
+    require_heads,
     resample_positions,
     sincos_positions,
 )
@@ -64,6 +65,7 @@ class PromptBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        require_heads(dim, heads)
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)

@@ -14,6 +14,7 @@ the others start from a truncated normal of 0.02; maps are made dense after a ba
 norm for ConvNeXt; and which patches are hidden is keyed.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,6 +140,33 @@ def _freeze_what_is_not_used(backbone: nn.Module, maps: list[Tensor]) -> None:
         parameter.requires_grad_(gradient is not None)
 
 
+@torch.no_grad()
+def _refuse_what_notices_holes(backbone: nn.Module, size: int, side: int) -> None:
+    """A picture among hidden patches must have the maps that it has alone; a norm or gate over all places sees more."""
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        return  # no numbers to try it with
+    stride, alike = size // side, False
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
+    visible = torch.ones(1, 1, side, side, dtype=torch.bool, device="cpu")
+    backbone = copy.deepcopy(backbone).cpu().eval()
+    for parameter in backbone.parameters():
+        if not parameter.any():  # what begins at zero would hide what it does
+            parameter.fill_(0.5)
+    try:
+        with sparsely(backbone, visible):
+            alone = feature_maps(backbone, x)[-1]
+        with sparsely(backbone, nn.functional.pad(visible, [1] * 4)):
+            among = feature_maps(backbone, nn.functional.pad(x, [stride] * 4))[-1]
+        alike = bool((among[:, :, 1:-1, 1:-1] - alone).abs().max() <= 1e-3 * alone.abs().max())
+    except (RuntimeError, AssertionError):  # a layer that works on one number per channel has no place for the mask
+        pass
+    if not alike:
+        raise UserError(
+            f"SparK cannot use this {type(backbone).__name__}: one of its layers, such as a group norm or squeeze-and-"
+            "excitation, looks at all places, hidden ones too; choose one with batch norm, or a ConvNeXt"
+        )
+
+
 class UpBlock(nn.Module):
     """Doubles the resolution and halves the channels."""
 
@@ -203,6 +231,7 @@ class SparK(Method):
                 f"whose maps have sides {', '.join(str(m.shape[2]) for m in maps)}: use a view of "
                 f"{max(1, round(view.size / side)) * side} pixels"
             )
+        _refuse_what_notices_holes(backbone, view.size, maps[0].shape[2])
         self.num_visible(maps[0].shape[2] ** 2)  # refuses a ratio that leaves nothing to do
         if decoder_dim % 2**doublings:
             raise UserError(f"decoder_dim {decoder_dim} is halved {doublings} times: use a multiple of {2**doublings}")

@@ -62,11 +62,18 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
+def require_heads(dim: int, heads: int) -> None:
+    """A `UserError` if the dimension cannot be shared among the heads of attention."""
+    if heads < 1 or dim % heads:
+        raise UserError(f"a transformer of dimension {dim} cannot be split over {heads} heads: use a divisor of {dim}")
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        require_heads(dim, heads)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -226,10 +233,7 @@ class VisionTransformer(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise UserError(
-                f"a transformer of dimension {dim} cannot be split over {heads} heads: use a divisor of {dim}"
-            )
+        require_heads(dim, heads)
         self.init_args = {
             "image_size": image_size,
             "patch_size": patch_size,

@@ -246,3 +246,12 @@ def test_what_cannot_be_is_refused() -> None:
         make("spark", mask_ratio=1.0)
     with pytest.raises(UserError, match="use a multiple of 4"):
         make("spark", decoder_dim=18)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)])
+def test_a_network_that_notices_holes_is_refused(norm: nn.Module) -> None:
+    network = ResNet(18, 4, "small")
+    SparK(network, VIEW, decoder_dim=16)
+    network.bn1 = norm
+    with pytest.raises(UserError, match="cannot use this ResNet: one of its layers"):
+        SparK(network, VIEW, decoder_dim=16)
