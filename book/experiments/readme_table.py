@@ -17,6 +17,7 @@ README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 DATA = {
     "world": "The embedded world",
+    "world_seeds": "The embedded world, three seeds",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10_jpeg": "CIFAR-10 (JPEG), 32 pixels",
     "cifar10_jpeg_all": "CIFAR-10 (JPEG), 10,000 pictures, 20 epochs, with the networks and sizes of the embedded world",
