@@ -386,9 +386,12 @@ def _start(loader: DataLoader) -> Iterator[Any]:
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
+    # Workers are born with SIGTERM blocked: a thread of theirs that began before `_heed_only_parent` would not have it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else ())
     try:
         return iter(loader)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGCHLD, handler)
 
 
