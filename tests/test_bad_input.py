@@ -159,6 +159,14 @@ def test_a_folder_where_no_step_was_taken_is_free(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoint-00000001.pt").exists()
 
 
+def test_a_network_of_timm_that_takes_one_size(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="needs timm")
+    words = ["simclr", "--batch_size=2", "--steps=1", "--report=none", f"--out={tmp_path / 'run'}"]
+    words += ["--method.backbone=timm/vit_tiny_patch16_224", "--method.view.size=32"]
+    assert "dict_kwargs.dynamic_img_size true" in refusal(*words)
+    train.main([*words, "--method.backbone.dict_kwargs.dynamic_img_size=true"])
+
+
 def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     start("rotation", tmp_path / "run", steps=1)
     assert "method Rotation" in refusal(*command("simclr", None, steps=2, resume=str(tmp_path / "run")))

@@ -233,7 +233,6 @@ class VisionTransformer(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        require_heads(dim, heads)
         self.init_args = {
             "image_size": image_size,
             "patch_size": patch_size,
