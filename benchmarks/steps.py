@@ -66,7 +66,7 @@ class LightlyMAE(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--width", type=int, default=32, help="of the ResNet-18")
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--device", default="cpu")
@@ -113,7 +113,7 @@ def main() -> None:
         modules = (ours, theirs) if name == "SimCLR" else (our_mae, their_mae)
         sizes = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in modules]
         print(f"{name}: {sizes[0]:,} and {sizes[1]:,} parameters, batch {options.batch}, {device}")
-        for side, row in table(take_turns(sides, options.repetitions, device), options.batch, "pictures").items():
+        for side, row in table(take_turns(sides, options.repetitions, device), options.batch, "images").items():
             rows[f"{name}, {side}"] = row
     if options.save:
         settings = {**vars(options), "threads": torch.get_num_threads()}

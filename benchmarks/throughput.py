@@ -1,6 +1,6 @@
-"""Training at paper scale on one device: pictures per second, memory, and the share of the device's own matrix rate.
+"""Training at paper scale on one device: images per second, memory, and the share of the device's own matrix rate.
 
-The methods are those of their ImageNet recipes; the pictures are random, lie on the device as bytes and go through the
+The methods are those of their ImageNet recipes; the images are random, lie on the device as bytes and go through the
 recipes' views there, so that what is measured is all of a step but reading files. The share is the floating-point
 operations of forward and backward pass (torch's counter, which knows convolutions and matrix products) per second,
 divided by what a large matrix product of the same precision reaches in the same run.
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 def build(method: str) -> Method:
     """The method of a recipe for ImageNet; the data, which are not needed, stay undrawn."""
-    parser, config, _ = configuration.resolve([method, "--recipe", "imagenet", "--data.name", "world"], pretrain)
+    parser, config, _ = configuration.resolve([method, "--recipe", "imagenet", "--data.name", "shapes"], pretrain)
     return parser.construct(config).method
 
 
@@ -38,7 +38,7 @@ def matrix_rate(device: str, dtype: torch.dtype, side: int) -> float:
 
 
 class Training:
-    """Steps of a method on pictures that lie on the device."""
+    """Steps of a method on images that lie on the device."""
 
     def __init__(self, name: str, batch: int, device: str, precision: str, channels_last: bool) -> None:
         torch.manual_seed(0)
@@ -101,9 +101,9 @@ def main() -> None:
         training = Training(name, options.batch, options.device, options.precision, options.channels_last)
         operations = training.operations()
         seconds = take_turns({name: training}, options.repetitions, options.device)
-        row = table(seconds, options.batch, "pictures")[name]
-        row = {"pictures per s": row["pictures per s"]}
-        row["share of the matrix rate (%)"] = round(100 * operations * row["pictures per s"] / options.batch / rate, 1)
+        row = table(seconds, options.batch, "images")[name]
+        row = {"images per s": row["images per s"]}
+        row["share of the matrix rate (%)"] = round(100 * operations * row["images per s"] / options.batch / rate, 1)
         if options.device != "cpu":
             row["peak memory (GB)"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         print(f"  {row}")

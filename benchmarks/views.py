@@ -1,4 +1,4 @@
-"""Views per second at 32 pixels: the batched executor against torchvision, picture by picture."""
+"""Views per second at 32 pixels: the batched executor against torchvision, image by image."""
 
 import argparse
 
@@ -12,14 +12,14 @@ from sslbook.notebook import results
 
 def torchvision_view(view: View, tensor: bool) -> v2.Compose:
     """The same view as people write it with torchvision."""
-    to_picture = [] if tensor else [v2.ToImage()]
+    to_image = [] if tensor else [v2.ToImage()]
     return v2.Compose(
         [
             v2.RandomResizedCrop(view.size, view.crop, view.ratio, antialias=True),
             v2.RandomHorizontalFlip(view.flip),
             v2.RandomApply([v2.ColorJitter(*view.color_jitter)], view.color_jitter_p),
             v2.RandomGrayscale(view.grayscale),
-            *to_picture,
+            *to_image,
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(view.mean, view.std),
         ]
@@ -39,19 +39,19 @@ def main() -> None:
     images = torch.randint(0, 256, (options.batch, 3, 32, 32), dtype=torch.uint8, generator=generator)
     on_device = images.to(options.device)
     index = torch.arange(options.batch)
-    pictures = [v2.functional.to_pil_image(image) for image in images]
-    on_tensors, on_pictures = torchvision_view(view, True), torchvision_view(view, False)
+    pil_images = [v2.functional.to_pil_image(image) for image in images]
+    on_tensors, on_pil = torchvision_view(view, True), torchvision_view(view, False)
     epoch = iter(range(10**9))
     seconds = take_turns(
         {
             "sslbook, batched": lambda: apply_batch(view, on_device, 0, next(epoch), index, 0),
-            "torchvision v2, each PIL picture": lambda: torch.stack([on_pictures(p) for p in pictures]),
+            "torchvision v2, each PIL image": lambda: torch.stack([on_pil(image) for image in pil_images]),
             "torchvision v2, each tensor": lambda: torch.stack([on_tensors(image) for image in images]),
         },
         options.repetitions,
         options.device,
     )
-    print(f"{options.batch} pictures, {torch.get_num_threads()} threads, {options.device}")
+    print(f"{options.batch} images, {torch.get_num_threads()} threads, {options.device}")
     rows = table(seconds, options.batch, "views")
     if options.save:
         settings = {**vars(options), "threads": torch.get_num_threads()}

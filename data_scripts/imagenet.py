@@ -4,7 +4,7 @@
 
 DOWNLOADS holds ILSVRC2012_devkit_t12.tar.gz and one or both of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar.
 Result: train/<class>/*.JPEG, val/<class>/*.JPEG, meta.bin (so that torchvision opens the folder without the archives)
-and lists of 1 % and 10 % of the training pictures, in the form <class>/<picture>, one per line.
+and lists of 1 % and 10 % of the training images, in the form <class>/<image>, one per line.
 
 Running it again goes on with the first class that is missing; once everything is in place it only counts.
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sslbook.errors import UserError
 
 Part = Literal["devkit", "train", "val"]
-PICTURE = re.compile(r"n\d{8}_\d+\.JPEG")
+IMAGE = re.compile(r"n\d{8}_\d+\.JPEG")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Edition:
     Args:
         archives: (file name, md5) of each part.
         classes: how many classes.
-        train: how many training pictures.
-        val: how many validation pictures.
+        train: how many training images.
+        val: how many validation images.
     """
 
     archives: dict[Part, tuple[str, str]]
@@ -64,8 +64,8 @@ class Devkit:
 
     Args:
         names: the words of every class, by WordNet id.
-        val_classes: the WordNet id of every validation picture, in order.
-        train_counts: the number of training pictures by WordNet id.
+        val_classes: the WordNet id of every validation image, in order.
+        train_counts: the number of training images by WordNet id.
     """
 
     names: dict[str, tuple[str, ...]]
@@ -110,7 +110,7 @@ def unpack_train(archive: Path, out: Path, devkit: Devkit) -> None:
         return
     with reading(str(archive)), tarfile.open(archive, "r:") as outer:
         classes = [info for info in outer if info.isreg() and PurePosixPath(info.name).stem in missing]
-        require_space(out, sum(info.size for info in classes), "unpacking the training pictures")
+        require_space(out, sum(info.size for info in classes), "unpacking the training images")
         for info in tqdm(classes, desc="classes", leave=False, disable=None):
             wnid = PurePosixPath(info.name).stem
             stream = outer.extractfile(info)
@@ -122,20 +122,20 @@ def unpack_train(archive: Path, out: Path, devkit: Devkit) -> None:
 
 
 def unpack_val(archive: Path, out: Path, devkit: Devkit) -> None:
-    """Unpack the validation pictures into ``out/val``, each into the folder of its class."""
+    """Unpack the validation images into ``out/val``, each into the folder of its class."""
     if (out / "val").exists():
         return
-    require_space(out, archive.stat().st_size, "unpacking the validation pictures")
+    require_space(out, archive.stat().st_size, "unpacking the validation images")
     with workspace(out / "val") as flat, workspace(out / "val-sorted") as folder:
         extract(archive, flat)
-        pictures = sorted(flat.rglob("*.JPEG"))
-        if len(pictures) != len(devkit.val_classes):
-            raise UserError(f"{archive} holds {len(pictures)} pictures, not {len(devkit.val_classes)}: fetch it again")
+        images = sorted(flat.rglob("*.JPEG"))
+        if len(images) != len(devkit.val_classes):
+            raise UserError(f"{archive} holds {len(images)} images, not {len(devkit.val_classes)}: fetch it again")
         for wnid in devkit.names:
             (folder / wnid).mkdir()
         # The names carry the numbers, zero-padded, by which the ground truth is ordered.
-        for picture, wnid in zip(pictures, devkit.val_classes):
-            os.rename(picture, folder / wnid / picture.name)
+        for image, wnid in zip(images, devkit.val_classes):
+            os.rename(image, folder / wnid / image.name)
         os.rename(folder, out / "val")
 
 
@@ -148,32 +148,32 @@ def write_meta(out: Path, devkit: Devkit) -> None:
         os.replace(out / "meta.bin.new", out / "meta.bin")
 
 
-def pictures_by_class(folder: Path) -> dict[str, list[str]]:
-    """The sorted picture names of every class folder, in the order of the classes."""
+def images_by_class(folder: Path) -> dict[str, list[str]]:
+    """The sorted image names of every class folder, in the order of the classes."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return {wnid: sorted(name for name in os.listdir(folder / wnid) if name.endswith(".JPEG")) for wnid in classes}
 
 
 def verify(out: Path, part: Literal["train", "val"], edition: Edition, devkit: Devkit | None = None) -> None:
-    """Count the classes and pictures of a split; name a class that falls short, where the kit tells its size."""
+    """Count the classes and images of a split; name a class that falls short, where the kit tells its size."""
     if not (out / part).is_dir():
         raise UserError(f"{out / part} is missing: run without --verify, with its archive in --archives")
-    found = {wnid: len(names) for wnid, names in pictures_by_class(out / part).items()}
+    found = {wnid: len(names) for wnid, names in images_by_class(out / part).items()}
     expected = edition.train if part == "train" else edition.val
     if len(found) == edition.classes and sum(found.values()) == expected:
-        print(f"{out / part}: {len(found)} classes, {expected} pictures")
+        print(f"{out / part}: {len(found)} classes, {expected} images")
         return
     wanted = devkit.train_counts if devkit and part == "train" else {}
     short = next((w for w, n in wanted.items() if found.get(w) != n), None)
     where = f" ({short} holds {found.get(short, 0)}, not {wanted[short]})" if short else ""
     raise UserError(
-        f"{out / part} holds {len(found)} classes and {sum(found.values())} pictures, not {edition.classes} and "
+        f"{out / part} holds {len(found)} classes and {sum(found.values())} images, not {edition.classes} and "
         f"{expected}{where}: move away what is incomplete and run again"
     )
 
 
 def own_subset(train: dict[str, list[str]], percent: int) -> list[str]:
-    """A class-balanced share of the training pictures, the same on every machine.
+    """A class-balanced share of the training images, the same on every machine.
 
     Of each class those `percent` in a hundred (rounded, at least one) are taken whose names hash lowest. A smaller
     list is therefore contained in a larger one. This is not the list of the SimCLR paper.
@@ -186,7 +186,7 @@ def own_subset(train: dict[str, list[str]], percent: int) -> list[str]:
 
 
 def published_subset(file: Path, train: dict[str, list[str]]) -> list[str]:
-    """A published list of picture names, checked against the training pictures; its order is kept."""
+    """A published list of image names, checked against the training images; its order is kept."""
     known = {wnid: set(names) for wnid, names in train.items()}
     chosen = []
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -194,26 +194,24 @@ def published_subset(file: Path, train: dict[str, list[str]]) -> list[str]:
         if not name:
             continue
         wnid = name.partition("_")[0]
-        if not PICTURE.fullmatch(name) or name not in known.get(wnid, ()):
-            raise UserError(
-                f"{file}, line {number}: {name[:40]!r} is no training picture; expected n01440764_10026.JPEG"
-            )
+        if not IMAGE.fullmatch(name) or name not in known.get(wnid, ()):
+            raise UserError(f"{file}, line {number}: {name[:40]!r} is no training image; expected n01440764_10026.JPEG")
         chosen.append(f"{wnid}/{name}")
     if not chosen or len(set(chosen)) != len(chosen):
-        raise UserError(f"{file} is empty or names a picture twice: fetch it again")
+        raise UserError(f"{file} is empty or names an image twice: fetch it again")
     return chosen
 
 
-def write_list(path: Path, pictures: list[str]) -> None:
+def write_list(path: Path, images: list[str]) -> None:
     """Write a list once; refuse to replace a different one."""
-    text = "\n".join(pictures) + "\n"
+    text = "\n".join(images) + "\n"
     if path.exists():
         if path.read_text() != text:
             raise UserError(f"{path} exists with other contents: move it away and run again")
     else:
         path.with_name(path.name + ".new").write_text(text)
         os.replace(path.with_name(path.name + ".new"), path)
-    print(f"{path}: {len(pictures)} pictures")
+    print(f"{path}: {len(images)} images")
 
 
 def main(arguments: Sequence[str] | None = None, edition: Edition = ILSVRC2012) -> None:
@@ -228,7 +226,7 @@ def main(arguments: Sequence[str] | None = None, edition: Edition = ILSVRC2012) 
         type=Path,
         default=[],
         metavar="FILE",
-        help="published lists of picture names (SimCLR's 1percent.txt, 10percent.txt) to check and convert",
+        help="published lists of image names (SimCLR's 1percent.txt, 10percent.txt) to check and convert",
     )
     parser.add_argument(
         "--verify", action="store_true", help="only count what is unpacked; the archives are not needed"
@@ -247,11 +245,11 @@ def main(arguments: Sequence[str] | None = None, edition: Edition = ILSVRC2012) 
     for part, unpack in ("val", unpack_val), ("train", unpack_train):
         if part in options.parts:
             folder = out / part
-            if not folder.is_dir() or len(pictures_by_class(folder)) < edition.classes:
+            if not folder.is_dir() or len(images_by_class(folder)) < edition.classes:
                 unpack(checked(options.archives, part, edition), out, devkit)
             verify(out, part, edition, devkit)
     if "train" in options.parts:
-        train = pictures_by_class(out / "train")
+        train = images_by_class(out / "train")
         for percent in (1, 10):
             write_list(out / f"train_{percent}percent_sslbook.txt", own_subset(train, percent))
         for file in options.subset_list:

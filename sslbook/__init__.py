@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sslbook.checkpoint import load_backbone as load_backbone
+    from sslbook.data.datasets.shapes import Shapes as Shapes
     from sslbook.data.loader import Data as Data
     from sslbook.data.views import View as View
-    from sslbook.data.world import World as World
     from sslbook.errors import UserError as UserError
     from sslbook.schedules import Clock as Clock
     from sslbook.train import pretrain as pretrain
@@ -26,11 +26,11 @@ _LAZY = {
     "Data": "sslbook.data.loader",
     "UserError": "sslbook.errors",
     "View": "sslbook.data.views",
-    "World": "sslbook.data.world",
+    "Shapes": "sslbook.data.datasets.shapes",
     "load_backbone": "sslbook.checkpoint",
     "pretrain": "sslbook.train",
 }
-__all__ = ["Clock", "Data", "UserError", "View", "World", "__version__", "load_backbone", "pretrain"]
+__all__ = ["Clock", "Data", "Shapes", "UserError", "View", "__version__", "load_backbone", "pretrain"]
 
 
 def __getattr__(name: str) -> object:

@@ -78,7 +78,7 @@ def load(path: Path, *needs: str) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: truncated or not a checkpoint ({reason}); take an older one") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of sslbook; to start from its weights use --weights")
+        raise UserError(f"{path}: not a checkpoint of sslbook; to start from its weights use --init_from")
     if absent := [name for name in needs if name not in state]:
         raise UserError(f"{path}: holds no {', '.join(absent)}; take another checkpoint")
     return state

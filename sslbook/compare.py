@@ -38,8 +38,8 @@ def compare(
 ) -> None:
     """Train every method with every seed, and write one table to book/results/NAME.json.
 
-    Beside its accuracies stand those of its network before training and of the pixels of its pictures (recipes for the
-    embedded world may choose other knobs), the seconds of training steps for 1,000 pictures, and the most memory that was
+    Beside its accuracies stand those of its network before training and of the pixels of its images (recipes for the
+    Shapes data set may choose other knobs), the seconds of training steps for 1,000 images, and the most memory that was
     used, in MB (of the GPU, or else of the process). The controls are those of the first method's network. Teachers
     of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of BEiT v2 is VQ-KD's.
 
@@ -83,7 +83,7 @@ class Comparison:
     Args:
         controls_of: the method whose network the controls have.
         values: accuracies and costs.
-        factors: accuracies of each factor's probe in the embedded world.
+        factors: accuracies of each factor's probe in the Shapes data set.
         origins: the method of every row that is not a control, and the commit at which it was entered.
     """
 
@@ -123,7 +123,7 @@ class Comparison:
         from sslbook.notebook import results
 
         if "rows" not in measured:
-            raise UserError(f"{method}, seed {seed}: the pictures have no labels, so there is nothing to compare")
+            raise UserError(f"{method}, seed {seed}: the images have no labels, so there is nothing to compare")
         rows = {row["name"]: row for row in measured["rows"]}
         label = measured["rows"][0]["name"]
         for row in rows if full else [label]:
@@ -168,7 +168,7 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
     if (folder / "config.yaml").exists():
         _require_same(words, folder)
     if not done.exists():
-        words += [f"--out={folder}", "--resume=auto"]
+        words += [f"--out_dir={folder}", "--resume=auto"]
         if not full:
             words.append("--report=quick")
         if method in AFTER:

@@ -303,7 +303,7 @@ def train_parser(method: type, engine: Callable, prog: str, description: str) ->
     parser = Parser(prog=prog, description=description, usage=usage)
     parser.add_argument("--config", action="config", help="a YAML file with options; may be given several times")
     parser.add_argument(
-        "--recipe", type=str, help="world, folder, cifar10, imagenet, or a file; the options to begin with"
+        "--recipe", type=str, help="shapes, folder, cifar10, imagenet, or a file; the options to begin with"
     )
     parser.add_class_arguments(method, "method")
     parser.add_class_arguments(Data, "data")
@@ -329,7 +329,7 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     recipes, argv = _take(argv, "--recipe")
     resumes, argv = _take(argv, "--resume", bare="auto")
     folders, _ = _take(argv, "--data.folder")
-    outs, _ = _take(argv, "--out")
+    outs, _ = _take(argv, "--out_dir")
 
     files = list(config_files)
     written = _config_of_run(resumes[-1], outs) if resumes else None
@@ -337,7 +337,7 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
         files.insert(0, str(written))
     layers = [read_yaml(path) for path in files]
     if written is not None:
-        layers[0].pop("weights", None)  # the run has begun from them already
+        layers[0].pop("init_from", None)  # the run has begun from them already
     for path, layer in zip(files, layers):
         name = _own_method(path, layer, name)
     if name and name.startswith("sslbook.methods."):
@@ -347,7 +347,7 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     merged: dict[str, Any] = {}
     if recipes or not (resumes and layers):
         of_files = any(isinstance(data := layer.get("data"), dict) and data.get("folder") for layer in layers)
-        recipe = recipes[-1] if recipes else ("folder" if folders or of_files else "world")
+        recipe = recipes[-1] if recipes else ("folder" if folders or of_files else "shapes")
         path = recipe_path(name, recipe)
         merged = read_yaml(path)
         _own_method(str(path), merged, name)
@@ -367,12 +367,12 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, dict[
     resume = [f"--resume={resumes[-1]}"] if resumes else []
     config = parser.parse([f"--config={json.dumps(merged)}", *argv, *resume])
     resolved = parser.plain(config)
-    for key in ("config", "recipe", "resume", "out"):
+    for key in ("config", "recipe", "resume", "out_dir"):
         resolved.pop(key, None)
     path = f"{method.__module__}.{method.__qualname__}"
     resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
     _refuse_impossible_numbers("method", resolved["method"])
-    for key in ("optimizer", "schedule", "weight_decay_schedule", "epochs", "clip", "layer_decay"):
+    for key in ("optimizer", "schedule", "weight_decay_schedule", "epochs", "clip_grad_norm", "layer_decay"):
         _refuse_impossible_numbers("", {key: resolved.get(key)})
     return parser, config, resolved
 
@@ -447,14 +447,14 @@ def _overview(name: str | None, method: type) -> str:
     if name:
         recipes = ", ".join(sorted(p.stem for p in (RECIPES / name).glob("*.yaml"))) or "none of its own"
         return (
-            f"{doc} -- Recipes: {recipes}; without --recipe it is world, or folder when --data.folder is given. "
+            f"{doc} -- Recipes: {recipes}; without --recipe it is shapes, or folder when --data.folder is given. "
             f"`python -m sslbook.train {name} --print_config` shows what a recipe sets; the defaults below are the paper's."
         )
     return (
-        "Learn features from pictures without labels. "
+        "Learn features from images without labels. "
         f"METHOD is one of {', '.join(methods.METHODS)}, or the import path of your own; the options below are those of "
         "simclr, and `python -m sslbook.train METHOD --help` shows another's. Examples: `python -m sslbook.train` "
         "(two minutes on a CPU, no data needed); `python -m sslbook.train mae --data.folder PHOTOS --epochs 5`; "
         "`python -m sslbook.train byol --recipe cifar10`; `torchrun --nproc-per-node 8 -m sslbook.train moco "
-        "--recipe imagenet --data.root data`; `python -m sslbook.train --resume runs/simclr-world`."
+        "--recipe imagenet --data.root data`; `python -m sslbook.train --resume runs/simclr-shapes`."
     )

@@ -3,7 +3,7 @@
 Every function here is the identity while no process group exists, so a method is written once and runs alone, on two
 CPU processes (gloo) or on many GPUs (NCCL).
 
-The convention that makes gradients come out right: each process returns the mean loss over *its own* pictures, the
+The convention that makes gradients come out right: each process returns the mean loss over *its own* images, the
 backward passes below give the gradient of the SUM of all processes' losses, and `DistributedDataParallel` divides by
 their number. What remains is the gradient of the mean over the global batch.
 """
@@ -55,7 +55,7 @@ def barrier() -> None:
 
 
 @torch.no_grad()
-def gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
+def all_gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     """The rows of all processes in the order of their ranks, without gradient; every process must hold equally many."""
     if world_size() == 1:
         return x
@@ -64,37 +64,37 @@ def gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     return torch.cat(parts)
 
 
-def gather_with_grad(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
+def all_gather_with_grad(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     """As `gather`; the gradient of a row is summed over all the processes that used it."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
-def sum_with_grad(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+def all_reduce_sum_with_grad(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The sum over processes; its gradient is the sum over processes too, since each of them used the sum."""
     return _Sum.apply(x) if world_size() > 1 else x
 
 
 @torch.no_grad()
-def mean(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+def all_reduce_mean(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The average over processes, without gradient."""
-    return total(x) / world_size() if world_size() > 1 else x
+    return all_reduce_sum(x) / world_size() if world_size() > 1 else x
 
 
 @torch.no_grad()
-def total(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+def all_reduce_sum(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The sum over processes, without gradient."""
     return _reduced(x, dist.ReduceOp.SUM)
 
 
 @torch.no_grad()
-def deviation(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "*rest"]:
+def all_reduce_std(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "*rest"]:
     """The standard deviation over the rows of all processes; every process must hold equally many."""
-    center = mean(x.mean(dim=0))
-    return mean((x - center).square().mean(dim=0)).sqrt()
+    center = all_reduce_mean(x.mean(dim=0))
+    return all_reduce_mean((x - center).square().mean(dim=0)).sqrt()
 
 
 @torch.no_grad()
-def maximum(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+def all_reduce_max(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The greatest value over processes, without gradient."""
     return _reduced(x, dist.ReduceOp.MAX)
 
@@ -108,7 +108,7 @@ def _reduced(x: Tensor, operation: Any) -> Tensor:
 
 
 @torch.no_grad()
-def from_main(x: T) -> T:
+def broadcast(x: T) -> T:
     """What process 0 passes, on every process: a tensor (all must pass one of the same shape), or any object."""
     if world_size() == 1:
         return x
@@ -125,7 +125,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = len(x)
-        return gather(x)
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
     Every process computes the same changes of buffers, so they are sent but once: a memory may have a million rows.
     """
     for buffer in module.buffers():
-        buffer.copy_(from_main(buffer))
+        buffer.copy_(broadcast(buffer))
     accepted = inspect.signature(DistributedDataParallel).parameters
     # The newer name came with torch 2.15, which warns of the older.
     once = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
@@ -221,14 +221,14 @@ def launch(fn: Callable[..., T], processes: int, *args: Any) -> list[T]:
 def _launched(rank: int, work: bytes, processes: int, folder: str) -> None:
     fn, args = pickle.loads(work)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    join(rank, processes, Path(folder) / "rendezvous")
+    init_process_group(rank, processes, Path(folder) / "rendezvous")
     try:
         (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(fn(*args)))
     finally:
         shutdown()
 
 
-def join(rank: int, processes: int, rendezvous: Path, timeout: float = 120.0) -> None:
+def init_process_group(rank: int, processes: int, rendezvous: Path, timeout: float = 120.0) -> None:
     """Joins a gloo group whose members meet through the file `rendezvous`: no port that could be taken."""
     dist.init_process_group(
         "gloo",

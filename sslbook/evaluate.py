@@ -1,7 +1,7 @@
 """How good a backbone is, by the field's protocols, beside its controls.
 
-python -m sslbook.evaluate runs/simclr-world
-python -m sslbook.evaluate runs/simclr-world --protocols knn linear factors --out result.json
+python -m sslbook.evaluate runs/simclr-shapes
+python -m sslbook.evaluate runs/simclr-shapes --protocols knn linear factors --out result.json
 python -m sslbook.evaluate runs/mae-photos/backbone.safetensors --data.folder PHOTOS
 """
 
@@ -45,21 +45,21 @@ def evaluate(
     out: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a trained backbone: train on the training pictures' features, count on the test pictures.
+    """Measure a trained backbone: train on the training images' features, count on the test images.
 
-    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without any --data option the pictures are
+    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without any --data option the images are
     those that the run learned from.
 
     Args:
         run: run folder, exported backbone or checkpoint; `--run` may be left out if it comes first.
-        data: labelled pictures.
+        data: labeled images.
         protocols: `knn` (weighted nearest neighbors), `linear` (logistic regression on fixed features), `factors` (one
-            linear probe per factor of the embedded world).
+            linear probe per factor of the Shapes data set).
         controls: also measure pixels and random weights.
         k: how many neighbors kNN asks.
         temperature: of kNN's votes; lower trusts the nearest more.
-        resize: the picture's shorter side before the center is cut; by default 8/7 of the view, below 128 pixels all.
-        batch_size: pictures at a time.
+        resize: the image's shorter side before the center is cut; by default 8/7 of the view, below 128 pixels all.
+        batch_size: images at a time.
         seed: key of the linear probe's validation part.
         device: cpu, cuda, cuda:1; a GPU if there is one.
         backbone: the module to fill, for backbones that are not from sslbook.nn.
@@ -77,7 +77,7 @@ def evaluate(
     if not protocols:
         raise UserError("--protocols: name at least one of knn, linear, factors")
     if "factors" in protocols and not data.factors("test"):
-        raise UserError("--protocols factors: only the embedded world knows its factors; leave it out for other data")
+        raise UserError("--protocols factors: only the Shapes data set knows its factors; leave it out for other data")
     where = choose_device(device)
     module, facts = checkpoint.load_backbone(run, backbone)
     view = view_of(facts, resize)
@@ -102,7 +102,7 @@ def evaluate(
         if controls:
             rows.insert(1, pixels(data, view, **options))
         chance = chance_row(data)
-        print(f"\nAccuracy on {data.num_test:,} test pictures\n{format_table(rows, chance)}")
+        print(f"\nAccuracy on {data.num_test:,} test images\n{format_table(rows, chance)}")
         values |= {str(row.pop("name")): row for row in to_json(rows, chance)}
     if scores:
         level = factors.chance_levels(data.factors("train"), data.factors("test"))
@@ -191,7 +191,7 @@ def _colors(values: Iterable[Any]) -> tuple[float, float, float]:
 
 
 def own_data(run: str) -> list[str]:
-    """Options that choose the pictures a run learned from."""
+    """Options that choose the images a run learned from."""
     path = Path(run)
     description = (path / "backbone.json") if path.is_dir() else path.with_suffix(".json")
     if not path.exists():
@@ -206,7 +206,7 @@ def own_data(run: str) -> list[str]:
     data = facts.get("data") if isinstance(facts, dict) else None
     options = data.get("init_args", data) if isinstance(data, dict) else None
     if not options:
-        raise UserError(f"{run}: does not say which pictures it learned from; give --data.folder or --data.name")
+        raise UserError(f"{run}: does not say which images it learned from; give --data.folder or --data.name")
     if "." in str(options.get("name", "")):  # a description is data, and must not choose what code is run
         raise UserError(f"{run}: learned from {options['name']}, a class of your own; give it again as --data.name")
     return [f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
@@ -236,14 +236,14 @@ def command_line(argv: list[str], lists: tuple[str, ...] = ()) -> list[str]:
 
 @contextmanager
 def quiet_about_skipped() -> Iterator[None]:
-    """Without the warning at the first unreadable picture: `tell_skipped` names them all at the end."""
+    """Without the warning at the first unreadable image: `tell_skipped` names them all at the end."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="skipped the unreadable picture")
+        warnings.filterwarnings("ignore", message="skipped the unreadable image")
         yield
 
 
 def tell_skipped(data: Data, most: int = 20) -> None:
-    """Name the pictures that could not be read, on standard error."""
+    """Name the images that could not be read, on standard error."""
     for name, reason in list(data.unreadable.items())[:most]:
         text = f"skipped {name} ({reason})"
         print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)

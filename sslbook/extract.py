@@ -1,9 +1,9 @@
-"""Features of any pictures, to a file that other tools read.
+"""Features of any images, to a file that other tools read.
 
-    python -m sslbook.extract runs/simclr-world --data.folder PHOTOS --out features.npz
+    python -m sslbook.extract runs/simclr-shapes --data.folder PHOTOS --out features.npz
     python -m sslbook.extract backbone.safetensors --data.folder PHOTOS --out features.safetensors
 
-The file holds, a row for each picture: `features` (float32), `labels` (-1 where there is none), `split` (0 train, 1
+The file holds, a row for each image: `features` (float32), `labels` (-1 where there is none), `split` (0 train, 1
 test), `index` (the position in the split) and, for files, `paths` relative to the folder. In safetensors, which knows
 no text, `paths` are the bytes of all of them, each ended by a zero byte.
 
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from sslbook import checkpoint
+from sslbook.data.images import FileList
 from sslbook.data.loader import Data
-from sslbook.data.pictures import Files
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of
 from sslbook.evaluation.features import extract_with_index
@@ -43,19 +43,19 @@ def extract(
     backbone: nn.Module | None = None,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Write the features of pictures, labelled or not, to a file.
+    """Write the features of images, labeled or not, to a file.
 
-    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without any --data option the pictures are
-    those that the run learned from. Pictures that cannot be read are named and left out.
+    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without any --data option the images are
+    those that the run learned from. Images that cannot be read are named and left out.
 
     Args:
         run: run folder, exported backbone or checkpoint; `--run` may be left out if it comes first.
-        data: pictures.
+        data: images.
         out: the file to write, `.npz` or `.safetensors`.
-        split: only the training or the test pictures; all of them by default, the training pictures first.
+        split: only the training or the test images; all of them by default, the training images first.
         overwrite: replace a file that is there.
-        resize: the picture's shorter side before the center is cut; by default 8/7 of the view, below 128 pixels all.
-        batch_size: pictures at a time.
+        resize: the image's shorter side before the center is cut; by default 8/7 of the view, below 128 pixels all.
+        batch_size: images at a time.
         device: cpu, cuda, cuda:1; a GPU if there is one.
         backbone: the module to fill, for backbones that are not from sslbook.nn.
         progress: show a progress bar.
@@ -92,14 +92,14 @@ def extract(
     checkpoint.write_atomically(target, lambda part: _write(part, table, target.suffix, facts, data))
     tell_skipped(data)
     count, dim = table["features"].shape
-    print(f"{count:,} pictures, {dim} features each, in {target}")
+    print(f"{count:,} images, {dim} features each, in {target}")
     return table
 
 
 def _paths(data: Data, split: str, positions: list[int]) -> list[str]:
-    """Names of the files, relative to the folder that was given; none for pictures that are no files."""
+    """Names of the files, relative to the folder that was given; none for images that are no files."""
     source = data._source(split)
-    if not isinstance(source, Files):
+    if not isinstance(source, FileList):
         return []
     top = Path(data.folder).expanduser() if data.folder is not None else source.root
     return [os.path.relpath(source.path(position), top) for position in positions]

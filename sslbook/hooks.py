@@ -34,7 +34,7 @@ class Run:
         folder: where its files go.
         clock: where it stands.
         device: where it computes.
-        batch_size: pictures per optimizer step over all processes.
+        batch_size: images per optimizer step over all processes.
         config: the resolved configuration.
         metrics: what the last step logged: `loss`, `lr`, and the method's own.
         figures: what hooks measured, such as `knn`; a figure can be monitored for the best checkpoint.
@@ -170,12 +170,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class OnlineKNN(Hook):
-    """kNN accuracy of the backbone while it learns: trained features vote for the test pictures. Needs labels.
+    """kNN accuracy of the backbone while it learns: trained features vote for the test images. Needs labels.
 
     Args:
         every: epochs between measurements.
         k: neighbors that vote.
-        limit: training pictures that take part at most.
+        limit: training images that take part at most.
     """
 
     measures = ("knn",)
@@ -186,21 +186,21 @@ class OnlineKNN(Hook):
 
     def start(self, run: Run) -> None:
         if not run.data.measurable:
-            raise UserError("OnlineKNN needs labeled pictures, also for the test; leave it out of --hooks")
+            raise UserError("OnlineKNN needs labeled images, also for the test; leave it out of --hooks")
 
     def epoch(self, run: Run) -> None:
         if run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps:
             from sslbook.report import quick_knn
 
             accuracy = quick_knn(run.method, run.data, run.device, k=self.k, limit=self.limit)
-            run.figures["knn"] = distributed.from_main(accuracy)
+            run.figures["knn"] = distributed.broadcast(accuracy)
 
 
-class Pictures(Hook):
-    """Pictures while the run goes on: its views at the start, then curves and (if the method paints) reconstructions.
+class Plots(Hook):
+    """Images while the run goes on: its views at the start, then curves and (if the method paints) reconstructions.
 
     Args:
-        every: epochs between pictures.
+        every: epochs between images.
     """
 
     measures = ()
@@ -211,16 +211,16 @@ class Pictures(Hook):
 
     def start(self, run: Run) -> None:
         if distributed.is_main():
-            from sslbook.report import draw_views
+            from sslbook.report import plot_views
 
-            draw_views(run)
+            plot_views(run)
 
     def epoch(self, run: Run) -> None:
         if distributed.is_main() and (run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps):
-            from sslbook.report import draw_curves, draw_reconstructions
+            from sslbook.report import plot_curves, plot_reconstructions
 
-            draw_curves(run)
-            draw_reconstructions(run)
+            plot_curves(run)
+            plot_reconstructions(run)
 
 
 class TensorBoard(Hook):

@@ -108,7 +108,7 @@ STAGE = re.compile(r"(?:^|\.)(?:layers|stages)\.(\d+)\.")
 
 
 def blocks_of(names: list[str]) -> list[tuple[int, int]]:
-    """Stage and number of all blocks in the order in which a picture meets them; a plain transformer has one stage."""
+    """Stage and number of all blocks in the order in which an image meets them; a plain transformer has one stage."""
     return sorted({(int(found[1] or 0), int(found[2])) for name in names if (found := BLOCK.search(name))})
 
 
@@ -137,7 +137,7 @@ def parameter_groups(
     rules: list[ParamRule],
     schedule: Schedule,
     weight_decay_schedule: Schedule | None = None,
-    decay_vectors: bool = False,
+    decay_bias_and_norm: bool = False,
     layer_decay: float | None = None,
     lr_factor: float = 1.0,
 ) -> tuple[torch.optim.Optimizer, list[GroupPlan]]:
@@ -149,7 +149,7 @@ def parameter_groups(
         rules: see `ParamRule`; a rule that matches no parameter is an error.
         schedule: factor of the learning rate for parameters without a schedule of their own.
         weight_decay_schedule: factor of the weight decay.
-        decay_vectors: apply weight decay (and LARS' trust ratio) also to biases and normalizations.
+        decay_bias_and_norm: apply weight decay (and LARS' trust ratio) also to biases and normalizations.
         layer_decay: multiply the rate by this for every layer between a backbone's parameter and its end.
         lr_factor: factor of every rate, such as batch size / 256.
     """
@@ -191,7 +191,7 @@ def parameter_groups(
     for (which, vector, scale), group in zip(members, optimizer.param_groups):
         rule = rules[which] if which is not None else ParamRule("")
         decay = group.get("weight_decay", 0.0)
-        if vector and not decay_vectors:
+        if vector and not decay_bias_and_norm:
             decay = 0.0
             if "adapt" in group and "adapt" not in (rule.options or {}):
                 group["adapt"] = False

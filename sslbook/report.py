@@ -1,4 +1,4 @@
-"""What a finished run shows: accuracies beside their controls, and pictures a person wants to look at."""
+"""What a finished run shows: accuracies beside their controls, and images a person wants to look at."""
 
 import copy
 import json
@@ -18,19 +18,19 @@ from sslbook.evaluation.features import center_view, extract_features, extract_w
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
 from sslbook.hooks import Run, read_metrics
 from sslbook.methods.base import Method
-from sslbook.notebook import pictures, style
+from sslbook.notebook import plots, style
 
 Split = Literal["train", "test"]
 MAP_POINTS = 1000  # UMAP of more takes minutes and shows no more
 
 
 def evaluation_view(view: View) -> View:
-    """The picture's center at the size a method was trained with; large pictures are first made 8/7 of it."""
+    """The image's center at the size a method was trained with; large images are first made 8/7 of it."""
     return center_view(view.size, view.mean, view.std)
 
 
 def quick_knn(method: Method, data: Data, device: torch.device, k: int, limit: int) -> float:
-    """kNN accuracy (percent) of a method's backbone, with at most `limit` training pictures voting."""
+    """kNN accuracy (percent) of a method's backbone, with at most `limit` training images voting."""
     view = evaluation_view(method.views()[0])
     some = data
     if data.num_train > limit:
@@ -43,7 +43,7 @@ def quick_knn(method: Method, data: Data, device: torch.device, k: int, limit: i
 
 
 def report(run: Run, full: bool = True) -> dict[str, object]:
-    """Measure the backbone beside its controls, print the table, draw the pictures, write `report.json`.
+    """Measure the backbone beside its controls, print the table, draw the images, write `report.json`.
 
     Args:
         run: a finished run.
@@ -51,16 +51,16 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
     """
     folder, data = run.folder, run.data
     view = evaluation_view(run.method.views()[0])
-    pictures = max(1, run.clock.step * run.batch_size)
+    images = max(1, run.clock.step * run.batch_size)
     result: dict[str, object] = {
         "run": folder.name,
         "steps": run.clock.step,
         "train_seconds": round(run.seconds, 1),
-        "seconds_per_1000": round(1000 * run.seconds / pictures, 4),
+        "seconds_per_1000": round(1000 * run.seconds / images, 4),
         "peak_memory": round(run.peak_memory),
     }
     if data.skipped:
-        print(f"skipped {data.skipped} pictures that could not be read")
+        print(f"skipped {data.skipped} images that could not be read")
         result["skipped"] = data.skipped
     before = _fresh(run) if (folder / "initial.safetensors").exists() else None
     labeled = data.measurable
@@ -83,7 +83,7 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
                 scores[shown] = factors.probe(train[0], data.factors("train"), test[0], data.factors("test"))
         rows = [rows[-1], controls.pixels(data, view, device=run.device), *rows[:-1]]
         if full and before is not None and not bool((data.labels("pretrain") >= 0).any()):
-            print("the pictures to learn from have no labels, so there is no supervised control")
+            print("the images to learn from have no labels, so there is no supervised control")
         elif full and before is not None:
             transformer = any(name.endswith("attn") for name, _ in before.named_modules())
             rows.append(
@@ -100,24 +100,24 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
             )
         chance = chance_row(data)
         result["rows"] = to_json(rows, chance)
-        print(f"\nAccuracy on {data.num_test:,} test pictures\n{format_table(rows, chance)}")
+        print(f"\nAccuracy on {data.num_test:,} test images\n{format_table(rows, chance)}")
         if scores:
             scores = dict(reversed(scores.items()))  # the method first
             level = factors.chance_levels(data.factors("train"), data.factors("test"))
             result["factors"] = {**scores, "chance": level}
             print(f"\nWhat the features know of each factor\n{format_factors(scores, level)}")
     else:
-        print("no labels, or no labeled test pictures, so no accuracy is reported; the pictures below still are")
+        print("no labels, or no labeled test images, so no accuracy is reported; the images below still are")
         for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
             if backbone is not None:
                 features[name], _, places = extract_with_index(backbone, data, split, view, device=run.device)
     checkpoint.write_text(folder / "report.json", json.dumps(result, indent=2) + "\n")
 
-    draw_curves(run)
-    draw_views(run)
-    draw_reconstructions(run)
-    draw_neighbors(run, features, split, places)
-    draw_map(run, list(features.values())[-1], split, places)
+    plot_curves(run)
+    plot_views(run)
+    plot_reconstructions(run)
+    plot_neighbors(run, features, split, places)
+    plot_umap(run, list(features.values())[-1], split, places)
     made = ", ".join(sorted(p.name for p in folder.glob("*.png")))
     print(f"\nIn {folder}: {made}; report.json; backbone.safetensors")
     return result
@@ -132,14 +132,14 @@ def _fresh(run: Run) -> nn.Module:
     return backbone.to(run.device)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def _save(figure: style.Figure, path: Path) -> None:
     checkpoint.write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=144, facecolor="white"))
 
 
-def draw_curves(run: Run) -> None:
+def plot_curves(run: Run) -> None:
     """`curves.png`: the loss, and what was measured on the way."""
     lines = read_metrics(run.folder / "metrics.jsonl") if (run.folder / "metrics.jsonl").exists() else []
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
@@ -160,33 +160,33 @@ def draw_curves(run: Run) -> None:
     _save(figure, run.folder / "curves.png")
 
 
-def draw_views(run: Run, rows: int = 4, draws: int = 7) -> None:
-    """`views.png`: a picture in each row, as it is and as the method sees it in several epochs."""
+def plot_views(run: Run, rows: int = 4, draws: int = 7) -> None:
+    """`views.png`: an image in each row, as it is and as the method sees it in several epochs."""
     data, views = run.data, run.method.views()
     shown, titles = [], []
     count = len(data.labels("train"))
     side = max(view.size for view in views)  # small crops are drawn as large as the others
     for row in range(min(rows, count)):
         position = row * count // rows
-        picture = data.picture("train", position)
+        image = data.image("train", position)
         whole = View.center(side, mean=(0, 0, 0), std=(1, 1, 1))
-        shown.append(apply_one(whole, picture, 0, 0, position, 0))
-        titles.append("picture" if row == 0 else "")
+        shown.append(apply_one(whole, image, 0, 0, position, 0))
+        titles.append("image" if row == 0 else "")
         for draw in range(draws):
             stream, epoch = draw % len(views), draw // len(views)
             view = views[stream]
-            seen = apply_one(view, picture, run.clock.seed, epoch, position, stream)
-            seen = pictures.denormalize(seen, view.mean, view.std)
+            seen = apply_one(view, image, run.clock.seed, epoch, position, stream)
+            seen = plots.denormalize(seen, view.mean, view.std)
             shown.append(torch.nn.functional.interpolate(seen[None], side)[0])
             name = f"view {stream + 1}" if len(views) > 1 else "view"
             titles.append(f"{name}" if row == 0 else "")
-    alt = f"{rows} pictures, each followed by {draws} random views of it."
+    alt = f"{rows} images, each followed by {draws} random views of it."
     inch = 0.9 if views[0].size < 64 else 1.2
-    _save(pictures.grid(torch.stack(shown), titles, alt=alt, columns=draws + 1, inch=inch), run.folder / "views.png")
+    _save(plots.grid(torch.stack(shown), titles, alt=alt, columns=draws + 1, inch=inch), run.folder / "views.png")
 
 
-def draw_reconstructions(run: Run, rows: int = 6) -> None:
-    """`reconstructions.png`: picture, what was visible, what the method painted; for methods that paint."""
+def plot_reconstructions(run: Run, rows: int = 6) -> None:
+    """`reconstructions.png`: image, what was visible, what the method painted; for methods that paint."""
     reconstruct = getattr(run.method, "reconstruct", None)
     if reconstruct is None:
         return
@@ -199,15 +199,15 @@ def draw_reconstructions(run: Run, rows: int = 6) -> None:
     run.method.eval()
     masked, painted = reconstruct(images, index, run.clock)
     run.method.train(was_training)
-    columns = [pictures.denormalize(x.float().cpu(), view.mean, view.std) for x in (images, masked, painted)]
+    columns = [plots.denormalize(x.float().cpu(), view.mean, view.std) for x in (images, masked, painted)]
     shown = torch.stack(columns, dim=1).flatten(0, 1)
-    titles = ["picture", "visible", "painted"] * len(chosen)
-    alt = "Pictures, what the encoder saw of them, and what the decoder painted in the gaps."
+    titles = ["image", "visible", "painted"] * len(chosen)
+    alt = "Images, what the encoder saw of them, and what the decoder painted in the gaps."
     titles = [title if i < 6 else "" for i, title in enumerate(titles)]
-    _save(pictures.grid(shown, titles, alt=alt, columns=6, inch=1.1), run.folder / "reconstructions.png")
+    _save(plots.grid(shown, titles, alt=alt, columns=6, inch=1.1), run.folder / "reconstructions.png")
 
 
-def draw_neighbors(
+def plot_neighbors(
     run: Run,
     features: dict[str, Float[Tensor, "n d"]],
     split: Split,
@@ -215,9 +215,9 @@ def draw_neighbors(
     rows: int = 6,
     k: int = 6,
 ) -> None:
-    """`neighbors.png`: nearest neighbors of a few pictures, before training and after.
+    """`neighbors.png`: nearest neighbors of a few images, before training and after.
 
-    `places` are the features' places in the split, which pictures that cannot be read leave gaps in.
+    `places` are the features' places in the split, which images that cannot be read leave gaps in.
     """
     data, view = run.data, evaluation_view(run.method.views()[0])
     count = len(next(iter(features.values())))
@@ -228,23 +228,23 @@ def draw_neighbors(
     labels = data.labels(split)[places]
     show = View.center(min(96, view.size), mean=(0, 0, 0), std=(1, 1, 1))
 
-    def picture(row: int) -> Tensor:
+    def image(row: int) -> Tensor:
         place = int(places[row])
-        return apply_one(show, data.picture(split, place), 0, 0, place, 0)
+        return apply_one(show, data.image(split, place), 0, 0, place, 0)
 
     for name, x in features.items():
         _, found = knn.neighbors(x, x[queries], k + 1)
         kept = [[j for j in row.tolist() if j != q][:k] for q, row in zip(queries, found)]
-        sheet = torch.stack([torch.stack([picture(j) for j in row]) for row in kept])
+        sheet = torch.stack([torch.stack([image(j) for j in row]) for row in kept])
         same = torch.stack([labels[row] == labels[q] for q, row in zip(queries, kept)]) if labels.max() >= 0 else None
         when = "before" if name == "start" else "after"
-        alt = f"Each row: a picture and its {k} nearest neighbors {when} training; green frames share its class."
-        figure = pictures.neighbors(torch.stack([picture(q) for q in queries]), sheet, same, alt=alt)
+        alt = f"Each row: an image and its {k} nearest neighbors {when} training; green frames share its class."
+        figure = plots.neighbors(torch.stack([image(q) for q in queries]), sheet, same, alt=alt)
         figure.suptitle(f"nearest neighbors {when} training", fontsize=10)
         _save(figure, run.folder / f"neighbors_{when}.png")
 
 
-def draw_map(run: Run, x: Float[Tensor, "n d"], split: Split, places: Int[Tensor, "n"]) -> None:
+def plot_umap(run: Run, x: Float[Tensor, "n d"], split: Split, places: Int[Tensor, "n"]) -> None:
     """`umap.png`: the features in the plane (McInnes, Healy and Melville, 2018), colored by class if there are any."""
     if len(x) < 16:
         return
@@ -260,6 +260,6 @@ def draw_map(run: Run, x: Float[Tensor, "n d"], split: Split, places: Int[Tensor
         mapper = UMAP(n_neighbors=neighbors, metric="cosine", random_state=0, n_jobs=1, init="pca")
         points = torch.from_numpy(mapper.fit_transform(x[chosen].numpy())).float()
     labels = run.data.labels(split)[places[chosen]]
-    alt = f"UMAP map of the features of {len(chosen)} pictures, colored by class."
+    alt = f"UMAP map of the features of {len(chosen)} images, colored by class."
     names = run.data.class_names if run.data.num_classes <= 20 and labels.min() >= 0 else ()
-    _save(pictures.scatter(points, labels, names, alt=alt), run.folder / "umap.png")
+    _save(plots.scatter(points, labels, names, alt=alt), run.folder / "umap.png")

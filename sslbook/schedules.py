@@ -27,7 +27,7 @@ class Clock:
         step: optimizer steps taken so far.
         total_steps: optimizer steps in the whole run.
         steps_per_epoch: optimizer steps in one pass over the data.
-        seed: the run's seed, the first part of every key of `sslbook.chance`.
+        seed: the run's seed, the first part of every key of `sslbook.rng`.
     """
 
     step: int = 0

@@ -1,6 +1,6 @@
 """Pre-training: one loop, read downwards.
 
-python -m sslbook.train                                   SimCLR on the embedded world, two minutes on a CPU
+python -m sslbook.train                                   SimCLR on the Shapes data set, two minutes on a CPU
 python -m sslbook.train mae --data.folder PHOTOS --epochs 5
 torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
 """
@@ -29,13 +29,13 @@ from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
 
-CURES = {  # what torch says of batches and pictures that are too small or too large, and what to do about it
-    "Expected more than 1 value per channel": "batch norm needs more than one picture at a time: raise --batch_size, or "
-    "lower --accumulate",
+ERROR_HINTS = {  # what torch says of batches and images that are too small or too large, and what to do about it
+    "Expected more than 1 value per channel": "batch norm needs more than one image at a time: raise --batch_size, or "
+    "lower --grad_accum_steps",
     "Kernel size can't be greater than actual input size": "the views are too small for the backbone: raise their size",
-    "doesn't match model": "this network of timm takes pictures of one size: give the views that size, or the network "
+    "doesn't match model": "this network of timm takes images of one size: give the views that size, or the network "
     "theirs by --method.backbone.dict_kwargs.img_size, or by --method.backbone.dict_kwargs.dynamic_img_size true",
-    "can't allocate memory": "out of memory: lower --batch_size or the views' size, or raise --accumulate",
+    "can't allocate memory": "out of memory: lower --batch_size or the views' size, or raise --grad_accum_steps",
 }
 CHECKPOINT = (  # its entries
     *("method", "optimizer", "scaler", "step", "steps_per_epoch", "batch_size"),
@@ -51,14 +51,14 @@ def pretrain(
     schedule: Schedule = Constant(),
     weight_decay_schedule: Schedule | None = None,
     rules: list[ParamRule] | None = None,
-    lr_reference_batch: int | None = None,
-    decay_vectors: bool = False,
+    base_batch_size: int | None = None,
+    decay_bias_and_norm: bool = False,
     layer_decay: float | None = None,
     batch_size: int = 256,
     epochs: float = 100,
     steps: int | None = None,
-    accumulate: int = 1,
-    clip: float | None = None,
+    grad_accum_steps: int = 1,
+    clip_grad_norm: float | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
     compile: bool = False,
@@ -66,35 +66,35 @@ def pretrain(
     device: str | None = None,
     backend: Literal["nccl", "gloo"] | None = None,
     cudnn_benchmark: bool = True,
-    out: str | None = None,
+    out_dir: str | None = None,
     resume: str | None = None,
-    weights: str | None = None,
+    init_from: str | None = None,
     checkpoint_every: Duration = 1,
-    keep: int = 1,
-    best: str | None = None,
+    keep_last: int = 1,
+    monitor: str | None = None,
     log_every: int = 10,
     progress: bool = True,
     hooks: list[Hook] | None = None,
     report: Literal["full", "quick", "none"] = "full",
     config: dict[str, Any] | None = None,
 ) -> Run:
-    """Train a method on pictures.
+    """Train a method on images.
 
     Args:
-        method: what is learnt.
-        data: what it is learnt from.
+        method: what is learned.
+        data: what it is learned from.
         optimizer: SGD, AdamW, LARS or any torch optimizer, with its options.
         schedule: factor of the learning rate over the run.
         weight_decay_schedule: factor of the weight decay over the run.
         rules: options for parameters by name; the first whose pattern matches wins.
-        lr_reference_batch: scale the learning rate by batch size / this number.
-        decay_vectors: weight decay (and LARS' scaling) also for biases and normalizations.
+        base_batch_size: scale the learning rate by batch size / this number.
+        decay_bias_and_norm: weight decay (and LARS' scaling) also for biases and normalizations.
         layer_decay: factor of the learning rate for every layer further from the backbone's end.
-        batch_size: pictures per optimizer step, over all processes.
+        batch_size: images per optimizer step, over all processes.
         epochs: passes over the data.
         steps: optimizer steps, instead of epochs.
-        accumulate: split every batch into this many parts that are computed one after the other.
-        clip: greatest norm of the gradient.
+        grad_accum_steps: split every batch into this many parts that are computed one after the other.
+        clip_grad_norm: greatest norm of the gradient.
         precision: float32, or automatic mixed precision in bf16 or fp16.
         channels_last: memory layout that suits convolutions on GPUs.
         compile: compile the networks with torch.compile.
@@ -102,15 +102,15 @@ def pretrain(
         device: cpu, cuda, cuda:1; a GPU if there is one.
         backend: how processes talk; NCCL on GPUs and gloo on CPUs.
         cudnn_benchmark: let cuDNN try which convolution is fastest.
-        out: the run's folder; by default a new one under runs/.
+        out_dir: the run's folder; by default a new one under runs/.
         resume: go on with a run: its folder or a checkpoint, or auto for the newest, if there is one.
-        weights: start from these weights (checkpoint, exported backbone or state dict) as a new run.
+        init_from: start from these weights (checkpoint, exported backbone or state dict) as a new run.
         checkpoint_every: duration between checkpoints, in epochs, or such as '500 steps'.
-        keep: how many checkpoints to keep; 0 keeps all.
-        best: also keep the checkpoint with the highest value of this figure, such as knn (needs its hook).
+        keep_last: how many checkpoints to keep; 0 keeps all.
+        monitor: also keep the checkpoint with the highest value of this figure, such as knn (needs its hook).
         log_every: steps between lines of metrics.jsonl.
         progress: show a progress bar.
-        hooks: what else watches the run: OnlineKNN, Pictures, TensorBoard, WandB, or your own.
+        hooks: what else watches the run: OnlineKNN, Images, TensorBoard, WandB, or your own.
         report: what the command line measures and draws at the end; quick leaves the trained controls out.
         config: the resolved configuration, kept in the run's folder.
 
@@ -121,14 +121,18 @@ def pretrain(
     where = distributed.setup(backend, device)
     torch.backends.cudnn.benchmark = cudnn_benchmark
     processes, rank = distributed.world_size(), distributed.rank()
-    _check_batch(batch_size, accumulate, processes)
+    _check_batch(batch_size, grad_accum_steps, processes)
     _check_numbers(
-        log_every=log_every, clip=clip, layer_decay=layer_decay, lr_reference_batch=lr_reference_batch, keep=keep
+        log_every=log_every,
+        clip=clip_grad_norm,
+        layer_decay=layer_decay,
+        base_batch_size=base_batch_size,
+        keep=keep_last,
     )
     measured = [name for hook in hooks or [] for name in hook.measures or ()]
-    if best is not None and best not in measured and all(hook.measures is not None for hook in hooks or []):
+    if monitor is not None and monitor not in measured and all(hook.measures is not None for hook in hooks or []):
         raise UserError(
-            f"best: nothing measures {best!r}{nearest(best, measured)}; add a hook that does, such as OnlineKNN"
+            f"best: nothing measures {monitor!r}{nearest(monitor, measured)}; add a hook that does, such as OnlineKNN"
         )
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = steps if steps is not None else round(epochs * steps_per_epoch)
@@ -136,30 +140,30 @@ def pretrain(
         raise UserError(f"epochs {epochs} and steps {steps} leave nothing to do; ask for at least one step")
     every = in_steps(checkpoint_every, total_steps, steps_per_epoch)
     clock = Clock(step=0, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed)
-    folder, state = _open_folder(method, data, out, resume, weights)
+    folder, state = _open_folder(method, data, out_dir, resume, init_from)
 
     # -- what ----------------------------------------------------------------------------------------------------------
     if processes > 1:
         convert_batch_norm(method)  # in place: a method is not a normalization itself
     method.to(where)
-    method.prepare(data)
+    method.setup(data)
     fresh = method.backbone
-    if weights is not None and state is None:
+    if init_from is not None and state is None:
         fresh = copy.deepcopy(fresh).cpu()  # the controls begin where nothing has been learned
-        loaded = checkpoint.load_weights(method, Path(weights))
-        method.after_weights(loaded.taken)
+        loaded = checkpoint.load_weights(method, Path(init_from))
+        method.on_weights_loaded(loaded.taken)
         if distributed.is_main():
             print(f"weights: {loaded}")
     if channels_last:
         method.to(memory_format=torch.channels_last)  # pyrefly: ignore
-    lr_factor = batch_size / lr_reference_batch if lr_reference_batch else 1.0
+    lr_factor = batch_size / base_batch_size if base_batch_size else 1.0
     opt, plans = parameter_groups(
         method,
         optimizer,
         rules=rules or [],
         schedule=schedule,
         weight_decay_schedule=weight_decay_schedule,
-        decay_vectors=decay_vectors,
+        decay_bias_and_norm=decay_bias_and_norm,
         layer_decay=layer_decay,
         lr_factor=lr_factor,
     )
@@ -186,7 +190,7 @@ def pretrain(
         clock = run.clock = replace(clock, step=state["step"])
         run.seconds, run.figures, best_value = state["seconds"], dict(state["figures"]), state["best"]
         _set_random_states(state["random"], rank, seed, where)
-        _set_aside(folder, clock.step)
+        rename_newer_checkpoints(folder, clock.step)
     else:
         torch.manual_seed(seed + rank)  # only for what is not keyed, such as drop path
     if distributed.is_main():
@@ -207,7 +211,7 @@ def pretrain(
         if not all(bool(torch.isfinite(p).all()) for p in method.parameters()):
             raise UserError(
                 f"weights became NaN or Inf by step {clock.step}, though the loss was a number; they were not saved, the "
-                "last checkpoint is as it was: lower the learning rate, or set --clip"
+                "last checkpoint is as it was: lower the learning rate, or set --clip_grad_norm"
             )
         if distributed.is_main():
             path = folder / f"checkpoint-{clock.step:08d}.pt"
@@ -228,13 +232,13 @@ def pretrain(
             if improved:  # first, since the checkpoint says that it is there
                 checkpoint.save(folder / "best.pt", contents)
             checkpoint.save(path, contents)
-            for old in checkpoint.checkpoints(folder)[:-keep] if keep else []:
+            for old in checkpoint.checkpoints(folder)[:-keep_last] if keep_last else []:
                 old.unlink()
             for hook in watchers:
                 hook.save(run, path)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
-    leaving = _Leaving()
+    leaving = PreemptionHandler()
     improved, started = False, []
     try:
         for hook in watchers:
@@ -247,15 +251,15 @@ def pretrain(
             batches = iter(
                 data.batches(
                     method.views(),
-                    batch_size // accumulate,
+                    batch_size // grad_accum_steps,
                     seed=seed,
                     epoch=clock.epoch,
-                    start=place * accumulate,
-                    stop=steps_per_epoch * accumulate,  # a last part that fills no step is not made
+                    start=place * grad_accum_steps,
+                    stop=steps_per_epoch * grad_accum_steps,  # a last part that fills no step is not made
                     rank=rank,
                     world_size=processes,
                     device=where,
-                    order=method.order(data, clock),
+                    order=method.sample_order(data, clock),
                 )
             )
             for _ in range(place, steps_per_epoch):
@@ -264,20 +268,24 @@ def pretrain(
                     plan.apply(group, clock)
 
                 logged: dict[str, float] = {}
-                for part in range(accumulate):
+                for part in range(grad_accum_steps):
                     batch = next(batches)
                     if channels_last:
                         views = tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views)
                         batch = batch._replace(views=views)
-                    wait = part < accumulate - 1 and processes > 1  # gradients are exchanged once, with the last part
+                    wait = (
+                        part < grad_accum_steps - 1 and processes > 1
+                    )  # gradients are exchanged once, with the last part
                     with model.no_sync() if wait else nullcontext():  # pyrefly: ignore
                         with autocast:
                             out_of_step = model(batch, clock)
                         loss = out_of_step["loss"]
-                        scaler.scale(loss / accumulate).backward()
-                    values = distributed.mean(torch.stack([v.detach().float() for v in out_of_step.values()])).tolist()
+                        scaler.scale(loss / grad_accum_steps).backward()
+                    values = distributed.all_reduce_mean(
+                        torch.stack([v.detach().float() for v in out_of_step.values()])
+                    ).tolist()
                     for name, value in zip(out_of_step, values):
-                        logged[name] = logged.get(name, 0.0) + value / accumulate
+                        logged[name] = logged.get(name, 0.0) + value / grad_accum_steps
                     if not abs(logged["loss"]) < float("inf"):
                         path = keep_for_replay(run, batch, loss, opt)
                         raise UserError(
@@ -285,10 +293,10 @@ def pretrain(
                             f"state are in {path}: look with python -m sslbook.tools.replay, or lower the learning rate"
                         )
 
-                if clip is not None:
+                if clip_grad_norm is not None:
                     scaler.unscale_(opt)
                     parameters = [p for group in opt.param_groups for p in group["params"]]
-                    logged["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+                    logged["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
                 scaler.step(opt)
                 scaler.update()
                 opt.zero_grad(set_to_none=True)
@@ -310,12 +318,12 @@ def pretrain(
                     for hook in watchers:
                         hook.epoch(run)
                     method.train()
-                    if best is not None:
-                        if best in run.figures:
-                            improved = run.figures[best] > best_value
-                            best_value = max(best_value, run.figures[best])
-                        elif best not in measured or ended:
-                            raise UserError(f"best: nothing measures {best!r}{nearest(best, list(run.figures))}")
+                    if monitor is not None:
+                        if monitor in run.figures:
+                            improved = run.figures[monitor] > best_value
+                            best_value = max(best_value, run.figures[monitor])
+                        elif monitor not in measured or ended:
+                            raise UserError(f"best: nothing measures {monitor!r}{nearest(monitor, list(run.figures))}")
                 leaving.agree(where)
                 if ended or leaving.now or improved or (every and clock.step % every == 0):
                     save()
@@ -364,7 +372,7 @@ def _check_numbers(*, keep: int, **positive: float | None) -> None:
         if value is not None and not value > 0:
             raise UserError(f"--{name} is {value}: give a number above 0")
     if keep < 0:
-        raise UserError(f"--keep is {keep}: give how many checkpoints to keep, or 0 for all")
+        raise UserError(f"--keep_last is {keep}: give how many checkpoints to keep, or 0 for all")
 
 
 def _open_folder(
@@ -377,18 +385,18 @@ def _open_folder(
             answer[:2] = _choose_folder(method, data, out, resume)
         except UserError as error:
             answer[2] = str(error)
-    folder, path, refusal = distributed.from_main(answer)
+    folder, path, refusal = distributed.broadcast(answer)
     if refusal is not None:
         raise UserError(refusal)
     if path is not None and weights is not None and resume != "auto":
-        raise UserError("--weights starts a new run and --resume goes on with an old one: give one of them")
+        raise UserError("--init_from starts a new run and --resume goes on with an old one: give one of them")
     return Path(folder), checkpoint.load(Path(path), *CHECKPOINT) if path is not None else None
 
 
 def _choose_folder(method: Method, data: Data, out: str | None, resume: str | None) -> tuple[str, str | None]:
     stem = f"{type(method).__name__.lower()}-{data.name}"
     if out is not None and not out.strip():
-        raise UserError("--out is empty: name a folder, or leave it out")
+        raise UserError("--out_dir is empty: name a folder, or leave it out")
     if resume is not None and resume != "auto":
         path = checkpoint.find(Path(resume))
         folder = Path(out) if out is not None else path.parent
@@ -421,7 +429,7 @@ def _learns(run: Path, data: Data) -> bool:
     """Whether the run's configuration names these data; folders of the same name may lie in different places."""
     try:
         written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
-        folder, name = written.get("folder"), written.get("name", "world")
+        folder, name = written.get("folder"), written.get("name", "shapes")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return True  # started from Python, where nothing is written of the data
     if folder is None or data.folder is None:
@@ -433,16 +441,16 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out_dir") from None
 
 
 def _refuse_used(folder: Path) -> None:
     if folder.is_file():
-        raise UserError(f"{folder}: is a file; --out needs a folder")
+        raise UserError(f"{folder}: is a file; --out_dir needs a folder")
     if folder.is_dir() and checkpoint.checkpoints(folder):
-        raise UserError(f"{folder}: holds another run; choose another --out, or go on with it by --resume {folder}")
+        raise UserError(f"{folder}: holds another run; choose another --out_dir, or go on with it by --resume {folder}")
     if folder.is_dir() and any((folder / name).exists() for name in OWN_FILES):
-        raise UserError(f"{folder}: holds another run, without checkpoints; choose another --out, or delete it")
+        raise UserError(f"{folder}: holds another run, without checkpoints; choose another --out_dir, or delete it")
 
 
 def _check_same_run(state: dict, method: Method, batch_size: int, steps_per_epoch: int, seed: int) -> None:
@@ -457,7 +465,7 @@ def _check_same_run(state: dict, method: Method, batch_size: int, steps_per_epoc
         if was[name] != value:
             raise UserError(
                 f"--resume: the checkpoint was made with {name} {was[name]}, this run has {value}; "
-                "go on with the same, or start anew from its weights with --weights"
+                "go on with the same, or start anew from its weights with --init_from"
             )
     found = {name: tuple(value.shape) for name, value in state["method"].items()}
     for name, value in method.state_dict().items():
@@ -469,14 +477,16 @@ def _check_same_run(state: dict, method: Method, batch_size: int, steps_per_epoc
 
 
 def _evaluation_view(view: View) -> dict[str, Any]:
-    """How the backbone wants its pictures."""
+    """How the backbone wants its images."""
     return {"size": view.size, "mean": list(view.mean), "std": list(view.std)}
 
 
 def _plain_config(values: dict[str, Any]) -> dict[str, Any]:
     """What can be written down of a run that was started from Python."""
     plain = (str, int, float, bool, type(None))
-    return {name: value for name, value in values.items() if isinstance(value, plain) and name not in ("out", "resume")}
+    return {
+        name: value for name, value in values.items() if isinstance(value, plain) and name not in ("out_dir", "resume")
+    }
 
 
 def _compilable(method: Method) -> list[torch.nn.Module]:
@@ -505,7 +515,7 @@ def _set_random_states(states: list[dict[str, torch.Tensor]], rank: int, seed: i
         torch.cuda.set_rng_state(states[rank]["cuda"], where)
 
 
-def _set_aside(folder: Path, step: int) -> None:
+def rename_newer_checkpoints(folder: Path, step: int) -> None:
     """Checkpoints that lie ahead of the one we go on from belong to another past: they are renamed, not deleted."""
     if not distributed.is_main():
         return
@@ -518,7 +528,7 @@ def _set_aside(folder: Path, step: int) -> None:
             print(f"{path.name} lies ahead of step {step} and was renamed to {aside.name}")
 
 
-class _Leaving:
+class PreemptionHandler:
     """SIGTERM or Ctrl-C: finish the step, save, leave. The second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
@@ -539,7 +549,7 @@ class _Leaving:
         if distributed.world_size() == 1:
             self.now = self.asked
         else:
-            self.now = bool(distributed.mean(torch.tensor(float(self.asked), device=device)) > 0)
+            self.now = bool(distributed.all_reduce_mean(torch.tensor(float(self.asked), device=device)) > 0)
 
     def restore(self) -> None:
         for number, handler in self.old.items():
@@ -577,10 +587,10 @@ def main(argv: list[str] | None = None) -> None:
                 report(run, full=options.get("report", "full") == "full")
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory: lower --batch_size or raise --accumulate ({error})".split("\n")[0]
+            f"out of GPU memory: lower --batch_size or raise --grad_accum_steps ({error})".split("\n")[0]
         ) from None
     except (ValueError, RuntimeError, AssertionError) as error:
-        cure = next((cure for words, cure in CURES.items() if words in str(error)), None)
+        cure = next((cure for words, cure in ERROR_HINTS.items() if words in str(error)), None)
         if isinstance(error, UserError) or cure is None:
             raise
         raise UserError(cure) from None

@@ -69,7 +69,7 @@ class Pool:
 
 def _work(rank: int, rendezvous: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    distributed.join(rank, PROCESSES, rendezvous, timeout=PATIENCE / 2)
+    distributed.init_process_group(rank, PROCESSES, rendezvous, timeout=PATIENCE / 2)
     while True:
         try:
             fn, args = pickle.loads(pipe.recv_bytes())
@@ -93,8 +93,8 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real pictures beside the repository, which only some machines have."""
+    """The folder of real images beside the repository, which only some machines have."""
     folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(f"no real pictures here: there is no folder {folder}")
+        pytest.skip(f"no real images here: there is no folder {folder}")
     return folder

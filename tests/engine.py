@@ -14,8 +14,8 @@ from sslbook.hooks import Run
 from tests.methods.cases import case
 
 COMMON = {
-    "data.world.pictures": 48,
-    "data.world.test_pictures": 24,
+    "data.shapes.num_train": 48,
+    "data.shapes.num_test": 24,
     "batch_size": 8,
     "epochs": 2,
     "report": "none",
@@ -29,7 +29,7 @@ def command(method: str, out: Path | None, **options: Any) -> list[str]:
     """The command line of a tiny run; `a__b` stands for `a.b`, and None leaves an option out."""
     chosen = {**COMMON, **case(method).command, **{key.replace("__", "."): value for key, value in options.items()}}
     words = [method] + [f"--{key}={value}" for key, value in chosen.items() if value is not None]
-    return words + ([f"--out={out}"] if out else [])
+    return words + ([f"--out_dir={out}"] if out else [])
 
 
 def start(method: str, out: Path, **options: Any) -> None:

@@ -26,7 +26,7 @@ class Hungry(SimCLR):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of twelve small pictures, two classes."""
+    """A folder of twelve small images, two classes."""
     rng = np.random.default_rng(0)
     for i in range(12):
         path = tmp_path / "photos" / ("ab"[i % 2]) / f"{i}.png"
@@ -58,13 +58,13 @@ def refusal(*words: str) -> str:
         (["simclr", "--temperature=0.1"], "did you mean --method.temperature?"),
         (["simclr", "--bacth_size=8"], "did you mean --batch_size?"),
         (["simclr", "--epochs=many"], "epochs"),
-        (["simclr", "--out=", "--batch_size=8"], "--out is empty"),
+        (["simclr", "--out_dir=", "--batch_size=8"], "--out_dir is empty"),
         (["simclr", "--method.view.size=1", "--batch_size=8"], "raise their size"),
         (["dino", "--method.num_local=-1"], "--method.num_local is -1: give 0 or more"),
         (["mae", "--method.decoder_depth=-2"], "--method.decoder_depth is -2: give 0 or more"),
         (["simclr", "--method.temperature=0"], "--method.temperature is 0.0: give more than 0"),
-        (["mae", "--method.decoder_heads=0"], "--method.decoder_heads is 0: give 1 or more"),
-        (["mae", "--method.decoder_dim=32", "--method.decoder_heads=5"], "use a divisor of 32"),
+        (["mae", "--method.decoder_num_heads=0"], "--method.decoder_num_heads is 0: give 1 or more"),
+        (["mae", "--method.decoder_dim=32", "--method.decoder_num_heads=5"], "use a divisor of 32"),
         (["interclr", "--method.centroids_every=0"], "--method.centroids_every is 0: give 1 or more"),
         (["mae", "--method.mask_ratio=.nan"], "--method.mask_ratio is nan: give a number"),
         (["ijepa", "--method.target_scale=[.nan,0.2]"], "--method.target_scale is nan: give a number"),
@@ -82,20 +82,20 @@ def refusal(*words: str) -> str:
         (["simclr", "--config=nowhere.yaml"], "cannot be read"),
         (["simclr", "--data.name=cifra10"], "did you mean cifar10?"),
         (["simclr", "--data.folder=nowhere"], "nowhere"),
-        (["simclr", "--data.world.size=8"], "16 to 96"),
-        (["simclr", "--data.world.pictures=12", "--batch_size=16"], "use a smaller one"),
-        (["simclr", "--batch_size=10", "--accumulate=3"], "multiple of 3"),
+        (["simclr", "--data.shapes.size=8"], "16 to 96"),
+        (["simclr", "--data.shapes.num_train=12", "--batch_size=16"], "use a smaller one"),
+        (["simclr", "--batch_size=10", "--grad_accum_steps=3"], "multiple of 3"),
         (["simclr", "--resume=nowhere"], "no such run folder"),
         (["simclr", "--precision=int8"], "precision"),
         (["simclr", "--schedule=Cosin"], "did you mean Cosine?"),
         (["simclr", "--hooks=[OnlineKN]"], "did you mean OnlineKNN?"),
-        (["simclr", '--hooks=[{"class_path": "Pictures", "init_args": {"every": 0}}]'], "every is 0"),
+        (["simclr", '--hooks=[{"class_path": "Images", "init_args": {"every": 0}}]'], "every is 0"),
         (["simclr", "--steps=x"], "--steps: Expected a int. Got value: x"),
         (["simclr", "--seed=99999999999999999999"], "64 bits"),
         (["simclr", "--log_every=0"], "above 0"),
-        (["simclr", "--clip=0"], "above 0"),
+        (["simclr", "--clip_grad_norm=0"], "above 0"),
         (["simclr", "--layer_decay=-1"], "above 0"),
-        (["simclr", "--keep=-1"], "or 0 for all"),
+        (["simclr", "--keep_last=-1"], "or 0 for all"),
         (["simclr", "--device=tpu"], "use cpu, cuda"),
         (["simclr", "--method.backbone=ResNet", "--method.backbone.width=0"], "1 or more"),
         (["byol", "--batch_size=1"], "raise --batch_size"),
@@ -110,7 +110,7 @@ def refusal(*words: str) -> str:
 )
 def test_a_wrong_option_is_answered_with_the_cure(words: list[str], cure: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    small = [] if any("data." in word for word in words) else ["--data.world.pictures=32"]
+    small = [] if any("data." in word for word in words) else ["--data.shapes.num_train=32"]
     assert cure in refusal(words[0], *small, "--steps=1", "--progress=false", "--report=none", "--hooks=[]", *words[1:])
 
 
@@ -122,7 +122,7 @@ def test_a_wrong_option_is_answered_with_the_cure(words: list[str], cure: str, t
         ("method: [1, 2", "not valid YAML"),
         ("- a list", "mapping"),
         ("method: {backbone: {class_path: sslbook.nn.ResNet, init_args: {dept: 18}}}", "did you mean depth?"),
-        ("data: {wrld: {size: 32}}", "did you mean data.world"),
+        ("data: {wrld: {size: 32}}", "did you mean data.shapes"),
         ("data: photos", "data: holds options"),
         ("method: {view: null}", "method.view: holds options"),
         ("method: {backbone: resnet19}", "did you mean resnet18?"),
@@ -133,12 +133,12 @@ def test_a_wrong_option_is_answered_with_the_cure(words: list[str], cure: str, t
 )
 def test_a_wrong_configuration_file_too(text: str, cure: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
-    assert cure in refusal("simclr", f"--config={tmp_path / 'mine.yaml'}", f"--out={tmp_path / 'run'}", "--steps=1")
+    assert cure in refusal("simclr", f"--config={tmp_path / 'mine.yaml'}", f"--out_dir={tmp_path / 'run'}", "--steps=1")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    assert "no pictures" in refusal("simclr", f"--data.folder={tmp_path}")
+    assert "no images" in refusal("simclr", f"--data.folder={tmp_path}")
 
 
 def test_a_used_run_folder_is_not_overwritten(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_used_run_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_folder_where_no_step_was_taken_is_free(tmp_path: Path) -> None:
-    words = ["simclr", "--batch_size=8", "--steps=1", "--report=none", f"--out={tmp_path / 'run'}"]
+    words = ["simclr", "--batch_size=8", "--steps=1", "--report=none", f"--out_dir={tmp_path / 'run'}"]
     assert "raise their size" in refusal(*words, "--method.view.size=1")
     assert (tmp_path / "run" / "config.yaml").exists()
     train.main(words)
@@ -161,7 +161,7 @@ def test_a_folder_where_no_step_was_taken_is_free(tmp_path: Path) -> None:
 
 def test_a_network_of_timm_that_takes_one_size(tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs timm")
-    words = ["simclr", "--batch_size=2", "--steps=1", "--report=none", f"--out={tmp_path / 'run'}"]
+    words = ["simclr", "--batch_size=2", "--steps=1", "--report=none", f"--out_dir={tmp_path / 'run'}"]
     words += ["--method.backbone=timm/vit_tiny_patch16_224", "--method.view.size=32"]
     assert "dict_kwargs.dynamic_img_size true" in refusal(*words)
     train.main([*words, "--method.backbone.dict_kwargs.dynamic_img_size=true"])
@@ -171,7 +171,7 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     start("rotation", tmp_path / "run", steps=1)
     assert "method Rotation" in refusal(*command("simclr", None, steps=2, resume=str(tmp_path / "run")))
     assert "batch_size 8" in refusal("rotation", f"--resume={tmp_path / 'run'}", "--batch_size=16")
-    assert "--weights" in refusal("rotation", f"--resume={tmp_path / 'run'}", "--weights=x.pt")
+    assert "--init_from" in refusal("rotation", f"--resume={tmp_path / 'run'}", "--init_from=x.pt")
 
 
 @pytest.mark.parametrize("keep", [10, 0.7])
@@ -188,10 +188,10 @@ def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     assert "not a checkpoint of sslbook" in refusal("rotation", f"--resume={tmp_path / 'theirs.pt'}", "--steps=2")
 
 
-def test_a_broken_picture_is_skipped_and_counted_or_refused(photos: Path, tmp_path: Path, capsys) -> None:
+def test_a_broken_image_is_skipped_and_counted_or_refused(photos: Path, tmp_path: Path, capsys) -> None:
     broken = photos / "a" / "0.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    options = {"data__world__pictures": None, "data__world__test_pictures": None, "data__folder": photos}
+    options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "data__folder": photos}
     options = {**options, "steps": 2, "batch_size": 4, "method__view__size": 16}
     with pytest.warns(UserWarning, match=r"0\.png"):
         start("simclr", tmp_path / "run", **options)
@@ -226,7 +226,7 @@ class Dies(torch.utils.data.Dataset):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_worker_that_dies(tmp_path: Path) -> None:
-    options = {"data__world__pictures": None, "data__world__test_pictures": None, "data__workers": 1}
+    options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "data__workers": 1}
     message = refusal(*command("simclr", tmp_path / "run", data__name="tests.test_bad_input.Dies", **options))
     assert "--data.workers" in message
 

@@ -95,7 +95,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 def test_a_foreign_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / "moco.pt"
     torch.save({"state_dict": {"w": torch.ones(2)}}, path)
-    with pytest.raises(UserError, match="--weights"):
+    with pytest.raises(UserError, match="--init_from"):
         checkpoint.load(path)
 
 

@@ -13,9 +13,14 @@ from sslbook.errors import UserError
 def test_alone_everything_is_the_identity() -> None:
     x = torch.randn(3, 2, requires_grad=True)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    for function in (distributed.gather, distributed.gather_with_grad, distributed.sum_with_grad, distributed.mean):
+    for function in (
+        distributed.all_gather,
+        distributed.all_gather_with_grad,
+        distributed.all_reduce_sum_with_grad,
+        distributed.all_reduce_mean,
+    ):
         assert function(x) is x
-    assert distributed.from_main({"a": 1}) == {"a": 1}
+    assert distributed.broadcast({"a": 1}) == {"a": 1}
     distributed.barrier()
 
 
@@ -24,14 +29,14 @@ def _everything(x: Tensor) -> dict[str, object]:
     mine = x.chunk(2)[r]
     return {
         "place": (r, distributed.world_size(), distributed.is_main()),
-        "gather": distributed.gather(mine),
-        "transposed": distributed.gather(mine.T.contiguous().T),
-        "integers": distributed.gather(torch.tensor([r, r])),
-        "booleans": distributed.gather(torch.tensor([r == 0])),
-        "mean": distributed.mean(torch.tensor([1.0 + r, 0.0])),
-        "deviation": distributed.deviation(mine),
-        "tensor": distributed.from_main(torch.full((2,), r)),
-        "object": distributed.from_main({"from": r}),
+        "gather": distributed.all_gather(mine),
+        "transposed": distributed.all_gather(mine.T.contiguous().T),
+        "integers": distributed.all_gather(torch.tensor([r, r])),
+        "booleans": distributed.all_gather(torch.tensor([r == 0])),
+        "mean": distributed.all_reduce_mean(torch.tensor([1.0 + r, 0.0])),
+        "deviation": distributed.all_reduce_std(mine),
+        "tensor": distributed.broadcast(torch.full((2,), r)),
+        "object": distributed.broadcast({"from": r}),
     }
 
 
@@ -56,8 +61,8 @@ def _loss(x: Tensor, everyone: Tensor, total: Tensor) -> Tensor:
 
 def _gradients(x: Tensor) -> Tensor:
     mine = x.chunk(2)[distributed.rank()].clone().requires_grad_()
-    everyone = distributed.gather_with_grad(mine)
-    total = distributed.sum_with_grad(mine.sum(dim=0))
+    everyone = distributed.all_gather_with_grad(mine)
+    total = distributed.all_reduce_sum_with_grad(mine.sum(dim=0))
     _loss(mine, everyone, total).backward()
     return mine.grad
 
@@ -81,7 +86,7 @@ def test_a_failing_process_is_reported_and_replaced(pool) -> None:
 
 
 def _sum_of_ranks(start: int) -> int:
-    return start + int(distributed.sum_with_grad(torch.tensor(float(distributed.rank()))))
+    return start + int(distributed.all_reduce_sum_with_grad(torch.tensor(float(distributed.rank()))))
 
 
 def test_launch_returns_what_each_process_returned() -> None:

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from sslbook import checkpoint, evaluate, extract
 from sslbook.configuration import run as run_command
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.evaluation.features import center_view, extract_features
 from sslbook.nn import ResNet
@@ -23,10 +23,10 @@ from sslbook.notebook import results
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run leaves behind, of a network too small to know anything."""
-    folder = tmp_path_factory.mktemp("runs") / "simclr-world"
-    world = {"pictures": 60, "test_pictures": 30, "size": 16}
+    folder = tmp_path_factory.mktemp("runs") / "simclr-shapes"
+    shapes = {"images": 60, "num_test": 30, "size": 16}
     view = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    data = {"class_path": "sslbook.Data", "init_args": {"name": "world", "world": world, "download": False}}
+    data = {"class_path": "sslbook.Data", "init_args": {"name": "shapes", "shapes": shapes, "download": False}}
     facts = {"method": "SimCLR", "view": view, "data": data}
     with torch.random.fork_rng():
         for seed, name in enumerate(("initial", "backbone")):
@@ -37,13 +37,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes of any sizes and modes, one picture broken."""
+    """Two classes of any sizes and modes, one image broken."""
     for i in range(20):
         path = tmp_path / "photos" / ("dark" if i % 2 else "light") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("RGB", (20 + i, 40 - i), (20, 30, 40) if i % 2 else (220, 210, 200))
-        picture.convert(["RGB", "L", "RGBA", "P"][i % 4]).save(path)
-    (tmp_path / "photos" / "dark" / "5.png").write_bytes(b"no picture")
+        image = Image.new("RGB", (20 + i, 40 - i), (20, 30, 40) if i % 2 else (220, 210, 200))
+        image.convert(["RGB", "L", "RGBA", "P"][i % 4]).save(path)
+    (tmp_path / "photos" / "dark" / "5.png").write_bytes(b"no image")
     return tmp_path / "photos"
 
 
@@ -62,7 +62,7 @@ def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, 
     words = [run, "--protocols", "knn", "linear", "factors", "--out", out, "--progress", "false", "--device", "cpu"]
     assert call(monkeypatch, evaluate, *words) == 0
     text = capsys.readouterr().out
-    assert "world: 60 training pictures, 10 classes, 30 test pictures" in text
+    assert "shapes: 60 training images, 10 classes, 30 test images" in text
     for line in ("SimCLR", "pixels", "random weights", "chance", "shape", "background"):
         assert f"\n{line} " in text
     result = results.Result("result", **json.loads(out.read_text()))
@@ -72,9 +72,9 @@ def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, 
     assert result.date
     assert torch.__version__.startswith(result.versions["torch"])
     assert result.hardware["cores"]
-    # The figures are those of the exported weights on the run's own pictures.
+    # The figures are those of the exported weights on the run's own images.
     module, _ = checkpoint.load_backbone(run)
-    data = Data(world=World(pictures=60, test_pictures=30))
+    data = Data(shapes=Shapes(num_train=60, num_test=30))
     view = center_view(16, (0.5,) * 3, (0.25,) * 3)
     from sslbook.evaluation.knn import accuracy
 
@@ -82,11 +82,11 @@ def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, 
     assert result["SimCLR"]["knn"] == pytest.approx(accuracy(*train, *test))
 
 
-def test_evaluate_on_other_pictures(run: Path, photos: Path, monkeypatch, capsys) -> None:
+def test_evaluate_on_other_images(run: Path, photos: Path, monkeypatch, capsys) -> None:
     words = [run / "backbone.safetensors", "--data.folder", photos, "--data.workers", 0, "--protocols", "knn"]
     assert call(monkeypatch, evaluate, *words, "--k", 3, "--controls", "false", "--progress", "false") == 0
     said = capsys.readouterr()
-    assert "photos: 18 training pictures, 2 classes, 2 test pictures" in said.out
+    assert "photos: 18 training images, 2 classes, 2 test images" in said.out
     assert "linear" not in said.out
     assert "pixels" not in said.out
     assert "5.png" in said.err
@@ -114,7 +114,7 @@ def test_bad_words_get_one_line(words: list[str], message: str, run: Path, monke
     assert message in error
 
 
-def test_evaluate_refuses_to_overwrite_and_unlabelled_pictures(
+def test_evaluate_refuses_to_overwrite_and_unlabeled_images(
     run: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     out = tmp_path / "kept.json"
@@ -126,7 +126,7 @@ def test_evaluate_refuses_to_overwrite_and_unlabelled_pictures(
     assert call(monkeypatch, evaluate, *folder) == 2
     assert "no labels" in capsys.readouterr().err
     assert call(monkeypatch, evaluate, *folder, "--protocols", "factors") == 2
-    assert "only the embedded world" in capsys.readouterr().err
+    assert "only the Shapes data set" in capsys.readouterr().err
 
 
 def test_a_description_does_not_choose_code(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -164,7 +164,7 @@ def test_extract_to_npz(run: Path, photos: Path, tmp_path: Path, monkeypatch, ca
     assert [path.name for path in tmp_path.glob("*feat*")] == ["features.npz"]
 
 
-def test_extract_unlabelled_to_safetensors(run: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
+def test_extract_unlabeled_to_safetensors(run: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "features.safetensors"
     words = ["--out", out, "--data.folder", photos / "light", "--data.workers", 0, "--progress", "false"]
     assert call(monkeypatch, extract, run, *words) == 0
@@ -175,13 +175,13 @@ def test_extract_unlabelled_to_safetensors(run: Path, photos: Path, tmp_path: Pa
     assert len(table["features"]) == 10
 
 
-def test_extract_the_runs_own_pictures(run: Path, tmp_path: Path, monkeypatch) -> None:
-    out = tmp_path / "world.npz"
+def test_extract_the_runs_own_images(run: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "shapes.npz"
     assert call(monkeypatch, extract, run, "--out", out, "--split", "test", "--progress", "false") == 0
     with np.load(out) as table:
         assert table["index"].tolist() == list(range(30))
         assert "paths" not in table
-        assert np.array_equal(table["labels"], World(pictures=60, test_pictures=30).render("test")[1]["shape"])
+        assert np.array_equal(table["labels"], Shapes(num_train=60, num_test=30).render("test")[1]["shape"])
 
 
 @pytest.mark.parametrize(("out", "message"), [("features.parquet", ".npz or .safetensors"), (None, "out")])
@@ -195,7 +195,7 @@ def test_extract_needs_a_place(run: Path, tmp_path: Path, out: str | None, messa
 
 
 def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
-    data = Data(world=World(pictures=4, test_pictures=4))
+    data = Data(shapes=Shapes(num_train=4, num_test=4))
     with pytest.raises(UserError, match="batch_size is 0"):
         evaluate.evaluate("nowhere", data, batch_size=0)
     with pytest.raises(UserError, match="batch_size is 0"):
@@ -214,7 +214,7 @@ def test_a_network_of_ones_own_beside_the_weights_it_began_with(run: Path) -> No
         backbone.init_args = None
         checkpoint.export_backbone(folder / f"{name}.safetensors", backbone, facts | {"backbone": {}})
     values = evaluate.evaluate(
-        str(folder), Data(world=World(pictures=60, test_pictures=30)), backbone=Mine(18, width=2, stem="small")
+        str(folder), Data(shapes=Shapes(num_train=60, num_test=30)), backbone=Mine(18, width=2, stem="small")
     )
     assert "random weights" in values
     assert values["random weights"]["knn"] != values["SimCLR"]["knn"]

@@ -79,7 +79,7 @@ class Images(html.parser.HTMLParser):
 
 
 @each_chapter
-def test_every_picture_has_alt_text(chapter: Path):
+def test_every_image_has_alt_text(chapter: Path):
     for i, cell in cells(chapter):
         for output in cell.outputs:
             data = output.get("data", {})

@@ -52,7 +52,7 @@ def test_the_first_matching_rule_wins() -> None:
 
 def test_vectors_decay_when_asked_and_weight_decay_follows_its_schedule() -> None:
     method = Tiny()
-    optimizer, plans = build(method, decay_vectors=True, weight_decay_schedule=Linear(1.0, 10.0), lr_factor=4.0)
+    optimizer, plans = build(method, decay_bias_and_norm=True, weight_decay_schedule=Linear(1.0, 10.0), lr_factor=4.0)
     at = settings(method, optimizer, plans, Clock(100, 100, 10))
     assert {v["weight_decay"] for v in at.values()} == {1.0}
     assert {v["lr"] for v in at.values()} == {2.0}

@@ -45,10 +45,10 @@ def test_from_an_empty_folder_with_only_the_wheel(installed: Path, tmp_path: Pat
     assert str(installed) in where, "the checkout was imported, not the wheel"
     done = run(["-m", "sslbook.train", *command("rotation", None, steps=1)], tmp_path, installed)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "rotation-world" / "backbone.safetensors").exists()
+    assert (tmp_path / "runs" / "rotation-shapes" / "backbone.safetensors").exists()
     again = run(["-m", "sslbook", "train", *command("rotation", None, steps=1)], tmp_path, installed)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "runs" / "rotation-world-2" / "backbone.safetensors").exists()
+    assert (tmp_path / "runs" / "rotation-shapes-2" / "backbone.safetensors").exists()
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:

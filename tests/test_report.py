@@ -1,4 +1,4 @@
-"""What a finished run leaves: the table beside its controls, the pictures, the exported backbone; and comparisons."""
+"""What a finished run leaves: the table beside its controls, the images, the exported backbone; and comparisons."""
 
 import copy
 import json
@@ -11,19 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from sslbook import Data, World, checkpoint, compare, train
+from sslbook import Data, Shapes, checkpoint, compare, train
 from sslbook.errors import UserError
 from sslbook.notebook import results
 from sslbook.report import report
 from tests.engine import command, start
 from tests.methods.cases import make
 
-PICTURES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
+NUM_IMAGES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
 
 
 def test_the_default_command_in_small(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
-    options = {"report": "full", "data__world__pictures": 64, "data__world__test_pictures": 32, "hooks": None}
+    options = {"report": "full", "data__shapes__num_train": 64, "data__shapes__num_test": 32, "hooks": None}
     train.main(command("simclr", out, **options))
     printed = capsys.readouterr().out
     rows = json.loads((out / "report.json").read_text())["rows"]
@@ -31,10 +31,10 @@ def test_the_default_command_in_small(tmp_path: Path, capsys) -> None:
     for row in rows:
         assert row["name"] in printed
         assert 0 <= row["knn"] <= 100
-    assert sorted(p.name for p in out.glob("*.png")) == PICTURES
-    for name in PICTURES:
-        picture = np.asarray(Image.open(out / name).convert("L"))
-        assert picture.std() > 5, f"{name} is blank"
+    assert sorted(p.name for p in out.glob("*.png")) == NUM_IMAGES
+    for name in NUM_IMAGES:
+        image = np.asarray(Image.open(out / name).convert("L"))
+        assert image.std() > 5, f"{name} is blank"
     assert "What the features know of each factor" in printed
     backbone, facts = checkpoint.load_backbone(out)
     assert facts["view"] == {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -50,28 +50,28 @@ def test_a_folder_without_labels_is_reported_without_accuracies(tmp_path: Path, 
     for i, mode in enumerate(kinds * 3):
         size = (20 + 3 * i, 50 - i)
         if mode == "I;16":
-            picture = Image.fromarray(rng.integers(0, 65535, size, dtype=np.uint16))
+            image = Image.fromarray(rng.integers(0, 65535, size, dtype=np.uint16))
         else:
-            picture = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).convert(mode)
-        picture.save(tmp_path / "photos" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
-    options = {"data__world__pictures": None, "data__world__test_pictures": None, "method__view__size": 16}
+            image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).convert(mode)
+        image.save(tmp_path / "photos" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "method__view__size": 16}
     start("mae", tmp_path / "run", **options, data__folder=tmp_path / "photos", report="full", steps=2)
     assert "no labels" in capsys.readouterr().out
-    pictures = {p.name for p in (tmp_path / "run").glob("*.png")}
-    assert {"curves.png", "views.png", "reconstructions.png", "neighbors_after.png", "umap.png"} <= pictures
+    images = {p.name for p in (tmp_path / "run").glob("*.png")}
+    assert {"curves.png", "views.png", "reconstructions.png", "neighbors_after.png", "umap.png"} <= images
 
 
 @pytest.mark.parametrize("labeled", [True, False])
-def test_test_pictures_that_cannot_be_read_or_have_no_labels(labeled: bool, tmp_path: Path, capsys) -> None:
+def test_test_images_that_cannot_be_read_or_have_no_labels(labeled: bool, tmp_path: Path, capsys) -> None:
     rng = np.random.default_rng(0)
     for i in range(16):
         split = "train" if i < 10 else "test"
         path = tmp_path / "photos" / split / ("ab"[i % 2] if labeled or split == "train" else "") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
-        if i == 10:  # what is drawn must be the pictures whose features there are
-            path.write_bytes(b"no picture")
-    options = {"data__world__pictures": None, "data__world__test_pictures": None, "data__workers": 0}
+        if i == 10:  # what is drawn must be the images whose features there are
+            path.write_bytes(b"no image")
+    options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "data__workers": 0}
     start("rotation", tmp_path / "run", **options, data__folder=tmp_path / "photos", report="quick", steps=1)
     assert ("Accuracy on" in capsys.readouterr().out) == labeled
     assert (tmp_path / "run" / "neighbors_after.png").exists()
@@ -136,7 +136,7 @@ def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None
 
     def start_only(words: list[str]) -> subprocess.CompletedProcess:
         started.append(words[3:])
-        (folder,) = (Path(word.removeprefix("--out=")) for word in words if word.startswith("--out="))
+        (folder,) = (Path(word.removeprefix("--out_dir=")) for word in words if word.startswith("--out_dir="))
         folder.mkdir(parents=True)
         (folder / "report.json").write_text("{}")
         return subprocess.CompletedProcess(words, 0)
@@ -152,8 +152,8 @@ def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None
     assert [words[0] for words in started[3:]] == ["eva"], "SimCLR's run is there"
 
 
-def test_the_pictures_hook_draws_on_the_way(tmp_path: Path) -> None:
-    hooks = '[{"class_path": "sslbook.hooks.Pictures", "init_args": {"every": 1}}]'
+def test_the_images_hook_draws_on_the_way(tmp_path: Path) -> None:
+    hooks = '[{"class_path": "sslbook.hooks.Images", "init_args": {"every": 1}}]'
     start("mae", tmp_path, steps=6, hooks=hooks)
     assert {p.name for p in (tmp_path).glob("*.png")} == {"curves.png", "reconstructions.png", "views.png"}
 
@@ -169,12 +169,12 @@ def test_a_comparison_does_not_take_runs_of_other_options(tmp_path: Path, monkey
 
 
 def test_without_labels_to_learn_from_there_is_no_supervised_control(tmp_path: Path, monkeypatch, capsys) -> None:
-    """As in STL-10, where pictures without labels come beside those with."""
-    data = Data(world=World(pictures=48, test_pictures=24))
-    unlabeled = copy.copy(data._sets.train)
+    """As in STL-10, where images without labels come beside those with."""
+    data = Data(shapes=Shapes(num_train=48, num_test=24))
+    unlabeled = copy.copy(data._splits.train)
     unlabeled.labels = torch.full((48,), -1)
-    data.__dict__["_sets"] = replace(data._sets, pretrain=unlabeled)
-    run = train.pretrain(make("rotation"), data, torch.optim.SGD, out=str(tmp_path), batch_size=8, steps=1)
+    data.__dict__["_sets"] = replace(data._splits, pretrain=unlabeled)
+    run = train.pretrain(make("rotation"), data, torch.optim.SGD, out_dir=str(tmp_path), batch_size=8, steps=1)
     rows = [row["name"] for row in report(run)["rows"]]
     assert rows == ["Rotation", "pixels", "random weights", "chance"]
     assert "so there is no supervised control" in capsys.readouterr().out

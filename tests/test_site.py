@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = "from jupyter_book.cli.main import main; main()"  # this Python's, whatever PATH says
     build = [sys.executable, "-c", program, "build", str(ROOT), "--path-output", str(where)]
     # -W: a warning is an error; -n: so is a reference to nothing.
-    run = subprocess.run([*build, "--all", "-W", "-n", "--keep-going"], capture_output=True, text=True)
+    run = subprocess.run([*build, "--all", "-W", "-n", "--keep_last-going"], capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
     assert (where / "_build" / "html" / "index.html").is_file()
     return where / "_build" / "html"
@@ -95,7 +95,7 @@ def test_sliders_of_a_chapter_move(site: Path, browser: Browser, page: str):
             "input.dispatchEvent(new Event('input', {bubbles: true}))})()"
         )
         assert browser.js(f"{visible}.length") == 1
-        assert browser.js(f"{visible}[0].src") != before, f"slider {i + 1} shows the same picture for two values"
+        assert browser.js(f"{visible}[0].src") != before, f"slider {i + 1} shows the same image for two values"
 
 
 @needs_chromium

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sslbook import Data, World, checkpoint, configuration, train
+from sslbook import Data, Shapes, checkpoint, configuration, train
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.hooks import Hook, Metrics, OnlineKNN, Run, TensorBoard, WandB
@@ -23,7 +23,7 @@ from sslbook.nn import ResNet
 from sslbook.schedules import Clock
 from tests.engine import assert_same_bits, command, lines, start, start_process, weights
 
-WORLD = World(pictures=48, test_pictures=24)
+TINY_SHAPES = Shapes(num_train=48, num_test=24)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 # Equality is shown with SGD: AdamW's first steps have the size of the rate whatever the gradient, rounding included.
 PLAIN = '{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01, "momentum": 0.9}}'
@@ -60,7 +60,9 @@ class Count(Hook):
 def test_every_method_runs_and_resumes_to_the_bit(method: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     start(method, whole, steps=7)
-    start(method, parts, steps=7, checkpoint_every="4 steps", keep=0)  # 6 steps make an epoch: 4 is in the midst of one
+    start(
+        method, parts, steps=7, checkpoint_every="4 steps", keep_last=0
+    )  # 6 steps make an epoch: 4 is in the midst of one
     for path in checkpoint.checkpoints(parts)[1:]:
         path.unlink()
     (parts / "backbone.safetensors").unlink()
@@ -72,15 +74,15 @@ def test_every_method_runs_and_resumes_to_the_bit(method: str, tmp_path: Path) -
 
 
 def test_it_goes_on_in_another_folder(tmp_path: Path) -> None:
-    start("rotation", tmp_path / "one", steps=2, checkpoint_every="1 steps", keep=0)
+    start("rotation", tmp_path / "one", steps=2, checkpoint_every="1 steps", keep_last=0)
     (tmp_path / "one" / "checkpoint-mine.pt").touch()  # somebody else's name is passed over
-    train.main([f"--resume={tmp_path / 'one' / 'checkpoint-00000001.pt'}", f"--out={tmp_path / 'other'}"])
+    train.main([f"--resume={tmp_path / 'one' / 'checkpoint-00000001.pt'}", f"--out_dir={tmp_path / 'other'}"])
     assert_same_bits(weights(tmp_path / "one"), weights(tmp_path / "other"))
     assert (tmp_path / "one" / "config.yaml").read_text() == (tmp_path / "other" / "config.yaml").read_text()
 
 
 def test_killed_at_a_random_moment_it_resumes_to_the_bit(tmp_path: Path) -> None:
-    options = {"steps": 40, "checkpoint_every": "1 steps", "data__world__pictures": 80}
+    options = {"steps": 40, "checkpoint_every": "1 steps", "data__shapes__num_train": 80}
     start("byol", tmp_path / "whole", **options)
     killed = tmp_path / "killed"
     process = start_process(["-m", "sslbook.train", *command("byol", killed, **options)], tmp_path)
@@ -128,7 +130,7 @@ def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
     process = start_process([*torchrun, *command("rotation", tmp_path / "two", **options)], tmp_path)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert output.count("training pictures") == 1  # said once, not by every process
+    assert output.count("training images") == 1  # said once, not by every process
     rows = json.loads((tmp_path / "two" / "report.json").read_text())["rows"]
     assert "supervised" in [row["name"] for row in rows]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -145,18 +147,18 @@ def test_accumulation_is_the_whole_batch_for_a_loss_without_interaction(tmp_path
         '{"image_size": 16, "patch_size": 8, "dim": 8, "depth": 1, "heads": 1}}'
     )
     for name, parts in (("whole", 1), ("parts", 4)):
-        start("rotation", tmp_path / name, steps=3, accumulate=parts, method__backbone=backbone, optimizer=PLAIN)
+        start("rotation", tmp_path / name, steps=3, grad_accum_steps=parts, method__backbone=backbone, optimizer=PLAIN)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_hooks_see_everything_and_change_nothing(tmp_path: Path) -> None:
-    data, count = Data(world=WORLD), Count()
+    data, count = Data(shapes=TINY_SHAPES), Count()
     common = {"batch_size": 16, "steps": 4, "progress": False}
-    plain = train.pretrain(simclr(), data, SGD, out=str(tmp_path / "a"), **common)
+    plain = train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "a"), **common)
     hooks = [count, OnlineKNN(every=1, k=3), TensorBoard(every=1), WandB(every=1)]
-    watched = train.pretrain(simclr(), data, SGD, out=str(tmp_path / "b"), hooks=hooks, **common)
+    watched = train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "b"), hooks=hooks, **common)
     assert_same_bits(dict(plain.method.state_dict()), dict(watched.method.state_dict()))
     assert count.calls == [
         *("start", "step 1", "step 2", "step 3", "epoch", "save"),
@@ -175,19 +177,19 @@ def test_the_best_checkpoint_and_how_many_are_kept(tmp_path: Path) -> None:
         def epoch(self, run) -> None:
             run.figures["score"] = next(self.values)
 
-    options = {"batch_size": 16, "epochs": 3, "progress": False, "best": "score", "keep": 2}
-    train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), hooks=[Score()], **options)
+    options = {"batch_size": 16, "epochs": 3, "progress": False, "monitor": "score", "keep_last": 2}
+    train.pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), hooks=[Score()], **options)
     assert [path.stem for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000009"]
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 6
     Score.values = iter([1.0])
-    options = {**options, "best": "scor"}
+    options = {**options, "monitor": "scor"}
     with pytest.raises(UserError, match="did you mean score"):
-        train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path / "x"), hooks=[Score()], **options)
+        train.pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path / "x"), hooks=[Score()], **options)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_with_clipping_compiles_down_to_numbers(precision: str, tmp_path: Path) -> None:
-    start("mae", tmp_path / "run", steps=3, precision=precision, clip=1.0)
+    start("mae", tmp_path / "run", steps=3, precision=precision, clip_grad_norm=1.0)
     assert all(line["loss"] == line["loss"] and "gradient_norm" in line for line in lines(tmp_path / "run"))
 
 
@@ -215,7 +217,9 @@ class Explodes(Method):
 
 def test_a_loss_that_is_no_number_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -> None:
     with pytest.raises(UserError, match=r"became nan at step 2 \(epoch 0\).*replay"):
-        train.main(["tests.test_train.Explodes", f"--out={tmp_path}", "--batch_size=8", "--data.world.pictures=48"])
+        train.main(
+            ["tests.test_train.Explodes", f"--out_dir={tmp_path}", "--batch_size=8", "--data.shapes.num_train=48"]
+        )
     (failure,) = tmp_path.glob("failed-step-2-rank-0.pt")
     from sslbook.tools.replay import replay
 
@@ -230,12 +234,12 @@ def test_the_four_ways_to_start(tmp_path: Path) -> None:
     out = tmp_path / "run"
     start("simclr", out, steps=3)
     fresh = weights(out)
-    start("simclr", tmp_path / "warm", steps=3, weights=str(out))  # weights from elsewhere, a new run
+    start("simclr", tmp_path / "warm", steps=3, init_from=str(out))  # weights from elsewhere, a new run
     assert checkpoint.load(checkpoint.find(tmp_path / "warm"))["step"] == 3
     assert not torch.equal(weights(tmp_path / "warm")["backbone.conv1.weight"], fresh["backbone.conv1.weight"])
     start("simclr", tmp_path / "new", steps=3, resume="auto")  # nothing to resume: a fresh run
     assert_same_bits(weights(tmp_path / "new"), fresh)
-    train.main(["simclr", f"--out={out}", "--resume", "--steps=5"])  # bare --resume: go on in this folder
+    train.main(["simclr", f"--out_dir={out}", "--resume", "--steps=5"])  # bare --resume: go on in this folder
     assert checkpoint.load(checkpoint.find(out))["step"] == 5
     path = checkpoint.find(out)
     train.main([f"--resume={path}", "--steps=6"])  # from a file; the method is read from its run
@@ -247,7 +251,7 @@ def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
     written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert written["method"]["class_path"] == "sslbook.methods.rotation.Rotation"
     assert written["method"]["init_args"]["view"]["crop"] is None
-    train.main(["--config", str(tmp_path / "a" / "config.yaml"), f"--out={tmp_path / 'b'}"])
+    train.main(["--config", str(tmp_path / "a" / "config.yaml"), f"--out_dir={tmp_path / 'b'}"])
     assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text()) == written
     assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
 
@@ -277,7 +281,9 @@ def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
 
 
 def test_from_python_without_a_command_line(tmp_path: Path) -> None:
-    run = train.pretrain(simclr(), Data(world=WORLD), SGD, batch_size=16, epochs=1, out=str(tmp_path), progress=False)
+    run = train.pretrain(
+        simclr(), Data(shapes=TINY_SHAPES), SGD, batch_size=16, epochs=1, out_dir=str(tmp_path), progress=False
+    )
     assert run.finished
     assert run.clock.step == 3
     backbone, facts = checkpoint.load_backbone(tmp_path)
@@ -288,7 +294,13 @@ def test_from_python_without_a_command_line(tmp_path: Path) -> None:
 
 def test_a_run_from_weights_is_resumed_like_any_other(tmp_path: Path) -> None:
     start("rotation", tmp_path / "source", steps=1)
-    options = {"steps": 3, "seed": 1, "checkpoint_every": "1 steps", "keep": 0, "weights": str(tmp_path / "source")}
+    options = {
+        "steps": 3,
+        "seed": 1,
+        "checkpoint_every": "1 steps",
+        "keep_last": 0,
+        "init_from": str(tmp_path / "source"),
+    }
     start("rotation", tmp_path / "run", **options)
     whole = weights(tmp_path / "run")
     checkpoint.checkpoints(tmp_path / "run")[-1].unlink()
@@ -299,16 +311,16 @@ def test_a_run_from_weights_is_resumed_like_any_other(tmp_path: Path) -> None:
 def test_the_control_of_a_run_from_weights_has_random_ones(tmp_path: Path) -> None:
     start("rotation", tmp_path / "source", steps=1)
     given = checkpoint.load_backbone(tmp_path / "source")[0].state_dict()
-    start("rotation", tmp_path / "run", steps=1, seed=1, weights=str(tmp_path / "source"), report="quick")
+    start("rotation", tmp_path / "run", steps=1, seed=1, init_from=str(tmp_path / "source"), report="quick")
     fresh = checkpoint.load_backbone(tmp_path / "run" / "initial.safetensors")[0].state_dict()
     assert not torch.equal(fresh["conv1.weight"], given["conv1.weight"])
 
 
 def test_going_back_keeps_what_lies_ahead_under_another_name(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
-    start("rotation", run, steps=4, checkpoint_every="1 steps", keep=0)
+    start("rotation", run, steps=4, checkpoint_every="1 steps", keep_last=0)
     ahead = (run / "checkpoint-00000004.pt").read_bytes()
-    words = ["--keep=1", "--progress=false", "--report=none"]
+    words = ["--keep_last=1", "--progress=false", "--report=none"]
     train.main([f"--resume={run / 'checkpoint-00000002.pt'}", *words])
     assert "renamed to aside-1-checkpoint-00000003.pt" in capsys.readouterr().out
     assert (run / "aside-1-checkpoint-00000004.pt").read_bytes() == ahead
@@ -324,17 +336,17 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
     options = {"batch_size": 16, "epochs": 1, "checkpoint_every": "1 steps", "progress": False, "hooks": [Spoil()]}
     with pytest.raises(UserError, match="became NaN or Inf by step 2"):
-        train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), **options)
+        train.pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), **options)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000001.pt"]
 
 
 def test_the_best_may_be_measured_now_and_then(tmp_path: Path) -> None:
-    options = {"batch_size": 16, "epochs": 3, "progress": False, "best": "knn"}
-    data = Data(world=WORLD)
-    train.pretrain(simclr(), data, SGD, out=str(tmp_path / "a"), hooks=[OnlineKNN(every=2, k=3)], **options)
+    options = {"batch_size": 16, "epochs": 3, "progress": False, "monitor": "knn"}
+    data = Data(shapes=TINY_SHAPES)
+    train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "a"), hooks=[OnlineKNN(every=2, k=3)], **options)
     assert checkpoint.load(tmp_path / "a" / "best.pt")["step"] in (6, 9)
     with pytest.raises(UserError, match="nothing measures 'knn'"):
-        train.pretrain(simclr(), data, SGD, out=str(tmp_path / "b"), **options)
+        train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "b"), **options)
     assert not (tmp_path / "b").exists()  # told before anything is trained
 
 
@@ -345,12 +357,14 @@ def test_a_hook_that_fails_at_the_start_leaves_the_keyboard_alone(tmp_path: Path
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="no"):
-        train.pretrain(simclr(), Data(world=WORLD), SGD, out=str(tmp_path), batch_size=16, steps=1, hooks=[Broken()])
+        train.pretrain(
+            simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), batch_size=16, steps=1, hooks=[Broken()]
+        )
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_lines_of_metrics_hold_numbers_only(tmp_path: Path) -> None:
-    run = Run(simclr(), Data(world=WORLD), tmp_path, Clock(0, 4, 2), torch.device("cpu"), 16, {})
+    run = Run(simclr(), Data(shapes=TINY_SHAPES), tmp_path, Clock(0, 4, 2), torch.device("cpu"), 16, {})
     run.figures = {"knn": 50.0}
     hook = Metrics(every=2)
     hook.start(run)
@@ -372,7 +386,7 @@ def test_auto_goes_on_with_runs_of_these_data_only(tmp_path: Path, monkeypatch) 
         for i in range(8):
             Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
     words = command("rotation", tmp_path / "unused", steps=1, batch_size=4, data__workers=0)
-    words = [word for word in words if not word.startswith(("--out", "--data"))] + ["--data.workers=0"]
+    words = [word for word in words if not word.startswith(("--out_dir", "--data"))] + ["--data.workers=0"]
     for name, run in (("Aa", "rotation-Aa"), ("A", "rotation-A"), ("other/A", "rotation-A-2")):
         train.main([*words, f"--data.folder={tmp_path / name}", "--resume=auto"])
         assert (tmp_path / "runs" / run / "config.yaml").exists()

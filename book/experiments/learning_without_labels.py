@@ -2,10 +2,10 @@
 
     python book/experiments/learning_without_labels.py            about five minutes on one CPU core
 
-Writes `learning_without_labels_world` (accuracy on test pictures), `learning_without_labels_factors` (what the features
+Writes `learning_without_labels_shapes` (accuracy on test images), `learning_without_labels_factors` (what the features
 know of every factor) and `learning_without_labels_labels` (accuracy with few labels). The probes choose their learning
-rate on a part of the training set. The world's knobs were set with test accuracies of seed 0 in sight, so that a minute
-of training suffices; nothing else was chosen on test pictures.
+rate on a part of the training set. Shapes's knobs were set with test accuracies of seed 0 in sight, so that a minute
+of training suffices; nothing else was chosen on test images.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.simclr import SimCLR
 from sslbook.notebook import results
@@ -27,7 +27,7 @@ from sslbook.schedules import Cosine, Warmup
 from sslbook.train import pretrain
 
 KNOBS = {"position": 1.0, "scale": 1.0, "background": 0.0, "lighting": 0.2, "noise": 0.02}
-WORLD = World(pictures=3000, test_pictures=1000, **KNOBS)
+TINY_SHAPES = Shapes(num_train=3000, num_test=1000, **KNOBS)
 VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2)
 LOOK = View.center(16)
 BATCH, LR = 128, 3e-3
@@ -39,7 +39,7 @@ Rows = dict[str, dict[str, list[float]]]
 
 
 class SmallNet(nn.Sequential):
-    """Four convolutions for pictures of 16 x 16: 131,000 weights, 128 features."""
+    """Four convolutions for images of 16 x 16: 131,000 weights, 128 features."""
 
     def __init__(self, width: int = 32) -> None:
         def block(inside: int, outside: int, size: int, stride: int) -> list[nn.Module]:
@@ -65,7 +65,7 @@ def features(f: nn.Module, data: Data) -> Features:
 def few_labels(parts: Features, per_class: int, draw: int) -> float:
     """Linear accuracy with `per_class` labels of each class."""
     train_x, train_y, test_x, test_y = parts
-    order = chance.permutation(draw, per_class, len(train_x))
+    order = rng.permutation(draw, per_class, len(train_x))
     kept = torch.cat([order[train_y[order] == c][:per_class] for c in range(10)])
     return linear.probe(train_x[kept], train_y[kept], test_x, test_y).accuracy
 
@@ -77,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     steps, seeds = arguments.steps, list(range(arguments.seeds))
-    data = Data(world=WORLD)
+    data = Data(shapes=TINY_SHAPES)
     table: Rows = {}
     known: Rows = {}
     labels: Rows = {}
@@ -97,7 +97,7 @@ def main() -> None:
 
     for seed in seeds:
         torch.manual_seed(seed)
-        method = SimCLR(SmallNet(), VIEW, 0.2, projector_layers=2, projector_dim=64)
+        method = SimCLR(SmallNet(), VIEW, 0.2, projector_num_layers=2, projector_dim=64)
         fresh = copy.deepcopy(method.backbone)
         first = seed == seeds[0]
         if first:
@@ -106,7 +106,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             pretrain(
                 method, data, partial(torch.optim.AdamW, lr=LR, weight_decay=0.01), Warmup("10 %", then=Cosine()),
-                batch_size=BATCH, steps=steps, seed=seed, device="cpu", out=f"{folder}/run", progress=False,
+                batch_size=BATCH, steps=steps, seed=seed, device="cpu", out_dir=f"{folder}/run", progress=False,
                 report="none", checkpoint_every="1000000 steps",
             )  # fmt: skip
         note("SimCLR", method.backbone, few=first)
@@ -120,9 +120,9 @@ def main() -> None:
 def save(table: Rows, known: Rows, labels: Rows, data: Data, steps: int, seeds: list[int]) -> None:
     level = factors.chance_levels(data.factors("train"), data.factors("test"))
     known["chance"] = {factor: [round(value, 3)] for factor, value in level.items()}
-    settings = {"steps": steps, "batch": BATCH, "lr": LR, "world": KNOBS, "pictures": 3000, "test pictures": 1000}
+    settings = {"steps": steps, "batch": BATCH, "lr": LR, "shapes": KNOBS, "images": 3000, "test images": 1000}
     name = "learning_without_labels"
-    results.save(f"{name}_world", table, seeds=seeds, settings=settings)
+    results.save(f"{name}_shapes", table, seeds=seeds, settings=settings)
     results.save(f"{name}_factors", known, seeds=seeds, settings=settings)
     results.save(f"{name}_labels", labels, seeds=seeds[:1], settings={**settings, "draws of labels": DRAWS})
 

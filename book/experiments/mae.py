@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.mae import MAE, normalize_patches, patchify, random_mask, reconstruction_loss, take
 from sslbook.nn import VisionTransformer
@@ -33,7 +33,7 @@ from sslbook.train import pretrain
 
 SIZE, PATCH = 24, 4
 GRAY = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-WORLD = World(pictures=4000, test_pictures=1000, size=SIZE, background=0, position=1, scale=1, lighting=0, noise=0)
+TINY_SHAPES = Shapes(num_train=4000, num_test=1000, size=SIZE, background=0, position=1, scale=1, lighting=0, noise=0)
 VIEW = View(size=SIZE, crop=None, flip=0.5, **GRAY)
 LOOK = View.center(SIZE, **GRAY)
 BATCH, RATE = 128, 1.5e-3
@@ -91,7 +91,7 @@ def make(seed: int, depth: int = 1, **options) -> MAE:
     kind = Broken if {"on", "tokens"} & set(options) else MAE
     options = {"norm_pix_loss": False, **options}
     backbone = VisionTransformer(SIZE, PATCH, dim=64, depth=4, heads=4, pool="mean")
-    return kind(backbone, VIEW, decoder_dim=32, decoder_depth=depth, decoder_heads=4, **options)
+    return kind(backbone, VIEW, decoder_dim=32, decoder_depth=depth, decoder_num_heads=4, **options)
 
 
 def learn(method: MAE, data: Data, steps: int, seed: int) -> list[float]:
@@ -100,7 +100,7 @@ def learn(method: MAE, data: Data, steps: int, seed: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         pretrain(
             method, data, adamw, Warmup("10 %", then=Cosine()), batch_size=BATCH, steps=steps, seed=seed,
-            device="cpu", out=folder, checkpoint_every="1000000 steps", log_every=1, progress=False, report="none",
+            device="cpu", out_dir=folder, checkpoint_every="1000000 steps", log_every=1, progress=False, report="none",
         )  # fmt: skip
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     loss = torch.tensor([line["loss"] for line in lines if "loss" in line])
@@ -121,7 +121,7 @@ def measure(backbone: nn.Module, data: Data, with_factors: bool = False) -> dict
 
 
 def drawn(method: MAE, data: Data, rho: float = 0.75) -> float:
-    """Percentage of the structure within hidden patches of test pictures that the decoder draws rightly."""
+    """Percentage of the structure within hidden patches of test images that the decoder draws rightly."""
     method.mask_ratio, usual = rho, method.mask_ratio
     (batch,) = data.evaluation_batches("test", LOOK, batch_size=data.num_test)
     with torch.no_grad():
@@ -136,8 +136,8 @@ def drawn(method: MAE, data: Data, rho: float = 0.75) -> float:
 
 
 def tuned(backbone: nn.Module, seed: int) -> float:
-    """Accuracy on test pictures of the encoder and a linear layer, both trained further on few labels."""
-    few = Data(world=WORLD, limit=LABELS)
+    """Accuracy on test images of the encoder and a linear layer, both trained further on few labels."""
+    few = Data(shapes=TINY_SHAPES, limit=LABELS)
     row = controls.supervised(
         copy.deepcopy(backbone), few, VIEW, 200, 50, evaluation_view=LOOK, protocols=(), seed=seed, progress=False
     )
@@ -151,7 +151,7 @@ def split(found: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
 def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
     """Rows of accuracies, rows of factors, and the loss."""
     torch.set_num_threads(1)
-    data, rows, knowledge = Data(world=WORLD), {}, {}
+    data, rows, knowledge = Data(shapes=TINY_SHAPES), {}, {}
     method = make(seed)
     networks = {"random weights": copy.deepcopy(method.backbone), "MAE": method.backbone}
     loss = learn(method, data, STEPS["train"], seed)
@@ -162,10 +162,10 @@ def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
         folder = Path(__file__).parents[1] / "checkpoints"
         folder.mkdir(exist_ok=True)
         weights = {name: value.clone() for name, value in method.state_dict().items() if "pos" not in name}
-        save_file(weights, folder / "mae_world.safetensors", metadata={"format": "pt"})
-        facts = {"command": "python book/experiments/mae.py train", "seed": seed, "world": vars(WORLD)}
+        save_file(weights, folder / "mae_shapes.safetensors", metadata={"format": "pt"})
+        facts = {"command": "python book/experiments/mae.py train", "seed": seed, "shapes": vars(TINY_SHAPES)}
         facts |= settings("train")
-        (folder / "mae_world.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / "mae_shapes.json").write_text(json.dumps(facts, indent=2) + "\n")
         rows["pixels"], knowledge["pixels"] = split(measure(nn.Flatten(), data, with_factors=True))
         guided = make(seed).backbone
         # A sixth of the steps: with all patches visible a step costs three times as much, and labels teach sooner.
@@ -178,7 +178,7 @@ def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
 
 def one_slip(name: str, seed: int) -> dict[str, float]:
     torch.set_num_threads(1)
-    data, method = Data(world=WORLD), make(seed, **SLIPS[name])
+    data, method = Data(shapes=TINY_SHAPES), make(seed, **SLIPS[name])
     if name == "no positions":
         method.backbone.pos_embed.zero_(), method.decoder.positions.zero_()
     loss = learn(method, data, STEPS["sabotage"], seed)
@@ -206,7 +206,7 @@ def gather(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list
 def train(pool: ProcessPoolExecutor, seeds: tuple[int, ...] = (0,)) -> None:
     rows, knowledge, losses = zip(*pool.map(one_seed, seeds))
     about = {"seeds": seeds, "settings": settings("train")}
-    results.save("mae_world", gather(rows), **about)
+    results.save("mae_shapes", gather(rows), **about)
     results.save("mae_factors", gather(knowledge), **about)
     results.save("mae_loss", {"step": [25 * i + 12 for i in range(len(losses[0]))], "loss": losses}, **about)
 

@@ -16,11 +16,11 @@ from sslbook.notebook import results
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 DATA = {
-    "world": "The embedded world",
-    "world_seeds": "The embedded world, three seeds",
+    "shapes": "The Shapes data set",
+    "shapes_seeds": "The Shapes data set, three seeds",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10_jpeg": "CIFAR-10 (JPEG), 32 pixels",
-    "cifar10_jpeg_all": "CIFAR-10 (JPEG), 10,000 pictures, 20 epochs, with the networks and sizes of the embedded world",
+    "cifar10_jpeg_all": "CIFAR-10 (JPEG), 10,000 images, 20 epochs, with the networks and sizes of the Shapes data set",
     "cifar10_jpeg_long": "The same for 60 epochs",
     "clothing_160": "Clothing, photographs of 160 pixels",
 }
@@ -31,7 +31,7 @@ COLUMNS = {
     "linear, untrained": ("linear, untrained", 1),
     "kNN, pixels": ("kNN, pixels", 1),
     "linear, pixels": ("linear, pixels", 1),
-    "s per 1,000": ("s per 1,000 pictures", 2),
+    "s per 1,000": ("s per 1,000 images", 2),
     "memory (MB)": ("memory (MB)", 0),
 }
 

@@ -1,12 +1,12 @@
-"""What the chapter *Rotation prediction* reports: rotation prediction on the embedded world, whole and broken.
+"""What the chapter *Rotation prediction* reports: rotation prediction on the Shapes data set, whole and broken.
 
     python book/experiments/rotation.py            about fifteen minutes on one CPU core
-    python book/experiments/rotation.py measure    only book/results/rotation_world.json and rotation_stages.json
+    python book/experiments/rotation.py measure    only book/results/rotation_shapes.json and rotation_stages.json
     python book/experiments/rotation.py labels     only book/results/rotation_labels.json
     python book/experiments/rotation.py break      only book/results/rotation_broken.json and rotation_curves.json
     python book/experiments/rotation.py break "watermark"    one row of these anew
 
-Step size, steps and network were chosen on World(seed=0). Everything here comes from the worlds of seeds 1 and 2, what
+Step size, steps and network were chosen on Shapes(seed=0). Everything here comes from the worlds of seeds 1 and 2, what
 is broken on purpose from seed 1 alone.
 """
 
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.evaluation import controls, extract_features, knn, linear
 from sslbook.methods.rotation import Rotation, rotate, targets
 from sslbook.notebook import results
@@ -35,7 +35,7 @@ BATCH, LR, DECAY = 32, 4e-3, 0.01
 
 
 class ConvNet(nn.Module):
-    """The chapter's backbone: four blocks of two convolutions, mean over what is left of the picture."""
+    """The chapter's backbone: four blocks of two convolutions, mean over what is left of the image."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def train(method, data, steps, seed, change=None, batch_size=BATCH, every=10):
 
 
 def accuracy_of(method, data) -> float:
-    """Rotation accuracy on test pictures, in percent."""
+    """Rotation accuracy on test images, in percent."""
     right = total = 0
     for batch in data.evaluation_batches("test", SEE):
         with torch.no_grad():
@@ -123,8 +123,8 @@ class Stage(nn.Module):
         return F.adaptive_avg_pool2d(self.backbone.stages(x)[self.stage], 2).flatten(1)
 
 
-def world(seed: int) -> Data:
-    return Data(world=World(pictures=3000, test_pictures=1000, seed=seed, **KNOBS))
+def shapes(seed: int) -> Data:
+    return Data(shapes=Shapes(num_train=3000, num_test=1000, seed=seed, **KNOBS))
 
 
 def measure(seeds=(1, 2), steps=600) -> None:
@@ -135,7 +135,7 @@ def measure(seeds=(1, 2), steps=600) -> None:
         where.setdefault(row, {}).setdefault(column, []).append(value)
 
     for seed in seeds:
-        data = world(seed)
+        data = shapes(seed)
         torch.manual_seed(seed)
         fresh = ConvNet()
         pixels = controls.pixels(data, SEE, progress=False)
@@ -144,9 +144,9 @@ def measure(seeds=(1, 2), steps=600) -> None:
 
         method = Rotation(copy.deepcopy(fresh), VIEW)
         train(method, data, steps, seed)
-        labelled = copy.deepcopy(fresh)
+        labeled = copy.deepcopy(fresh)
         supervised = controls.supervised(
-            labelled, data, VIEW, steps, BATCH, evaluation_view=SEE, lr=LR, weight_decay=DECAY, seed=seed,
+            labeled, data, VIEW, steps, BATCH, evaluation_view=SEE, lr=LR, weight_decay=DECAY, seed=seed,
             progress=False, protocols=(),
         )  # fmt: skip
         note("rotation prediction", "rotation accuracy", accuracy_of(method, data))
@@ -154,7 +154,7 @@ def measure(seeds=(1, 2), steps=600) -> None:
         for name, backbone in (
             ("random weights", fresh),
             ("rotation prediction", method.backbone),
-            ("supervised", labelled),
+            ("supervised", labeled),
         ):
             x = features(backbone, data)
             note(name, "kNN", knn.accuracy(*x))
@@ -163,19 +163,19 @@ def measure(seeds=(1, 2), steps=600) -> None:
                 x = features(Stage(backbone, stage), data)
                 note(name, f"stage {stage + 1}", linear.probe(*x).accuracy, stages)
         print(seed, table, stages, flush=True)
-        settings = {"world": KNOBS, "pictures": 3000, "steps": steps, "batch": BATCH, "lr": LR, "weight_decay": DECAY}
+        settings = {"shapes": KNOBS, "images": 3000, "steps": steps, "batch": BATCH, "lr": LR, "weight_decay": DECAY}
         order = ["pixels", "random weights", "rotation prediction", "supervised"]
         done = list(seeds)[: list(seeds).index(seed) + 1]
-        results.save("rotation_world", {row: table[row] for row in order}, seeds=done, settings=settings)
+        results.save("rotation_shapes", {row: table[row] for row in order}, seeds=done, settings=settings)
         results.save("rotation_stages", stages, seeds=done, settings=settings)
 
 
 def labels(seeds=(1, 2), steps=600) -> None:
-    """The supervised control again, with as many rows a step as rotation prediction has: four times the pictures."""
+    """The supervised control again, with as many rows a step as rotation prediction has: four times the images."""
     table: dict[str, dict[str, list[float]]] = {}
     name = "supervised, same rows"
     for seed in seeds:
-        data = world(seed)
+        data = shapes(seed)
         torch.manual_seed(seed)
         backbone = ConvNet()
         row = controls.supervised(
@@ -188,7 +188,7 @@ def labels(seeds=(1, 2), steps=600) -> None:
         for column, value in values.items():
             table.setdefault(name, {}).setdefault(column, []).append(value)
         print(seed, table, flush=True)
-        settings = {"world": KNOBS, "pictures": 3000, "steps": steps, "batch": 4 * BATCH, "lr": LR}
+        settings = {"shapes": KNOBS, "images": 3000, "steps": steps, "batch": 4 * BATCH, "lr": LR}
         done = list(seeds)[: list(seeds).index(seed) + 1]
         results.save("rotation_labels", table, seeds=done, settings=settings)
 
@@ -202,23 +202,23 @@ def light_from_above(x: Tensor) -> Tensor:
 
 
 def watermark(x: Tensor) -> Tensor:
-    """Two by two white pixels in the lower right corner of every picture."""
+    """Two by two white pixels in the lower right corner of every image."""
     x = x.clone()
     x[:, :, -2:, -2:] = 1.0
     return x
 
 
 def no_up(x: Tensor) -> Tensor:
-    """Every picture is the mean of its own four rotations."""
+    """Every image is the mean of its own four rotations."""
     return rotate(x).unflatten(0, (4, len(x))).mean(0)
 
 
 class OneRotation(Rotation):
-    """Each picture in one rotation of its own; with four times the pictures, a step has as many rows as before."""
+    """Each image in one rotation of its own; with four times the images, a step has as many rows as before."""
 
     def forward(self, batch, clock):
         (x,) = batch.views
-        y = (4 * chance.uniform(clock.seed, clock.epoch, batch.index, chance.METHOD, 1)[:, 0]).long()
+        y = (4 * rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, 1)[:, 0]).long()
         turned = rotate(x)[y * len(x) + torch.arange(len(x))]
         logits = self.head(self.backbone(turned))
         accuracy = 100 * (logits.argmax(1) == y).float().mean()
@@ -241,7 +241,7 @@ BROKEN = {
     "light from above": {"change": light_from_above},
     "watermark": {"change": watermark},
     "any way up": {"knobs": {"orientation": 1.0}},
-    "no up in the picture": {"change": no_up},
+    "no up in the image": {"change": no_up},
     "one rotation each": {"method": OneRotation, "batch_size": 4 * BATCH},
     "targets out of order": {"method": WrongOrder},
 }
@@ -255,12 +255,12 @@ def break_it(names=(), seeds=(1,), steps=400) -> None:
         table = {k: v for k, v in results.load("rotation_broken").values.items() if k not in names}
         curves = {k: v for k, v in results.load("rotation_curves").values.items() if k not in names}
     for seed in seeds:
-        plain = world(seed)
+        plain = shapes(seed)
         for name in names or BROKEN:
             how = BROKEN[name]
             data = plain
             if "knobs" in how:
-                data = Data(world=World(pictures=3000, test_pictures=1000, seed=seed, **(KNOBS | how["knobs"])))
+                data = Data(shapes=Shapes(num_train=3000, num_test=1000, seed=seed, **(KNOBS | how["knobs"])))
             torch.manual_seed(seed)
             method = how.get("method", Rotation)(ConvNet(), VIEW)
             losses, accuracy = train(method, data, steps, seed, how.get("change"), how.get("batch_size", BATCH))
@@ -274,7 +274,7 @@ def break_it(names=(), seeds=(1,), steps=400) -> None:
                 table.setdefault(name, {}).setdefault(column, []).append(value)
             curves.setdefault(name, {})[f"seed {seed}"] = [round(v, 4) for v in losses]
             print(seed, name, {k: round(v, 2) for k, v in row.items()}, flush=True)
-        settings = {"world": KNOBS, "pictures": 3000, "steps": steps, "batch": BATCH, "lr": LR, "curve every": 10}
+        settings = {"shapes": KNOBS, "images": 3000, "steps": steps, "batch": BATCH, "lr": LR, "curve every": 10}
         done = list(seeds)[: list(seeds).index(seed) + 1]
         results.save("rotation_broken", {k: table[k] for k in BROKEN}, seeds=done, settings=settings)
         results.save("rotation_curves", {k: curves[k] for k in BROKEN}, seeds=done, settings=settings)

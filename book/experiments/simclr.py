@@ -3,9 +3,9 @@
     python book/experiments/simclr.py measure --seeds 3
     python book/experiments/simclr.py sabotage          each some minutes on one CPU core
 
-Write `simclr_world` (accuracy on test pictures beside the controls), `simclr_factors` (what h and z know of every
-factor) and `simclr_sabotage`, which is measured on held-out training pictures: whoever chooses a setting from it has not
-looked at the test pictures.
+Write `simclr_shapes` (accuracy on test images beside the controls), `simclr_factors` (what h and z know of every
+factor) and `simclr_sabotage`, which is measured on held-out training images: whoever chooses a setting from it has not
+looked at the test images.
 """
 
 import argparse
@@ -15,26 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.simclr import SimCLR
 from sslbook.notebook import results
 from sslbook.schedules import Clock
 
-WORLD = World(pictures=4000, test_pictures=1000)
+TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
 VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.5), grayscale=0.2)
 CENTER = View.center(16)
 BATCH, LR, TEMPERATURE = 256, 5e-3, 0.2
-HELD_OUT = 800  # training pictures at the end that the sabotages are judged on
+HELD_OUT = 800  # training images at the end that the sabotages are judged on
 TEMPERATURES = (0.02, 1.0)
 STEPS = 120
 
 
 class SmallNet(nn.Sequential):
-    """Four convolutions for pictures of 16 x 16: 131,000 weights, 128 features."""
+    """Four convolutions for images of 16 x 16: 131,000 weights, 128 features."""
 
     def __init__(self, width: int = 32) -> None:
         def block(inside: int, outside: int, size: int, stride: int) -> list[nn.Module]:
@@ -64,7 +64,7 @@ class KeepsItself(SimCLR):
 
 def make(seed: int, kind: type[SimCLR] = SimCLR, view: View = VIEW, temperature: float = TEMPERATURE) -> SimCLR:
     torch.manual_seed(seed)
-    return kind(SmallNet(), view, temperature, projector_layers=2, projector_dim=64)
+    return kind(SmallNet(), view, temperature, projector_num_layers=2, projector_dim=64)
 
 
 def train(method: SimCLR, data: Data, steps: int, seed: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def features(network: nn.Module, data: Data) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def judge(backbone: nn.Module, data: Data) -> dict[str, float]:
-    """On held-out training pictures: kNN, and linear probes of shape, hue and ground."""
+    """On held-out training images: kNN, and linear probes of shape, hue and ground."""
     x, y = extract_features(backbone, data, "train", CENTER, progress=False)
     bank, asked = x[:-HELD_OUT], x[-HELD_OUT:]
     found = {"kNN": knn.accuracy(bank, y[:-HELD_OUT], asked, y[-HELD_OUT:])}
@@ -106,7 +106,7 @@ def judge(backbone: nn.Module, data: Data) -> dict[str, float]:
 
 
 def score(network: nn.Module, data: Data) -> dict[str, float]:
-    """On test pictures."""
+    """On test images."""
     x, y, test_x, test_y = features(network, data)
     return {
         "kNN": knn.accuracy(x, y, test_x, test_y),
@@ -128,7 +128,7 @@ VARIANTS = {
     **{f"temperature {t:g}": {"temperature": t} for t in TEMPERATURES},
     "textured ground": {},
 }
-SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "pictures": WORLD.pictures}
+SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.images}
 Table = dict[str, dict[str, list[float]]]
 
 
@@ -139,9 +139,9 @@ def note(table: Table, row: str, values: dict[str, float]) -> None:
 
 
 def measure(seeds: list[int]) -> None:
-    """`simclr_world` and `simclr_factors`: the method as it should be, beside its controls, on test pictures."""
-    data = Data(world=WORLD)
-    world: Table = {}
+    """`simclr_shapes` and `simclr_factors`: the method as it should be, beside its controls, on test images."""
+    data = Data(shapes=TINY_SHAPES)
+    shapes: Table = {}
     known: Table = {}
 
     def factor(column: str, network: nn.Module) -> None:
@@ -160,21 +160,21 @@ def measure(seeds: list[int]) -> None:
         if seed == 0:
             factor("random weights", fresh)
         train(method, data, STEPS, seed)
-        note(world, "SimCLR", score(method.backbone, data))
+        note(shapes, "SimCLR", score(method.backbone, data))
         if seed == 0:
-            note(world, "pixels", pixels)
-        note(world, "random weights", random)
+            note(shapes, "pixels", pixels)
+        note(shapes, "random weights", random)
         factor("h", method.backbone)
         factor("z", nn.Sequential(method.backbone, method.projector))
         row = controls.supervised(fresh, data, VIEW, STEPS, BATCH, evaluation_view=CENTER, seed=seed, progress=False)
-        note(world, "supervised", {"kNN": row.knn, "linear": row.linear})
-        results.save("simclr_world", world, seeds=seeds[: seed + 1], settings=SETTINGS)
+        note(shapes, "supervised", {"kNN": row.knn, "linear": row.linear})
+        results.save("simclr_shapes", shapes, seeds=seeds[: seed + 1], settings=SETTINGS)
         results.save("simclr_factors", known, seeds=seeds[: seed + 1], settings=SETTINGS)
 
 
 def sabotage(seeds: list[int], only: list[str]) -> None:
-    """`simclr_sabotage`: one line changed at a time, on held-out training pictures. Rows not in `only` are kept."""
-    plain, textured = Data(world=WORLD), Data(world=World(**{**vars(WORLD), "texture": 1.0}))
+    """`simclr_sabotage`: one line changed at a time, on held-out training images. Rows not in `only` are kept."""
+    plain, textured = Data(shapes=TINY_SHAPES), Data(shapes=Shapes(**{**vars(TINY_SHAPES), "texture": 1.0}))
     for name in only:
         rows: Table = {}
         for seed in seeds:

@@ -1,1 +1,1 @@
-"""What is learned from: pictures, and the views made of them."""
+"""What is learned from: images, and the views made of them."""

@@ -1,7 +1,7 @@
 """Batches of views.
 
 Small sets lie on the training device as bytes and become views there, a batch at a time; no loader process is involved.
-Pictures in files are decoded and cut by worker processes, and colored on the device. Either way a view is a function of
+Images in files are decoded and cut by worker processes, and colored on the device. Either way a view is a function of
 `(seed, epoch, index, stream)`: workers, processes and restarts change none.
 """
 
@@ -20,16 +20,16 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sslbook.chance import permutation
-from sslbook.data.pictures import Resident, Source, UnreadablePicture
-from sslbook.data.sets import Sets, load_folder, load_named, load_world
-from sslbook.data.views import Cut, View, apply_batch, apply_color, apply_one, as_pil, cut_one, draw
-from sslbook.data.world import World
+from sslbook.data.datasets.shapes import Shapes
+from sslbook.data.images import ImageSource, InMemory, UnreadableImage
+from sslbook.data.sets import Splits, load_folder, load_named, load_shapes
+from sslbook.data.views import CropParams, View, apply_batch, apply_color, apply_one, as_pil, crop_one, sample_params
 from sslbook.errors import UserError
+from sslbook.rng import permutation
 
 RESIDENT_BYTES = 4 * 2**30  # a set up to this size lies on the training device
-DECODED_AT_ONCE = 8  # pictures of a camera are 36 MB each once decoded
-UNREADABLE_IN_A_ROW = 100  # so many, and the folder is at fault, not a picture
+DECODED_AT_ONCE = 8  # images of a camera are 36 MB each once decoded
+UNREADABLE_IN_A_ROW = 100  # so many, and the folder is at fault, not an image
 
 
 class Batch(NamedTuple):
@@ -38,36 +38,36 @@ class Batch(NamedTuple):
     views: tuple[Tensor, ...]
     """one tensor `(batch, 3, size, size)` for each view"""
     index: Int[Tensor, "batch"]
-    """which pictures these are: their positions among the training pictures"""
+    """which images these are: their positions among the training images"""
     label: Int[Tensor, "batch"]
-    """their classes, -1 where unlabelled; for evaluation, no method reads them"""
+    """their classes, -1 where unlabeled; for evaluation, no method reads them"""
 
 
 class Data:
-    """Pictures to learn from and to be judged on.
+    """Images to learn from and to be judged on.
 
     Args:
-        name: `world` (embedded, needs nothing), cifar10, cifar100, stl10, fashion_mnist, imagenette, imagenet, or the
+        name: `shapes` (embedded, needs nothing), cifar10, cifar100, stl10, fashion_mnist, imagenette, imagenet, or the
             import path of a map-style dataset class, such as `my.module.MyDataset`.
-        folder: a folder of pictures instead, labelled (one subfolder a class) or not, with or without `train/` and
+        folder: a folder of images instead, labeled (one subfolder a class) or not, with or without `train/` and
             `test/`.
         root: where the named sets lie.
-        world: the embedded world's knobs.
+        shapes: the Shapes data set's knobs.
         download: let torchvision fetch a named set that is not there.
-        limit: learn from so many of the training pictures only, chosen by chance, always the same.
-        strict: stop at a picture that cannot be read, instead of skipping and counting it.
+        limit: learn from so many of the training images only, chosen at random, always the same.
+        strict: stop at an image that cannot be read, instead of skipping and counting it.
         augment: `device` cuts in the workers and colors on the device, and keeps small sets on the device altogether;
-            `workers` does everything per picture in the workers.
-        workers: processes that decode pictures; null means one for each core, at most 8.
+            `workers` does everything per image in the workers.
+        workers: processes that decode images; null means one for each core, at most 8.
         start_method: how these processes start; null means Python's choice.
     """
 
     def __init__(
         self,
-        name: str = "world",
+        name: str = "shapes",
         folder: Path | None = None,
         root: Path = Path("data"),
-        world: World = World(),
+        shapes: Shapes = Shapes(),
         download: bool = False,
         limit: int | None = None,
         strict: bool = False,
@@ -75,16 +75,16 @@ class Data:
         workers: int | None = None,
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
     ) -> None:
-        if folder is not None and name != "world":
+        if folder is not None and name != "shapes":
             raise UserError(f"both data.name={name} and data.folder={folder}: give one of them")
         if limit is not None and limit < 1:
-            raise UserError(f"data.limit is {limit}: ask for at least 1 picture, or leave it out")
+            raise UserError(f"data.limit is {limit}: ask for at least 1 image, or leave it out")
         if workers is not None and workers < 0:
             raise UserError(f"data.workers is {workers}: give 0 (decode in the main process) or more")
         self.name = name if folder is None else Path(folder).expanduser().resolve().name
         self.folder = folder
         self.root = root
-        self.world = world
+        self.shapes = shapes
         self.download = download
         self.limit = limit
         self.strict = strict
@@ -92,24 +92,24 @@ class Data:
         self.workers = _default_workers() if workers is None else workers
         self.start_method = start_method
         self.unreadable: dict[str, str] = {}
-        """pictures that could not be read so far in this process, and why"""
+        """images that could not be read so far in this process, and why"""
         self._on_device: dict[tuple[int, str], Tensor] = {}
         self._idle: tuple[Any, DataLoader, _Keys] | None = None
-        if folder is not None or name != "world":
-            _ = self._sets  # what is missing shows at once; the world always is there, and is drawn when it is needed
+        if folder is not None or name != "shapes":
+            _ = self._splits  # what is missing shows at once; Shapes always is there, and is drawn when it is needed
 
     @cached_property
-    def _sets(self) -> Sets:
+    def _splits(self) -> Splits:
         if self.folder is not None:
             sets = load_folder(self.folder)
-        elif self.name == "world":
-            sets = load_world(self.world)
+        elif self.name == "shapes":
+            sets = load_shapes(self.shapes)
         else:
             sets = load_named(self.name, self.root, self.download)
         if self.limit is None:
             return sets
 
-        def some(source: Source) -> Tensor:
+        def some(source: ImageSource) -> Tensor:
             return permutation(0, 0, len(source))[: self.limit].sort().values
 
         train = sets.train.subset(some(sets.train))
@@ -117,71 +117,71 @@ class Data:
         factors = dict(sets.factors)
         if "train" in factors:
             factors["train"] = {key: values[some(sets.train)] for key, values in factors["train"].items()}
-        return Sets(pretrain, train, sets.test, sets.class_names, factors)
+        return Splits(pretrain, train, sets.test, sets.class_names, factors)
 
     @property
     def num_train(self) -> int:
-        """Pictures to learn from."""
-        return len(self._sets.pretrain)
+        """Images to learn from."""
+        return len(self._splits.pretrain)
 
     @property
     def num_test(self) -> int:
-        """Pictures to be judged on; 0 if there are none."""
-        return 0 if self._sets.test is None else len(self._sets.test)
+        """Images to be judged on; 0 if there are none."""
+        return 0 if self._splits.test is None else len(self._splits.test)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their numbers; empty if unlabelled."""
-        return self._sets.class_names
+        """Names of the classes, in the order of their numbers; empty if unlabeled."""
+        return self._splits.class_names
 
     @property
     def num_classes(self) -> int:
-        """0 if unlabelled."""
+        """0 if unlabeled."""
         return len(self.class_names)
 
     @property
     def measurable(self) -> bool:
-        """Whether there are classes to tell apart, and test pictures that are labelled."""
+        """Whether there are classes to tell apart, and test images that are labeled."""
         return self.num_classes > 1 and self.num_test > 0 and bool((self.labels("test") >= 0).any())
 
     @property
     def skipped(self) -> int:
-        """Different pictures that could not be read so far."""
+        """Different images that could not be read so far."""
         return len(self.unreadable)
 
     @property
     def size(self) -> int | None:
-        """Shorter side of the pictures if they all have the same, else nothing."""
-        source = self._sets.pretrain
-        return min(source.images.shape[2:]) if isinstance(source, Resident) else None
+        """Shorter side of the images if they all have the same, else nothing."""
+        source = self._splits.pretrain
+        return min(source.images.shape[2:]) if isinstance(source, InMemory) else None
 
-    def labels(self, split: Literal["pretrain", "train", "test"]) -> Int[Tensor, "pictures"]:
-        """Classes of all pictures of a split; `Batch.index` of its evaluation batches points into it."""
+    def labels(self, split: Literal["pretrain", "train", "test"]) -> Int[Tensor, "images"]:
+        """Classes of all images of a split; `Batch.index` of its evaluation batches points into it."""
         return self._source(split).labels
 
     def factors(self, split: Literal["train", "test"]) -> dict[str, Tensor]:
-        """What the embedded world drew into each picture; empty for other data."""
-        return self._sets.factors.get(split, {})
+        """What the Shapes data set drew into each image; empty for other data."""
+        return self._splits.factors.get(split, {})
 
-    def picture(self, split: Literal["train", "test"], position: int) -> Any:
-        """One picture as it is, as a PIL image in mode RGB."""
+    def image(self, split: Literal["train", "test"], position: int) -> Any:
+        """One image as it is, as a PIL image in mode RGB."""
         return as_pil(self._source(split).open(position)).convert("RGB")
 
     def describe(self) -> str:
-        """One line: `clothing-160: 3,068 training pictures, 10 classes, 372 test pictures`."""
-        parts = [f"{self.num_train:,} training pictures"]
-        if len(self._sets.train) != self.num_train:
-            parts.append(f"{len(self._sets.train):,} of them labelled")
+        """One line: `clothing-160: 3,068 training images, 10 classes, 372 test images`."""
+        parts = [f"{self.num_train:,} training images"]
+        if len(self._splits.train) != self.num_train:
+            parts.append(f"{len(self._splits.train):,} of them labeled")
         parts.append(f"{self.num_classes} classes" if self.num_classes else "no labels")
-        parts.append(f"{self.num_test:,} test pictures" if self.num_test else "no test pictures")
+        parts.append(f"{self.num_test:,} test images" if self.num_test else "no test images")
         return f"{self.name}: {', '.join(parts)}"
 
-    def _source(self, split: str) -> Source:
+    def _source(self, split: str) -> ImageSource:
         if split not in ("pretrain", "train", "test"):
             raise UserError(f"there is no split {split!r}: choose train or test")
-        source = {"pretrain": self._sets.pretrain, "train": self._sets.train, "test": self._sets.test}[split]
+        source = {"pretrain": self._splits.pretrain, "train": self._splits.train, "test": self._splits.test}[split]
         if source is None:
-            raise UserError(f"{self.name} has no test pictures: put some into a folder test/ beside train/")
+            raise UserError(f"{self.name} has no test images: put some into a folder test/ beside train/")
         return source
 
     # Training ---------------------------------------------------------------------------------------------------------
@@ -189,9 +189,9 @@ class Data:
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in one pass; the last incomplete one is dropped."""
         if batch_size < 1:
-            raise UserError(f"a batch of {batch_size} pictures: give at least 1")
+            raise UserError(f"a batch of {batch_size} images: give at least 1")
         if batch_size > self.num_train:
-            raise UserError(f"a batch of {batch_size} is more than the {self.num_train} pictures: use a smaller one")
+            raise UserError(f"a batch of {batch_size} is more than the {self.num_train} images: use a smaller one")
         return self.num_train // batch_size
 
     def batches(
@@ -206,13 +206,13 @@ class Data:
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
-        order: Int[Tensor, "pictures"] | None = None,
+        order: Int[Tensor, "images"] | None = None,
     ) -> Iterator[Batch]:
         """One epoch of views, from batch number `start`.
 
         Args:
-            views: what each picture becomes.
-            batch_size: pictures in a batch over all processes.
+            views: what each image becomes.
+            batch_size: images in a batch over all processes.
             seed: of the order and of the views.
             epoch: of the order and of the views.
             start: batches to pass over, after a restart.
@@ -220,14 +220,14 @@ class Data:
             rank: which part of every batch this process takes.
             world_size: number of processes.
             device: where the views are wanted.
-            order: which pictures to show, in order, at least as many as fill the epoch; by default each once, shuffled.
+            order: which images to show, in order, at least as many as fill the epoch; by default each once, shuffled.
         """
         steps = self.steps_per_epoch(batch_size)
         if batch_size % world_size:
             raise UserError(f"a batch of {batch_size} does not divide among {world_size} processes: use a multiple")
         order = permutation(seed, epoch, self.num_train) if order is None else order.cpu()
         mine = list(order[: steps * batch_size].view(steps, world_size, -1)[start:stop, rank])
-        return self._run(self._sets.pretrain, views, mine, seed, epoch, torch.device(device), training=True)
+        return self._run(self._splits.pretrain, views, mine, seed, epoch, torch.device(device), training=True)
 
     def evaluation_batches(
         self,
@@ -239,12 +239,12 @@ class Data:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Batch]:
-        """Every picture of a split once, in order; unreadable ones are left out.
+        """Every image of a split once, in order; unreadable ones are left out.
 
         Args:
-            split: train or test, or pretrain: all that is learnt from, which may be more than is labelled.
-            view: what a picture becomes; by default its center, at its own size or (files) at 224 of 256 pixels.
-            batch_size: pictures in a batch.
+            split: train or test, or pretrain: all that is learned from, which may be more than is labeled.
+            view: what an image becomes; by default its center, at its own size or (files) at 224 of 256 pixels.
+            batch_size: images in a batch.
             device: where the views are wanted.
             rank: which of the batches this process takes: every `world_size`-th from here on.
             world_size: processes that share the batches.
@@ -257,7 +257,7 @@ class Data:
 
     def _run(
         self,
-        source: Source,
+        source: ImageSource,
         views: tuple[View, ...],
         parts: list[Tensor],
         seed: int,
@@ -265,13 +265,13 @@ class Data:
         device: torch.device,
         training: bool,
     ) -> Iterator[Batch]:
-        if isinstance(source, Resident) and self.augment == "device":
+        if isinstance(source, InMemory) and self.augment == "device":
             return self._from_memory(source, views, parts, seed, epoch, device)
         return self._from_workers(source, views, parts, seed, epoch, device, training)
 
     def _from_memory(
         self,
-        source: Resident,
+        source: InMemory,
         views: tuple[View, ...],
         parts: list[Tensor],
         seed: int,
@@ -285,13 +285,13 @@ class Data:
                 self._on_device[key] = images.to(device)
             images = self._on_device[key]
         for index in parts:
-            pictures = images[index.to(images.device)].to(device)
-            made = tuple(apply_batch(view, pictures, seed, epoch, index, stream) for stream, view in enumerate(views))
+            chosen = images[index.to(images.device)].to(device)
+            made = tuple(apply_batch(view, chosen, seed, epoch, index, stream) for stream, view in enumerate(views))
             yield Batch(made, index.to(device), source.labels[index].to(device))
 
     def _from_workers(
         self,
-        source: Source,
+        source: ImageSource,
         views: tuple[View, ...],
         parts: list[Tensor],
         seed: int,
@@ -302,12 +302,12 @@ class Data:
         if not parts:
             return
         loader, keys, give_back = self._take_loader(
-            _Cutter(source, views, seed, self.augment, training), device, len(parts)
+            _CropDataset(source, views, seed, self.augment, training), device, len(parts)
         )
         keys.refill(epoch, parts)
         cuts = _start(loader)
         for number in range(len(parts)):
-            cut: _Cut | UserError
+            cut: _CroppedBatch | UserError
             try:
                 cut = next(cuts)
             except (RuntimeError, OSError, EOFError) as error:
@@ -364,10 +364,10 @@ class Data:
     def _note(self, unreadable: list[tuple[str, str]]) -> None:
         for name, reason in unreadable:
             if self.strict or not name:
-                raise UnreadablePicture(name, reason) if name else UserError(reason)
+                raise UnreadableImage(name, reason) if name else UserError(reason)
             if not self.unreadable:
                 warnings.warn(
-                    f"skipped the unreadable picture {name} ({reason}); further ones are counted silently",
+                    f"skipped the unreadable image {name} ({reason}); further ones are counted silently",
                     stacklevel=2,
                 )
             self.unreadable[name] = reason
@@ -433,7 +433,7 @@ def _heed_only_parent(worker: int) -> None:
 
 
 class _Keys:
-    """The sampler: which pictures of which epoch come next. It is refilled before every epoch."""
+    """The sampler: which images of which epoch come next. It is refilled before every epoch."""
 
     def __init__(self) -> None:
         self.keys: list[tuple[int, Tensor]] = []
@@ -452,27 +452,32 @@ def _same(item: Any) -> Any:
     return item
 
 
-class _Cut(NamedTuple):
+class _CroppedBatch(NamedTuple):
     """What a worker hands over."""
 
     key: Int[Tensor, "batch"]
     """the indices that the views were drawn with"""
     shown: Int[Tensor, "batch"]
-    """the pictures they show: the same, but for those put in the place of unreadable ones"""
+    """the images they show: the same, but for those put in the place of unreadable ones"""
     views: list[Tensor]
     unreadable: list[tuple[str, str]]
     """name and reason; an empty name means that there is no going on"""
 
 
-class _Cutter(Dataset):
+class _CropDataset(Dataset):
     """What a worker does, a whole batch at a time: decode, cut and, if asked, color.
 
-    In training the next readable picture takes the place of an unreadable one, wherever and whenever this happens;
+    In training the next readable image takes the place of an unreadable one, wherever and whenever this happens;
     in evaluation its place stays empty.
     """
 
     def __init__(
-        self, source: Source, views: tuple[View, ...], seed: int, augment: Literal["device", "workers"], replace: bool
+        self,
+        source: ImageSource,
+        views: tuple[View, ...],
+        seed: int,
+        augment: Literal["device", "workers"],
+        replace: bool,
     ) -> None:
         self.source = source
         self.views = views
@@ -480,25 +485,27 @@ class _Cutter(Dataset):
         self.augment = augment
         self.replace = replace
 
-    def __getitem__(self, index: tuple[int, Tensor]) -> _Cut:
+    def __getitem__(self, index: tuple[int, Tensor]) -> _CroppedBatch:
         epoch, positions = index
         key: list[int] = []
         shown: list[int] = []
         made: list[list[Tensor]] = [[] for _ in self.views]
         unreadable: list[tuple[str, str]] = []
         for part in positions.split(DECODED_AT_ONCE):
-            kept, pictures = [], []
+            kept, images = [], []
             for position in part.tolist():
                 found = self._open(position, unreadable)
                 if found is not None:
                     kept.append(position)
                     shown.append(found[0])
-                    pictures.append(found[1])
+                    images.append(found[1])
             key += kept
             for stream, view in enumerate(self.views if kept else ()):
-                made[stream] += self._make(view, pictures, epoch, torch.tensor(kept), stream)
+                made[stream] += self._make(view, images, epoch, torch.tensor(kept), stream)
         views = [torch.stack(one) for one in made] if key else []
-        return _Cut(torch.tensor(key, dtype=torch.int64), torch.tensor(shown, dtype=torch.int64), views, unreadable)
+        return _CroppedBatch(
+            torch.tensor(key, dtype=torch.int64), torch.tensor(shown, dtype=torch.int64), views, unreadable
+        )
 
     def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
         attempts = min(UNREADABLE_IN_A_ROW, len(self.source)) if self.replace else 1
@@ -506,7 +513,7 @@ class _Cutter(Dataset):
             place = (position + attempt) % len(self.source)
             try:
                 return place, as_pil(self.source.open(place))
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 unreadable.append((error.name, error.reason))
             except UserError as error:
                 unreadable.append(("", str(error)))
@@ -514,13 +521,13 @@ class _Cutter(Dataset):
         if self.replace:
             name, reason = unreadable[-1]
             unreadable.append(
-                ("", f"{attempts} pictures in a row cannot be read, the last is {name} ({reason}): mend them")
+                ("", f"{attempts} images in a row cannot be read, the last is {name} ({reason}): mend them")
             )
         return None
 
-    def _make(self, view: View, pictures: list[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
+    def _make(self, view: View, images: list[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
         if self.augment == "workers":
-            return [apply_one(view, p, self.seed, epoch, i, stream) for p, i in zip(pictures, index.tolist())]
-        heights, widths = (torch.tensor([getattr(p, side) for p in pictures]) for side in ("height", "width"))
-        cut = draw(view, self.seed, epoch, index, stream, heights, widths).cut
-        return [cut_one(view, picture, Cut(*(part[i : i + 1] for part in cut))) for i, picture in enumerate(pictures)]
+            return [apply_one(view, p, self.seed, epoch, i, stream) for p, i in zip(images, index.tolist())]
+        heights, widths = (torch.tensor([getattr(p, side) for p in images]) for side in ("height", "width"))
+        cut = sample_params(view, self.seed, epoch, index, stream, heights, widths).cut
+        return [crop_one(view, image, CropParams(*(part[i : i + 1] for part in cut))) for i, image in enumerate(images)]

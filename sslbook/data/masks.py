@@ -1,4 +1,4 @@
-"""Which patches of a picture are hidden or predicted, in blocks, by keyed chance."""
+"""Which patches of an image are hidden or predicted, in blocks, with counter-based random numbers."""
 
 import math
 
@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.errors import UserError
 from sslbook.schedules import Clock
 
-STREAM = chance.METHOD + 500  # one row of chance for each attempt at a block; methods draw from METHOD onwards
-ATTEMPTS = 10  # at a block, after which a picture is left as it is
+STREAM = rng.METHOD + 500  # one row of random numbers for each attempt at a block; methods draw from METHOD onwards
+ATTEMPTS = 10  # at a block, after which an image is left as it is
 
 
 def block_mask(
@@ -28,17 +28,17 @@ def block_mask(
 
     Rectangles of random area and aspect ratio are laid over the grid until `num_masked` patches are hidden; one that
     would hide more, that does not fit or that hides nothing new is drawn again, and after ten failures in a row the
-    picture is left as it is, so that some have fewer hidden patches.
+    image is left as it is, so that some have fewer hidden patches.
 
     Args:
-        index: which pictures.
+        index: which images.
         grid: rows and columns of patches.
-        num_masked: the greatest number of patches to hide in a picture; or one number for each, which may be 0.
+        num_masked: the greatest number of patches to hide in an image; or one number for each, which may be 0.
         clock: its seed and epoch are part of the key.
         min_block: the smallest area of a rectangle, in patches.
         min_aspect: the smallest ratio of height to width; the greatest is its inverse.
-        exact: hide further patches by chance where the rectangles hid fewer.
-        stream: the first row of chance to use.
+        exact: hide further patches at random where the rectangles hid fewer.
+        stream: the first row of random numbers to use.
 
     Raises:
         UserError: nothing would be hidden, or everything.
@@ -60,7 +60,7 @@ def block_mask(
         trying = (left > 0) & (failures < ATTEMPTS)
         if not trying.any():
             break
-        u = chance.uniform(clock.seed, clock.epoch, index, stream + attempt, 4).double()
+        u = rng.uniform(clock.seed, clock.epoch, index, stream + attempt, 4).double()
         area = min_block + (left - min_block) * u[:, 0]  # below a smallest block too, where less is left to hide
         aspect = torch.exp(math.log(min_aspect) * (1 - 2 * u[:, 1]))
         h, w = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
@@ -75,8 +75,8 @@ def block_mask(
         attempt += 1
     mask = mask.flatten(1)
     if exact:
-        order = chance.uniform(clock.seed, clock.epoch, index, stream - 1, mask.shape[1])
-        order = (order + mask).argsort(dim=1, descending=True, stable=True)  # hidden ones first, then by chance
+        order = rng.uniform(clock.seed, clock.epoch, index, stream - 1, mask.shape[1])
+        order = (order + mask).argsort(dim=1, descending=True, stable=True)  # hidden ones first, then at random
         wanted = torch.as_tensor(num_masked, device=device).expand(len(index))
         mask = torch.zeros_like(mask).scatter(1, order, torch.arange(mask.shape[1], device=device) < wanted[:, None])
     return mask
@@ -104,32 +104,32 @@ def multi_block_mask(
 ) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch targets patches"]]:
     """I-JEPA's masks (arXiv:2301.08243, section 3): the patches of a context, and those of several target blocks.
 
-    Of a picture's context block the patches of its targets are taken away. All blocks of a step have the same size, as
+    Of an image's context block the patches of its targets are taken away. All blocks of a step have the same size, as
     in the authors' code, where also no block begins at the last place it could. A batch needs contexts of one length:
     each is cut to the shortest of all processes, its first patches kept. Where the authors would let a target overlap a
     context that is too short, this does not.
 
     Args:
-        index: which pictures.
+        index: which images.
         grid: rows and columns of patches.
         clock: seed and epoch key the places of the blocks, the step their size.
         num_targets: number of target blocks, which may overlap.
-        target_scale: range of the part of the picture that a target block covers.
+        target_scale: range of the part of the image that a target block covers.
         target_aspect: range of its height divided by its width.
         context_scale: range of the part that the context block covers.
-        stream: the first row of chance to use.
+        stream: the first row of random numbers to use.
 
     Raises:
-        UserError: the targets of some picture leave no context.
+        UserError: the targets of some image leave no context.
     """
     rows, columns = grid
     if min(grid) < 2:
         raise UserError(f"blocks need a grid of at least 2x2 patches, not {rows}x{columns}: use smaller patches")
     step = torch.tensor([clock.step], device=index.device)
-    sizes = chance.uniform(clock.seed, clock.epoch, step, stream, 2)[0].tolist()
+    sizes = rng.uniform(clock.seed, clock.epoch, step, stream, 2)[0].tolist()
     height, width = block_size(sizes[0], grid, target_scale, target_aspect)
     context_height, context_width = block_size(sizes[1], grid, context_scale, (1.0, 1.0))
-    u = chance.uniform(clock.seed, clock.epoch, index, stream + 1, 2 * num_targets + 2)
+    u = rng.uniform(clock.seed, clock.epoch, index, stream + 1, 2 * num_targets + 2)
 
     top, left = (u[:, :-2:2] * (rows - height)).long(), (u[:, 1:-2:2] * (columns - width)).long()
     patch = torch.arange(height * width, device=index.device)
@@ -141,7 +141,7 @@ def multi_block_mask(
     row, column = place // columns, place % columns
     context = (row >= top) & (row < top + context_height) & (column >= left) & (column < left + context_width)
     context = context.scatter(1, targets.flatten(1), False)
-    shortest = -int(distributed.maximum(-context.sum(dim=1).min()))
+    shortest = -int(distributed.all_reduce_max(-context.sum(dim=1).min()))
     if shortest < 1:
         raise UserError(
             f"{num_targets} target blocks of {height}x{width} leave no context in {rows}x{columns} patches: "

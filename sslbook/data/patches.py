@@ -1,17 +1,17 @@
-"""A picture as nine patches: one from each cell of a 3x3 grid, at a random place inside it."""
+"""An image as nine patches: one from each cell of a 3x3 grid, at a random place inside it."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.schedules import Clock
 
 SIDE = 3  # cells in a row of the grid
 PLACES = SIDE**2
-STREAM = chance.METHOD + 600  # methods draw from METHOD onwards
+STREAM = rng.METHOD + 600  # methods draw from METHOD onwards
 
 
 def check_patches(view: View, cell_size: int, patch_size: int) -> None:
@@ -36,26 +36,26 @@ def cut_patches(
     clock: Clock,
     stream: int = STREAM,
 ) -> Float[Tensor, "batch 9 channels patch patch"]:
-    """One patch from every cell, row by row; the grid lies in the middle of the picture.
+    """One patch from every cell, row by row; the grid lies in the middle of the image.
 
     A patch smaller than its cell leaves a gap to its neighbors, and its random place makes the gap's width unknown:
     lines that go on across the border do not tell who lies beside whom.
 
     Args:
-        images: pictures.
-        index: which pictures these are, for the key.
+        images: images.
+        index: which images these are, for the key.
         cell_size: side of a cell, in pixels.
         patch_size: side of a patch.
         clock: its seed and epoch are part of the key.
-        stream: the row of chance to use.
+        stream: the row of random numbers to use.
     """
     batch, _, height, width = images.shape
-    u = chance.uniform(clock.seed, clock.epoch, index, stream, 2 * PLACES).double()
+    u = rng.uniform(clock.seed, clock.epoch, index, stream, 2 * PLACES).double()
     jitter = (u * (cell_size - patch_size + 1)).long().view(batch, 2, PLACES)
     place, pixel = torch.arange(PLACES, device=images.device), torch.arange(patch_size, device=images.device)
     top = (height - SIDE * cell_size) // 2 + place // SIDE * cell_size + jitter[:, 0]
     left = (width - SIDE * cell_size) // 2 + place % SIDE * cell_size + jitter[:, 1]
     rows = (top[:, :, None] + pixel)[:, :, :, None]
     columns = (left[:, :, None] + pixel)[:, :, None, :]
-    picture = torch.arange(batch, device=images.device)[:, None, None, None]
-    return images[picture, :, rows, columns].permute(0, 1, 4, 2, 3)
+    image = torch.arange(batch, device=images.device)[:, None, None, None]
+    return images[image, :, rows, columns].permute(0, 1, 4, 2, 3)

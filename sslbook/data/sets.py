@@ -1,4 +1,4 @@
-"""Sets of pictures: folders, torchvision's by name, the embedded world, anybody's dataset by import path."""
+"""Sets of images: folders, torchvision's by name, the Shapes data set, anybody's dataset by import path."""
 
 import hashlib
 import importlib
@@ -15,22 +15,22 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslbook.data.pictures import DECODING_ERRORS, EXTENSIONS, Files, Mapped, Resident, Source
-from sslbook.data.world import World
+from sslbook.data.datasets.shapes import Shapes
+from sslbook.data.images import DECODING_ERRORS, EXTENSIONS, DatasetSource, FileList, ImageSource, InMemory
 from sslbook.errors import UserError, nearest
 
-NAMES = ("world", "cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette", "imagenet")
+NAMES = ("shapes", "cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette", "imagenet")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 @dataclass
-class Sets:
+class Splits:
     """What `Data` learns from and is judged on."""
 
-    pretrain: Source
-    train: Source
-    """the labelled training pictures; nearly always the same object as `pretrain`"""
-    test: Source | None
+    pretrain: ImageSource
+    train: ImageSource
+    """the labeled training images; nearly always the same object as `pretrain`"""
+    test: ImageSource | None
     class_names: tuple[str, ...] = ()
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class Sets:
 
 
 def scan(folder: Path) -> list[str]:
-    """The pictures under `folder`, as sorted relative paths with `/`; hidden files are passed over, loops are cut."""
+    """The images under `folder`, as sorted relative paths with `/`; hidden files are passed over, loops are cut."""
     found: list[str] = []
 
     def walk(directory: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
@@ -67,33 +67,33 @@ def scan(folder: Path) -> list[str]:
     return found
 
 
-def load_folder(folder: str | Path) -> Sets:
-    """A folder of pictures, labelled or not.
+def load_folder(folder: str | Path) -> Splits:
+    """A folder of images, labeled or not.
 
     `train/` beside one of `test/`, `val/`, `valid/`, `validation/` is a split, and what else lies there is not used.
-    Within a split (or the folder as a whole) the subfolders are classes if every picture lies in one and there are at
-    least two. Of several test folders the first labelled one counts, that is one with classes of the training pictures.
-    A labelled folder without a split holds out a tenth of each class for evaluation, chosen by a hash of the paths.
+    Within a split (or the folder as a whole) the subfolders are classes if every image lies in one and there are at
+    least two. Of several test folders the first labeled one counts, that is one with classes of the training images.
+    A labeled folder without a split holds out a tenth of each class for evaluation, chosen by a hash of the paths.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"the folder {folder} {what}: give a folder that holds pictures")
+        raise UserError(f"the folder {folder} {what}: give a folder that holds images")
     paths = scan(folder)
     if not paths:
-        raise UserError(f"no pictures under {folder}: expected {' '.join(EXTENSIONS)}")
+        raise UserError(f"no images under {folder}: expected {' '.join(EXTENSIONS)}")
 
     tops = {path.split("/", 1)[0] if "/" in path else "" for path in paths}
     by_lower = {top.lower(): top for top in tops}
     tests = [name for name in TEST_FOLDERS if name in by_lower]
     if "train" not in by_lower or not (tests or set(by_lower) == {"train"}):
         names = _classes(paths)
-        everything = _files(folder, paths, names)
+        everything = _file_list(folder, paths, names)
         if not names:
-            return Sets(everything, everything, None)
+            return Splits(everything, everything, None)
         test = _held_out(paths, everything.labels)
         train = everything.subset((~test).nonzero()[:, 0])
-        return Sets(train, train, everything.subset(test.nonzero()[:, 0]), names)
+        return Splits(train, train, everything.subset(test.nonzero()[:, 0]), names)
 
     def part(name: str) -> tuple[Path, list[str]]:
         prefix = by_lower[name] + "/"
@@ -107,7 +107,7 @@ def load_folder(folder: str | Path) -> Sets:
     test_root, test_paths = next((one for one in parts if _shares_a_class(one[1], names)), parts[0])
     others = sorted(set(by_lower) - {"train", *TEST_FOLDERS})
     if others:
-        what = ", ".join(f"{by_lower[name]}/" if name else "loose pictures" for name in others[:3])
+        what = ", ".join(f"{by_lower[name]}/" if name else "loose images" for name in others[:3])
         what += f" and {len(others) - 3} more" if len(others) > 3 else ""
         warnings.warn(
             f"{folder} is split into {train_root.name}/ and {test_root.name}/; not used: {what}", stacklevel=2
@@ -117,9 +117,9 @@ def load_folder(folder: str | Path) -> Sets:
         names = test_names = tuple(sorted({*names, *_tops(test_paths)}))
     elif names and all("/" in path for path in test_paths):
         what = f"the folders in {test_root} are not the training classes"
-        warnings.warn(f"{what}: its pictures count as unlabelled, unless you name its folders like these", stacklevel=2)
-    train = _files(train_root, train_paths, names)
-    return Sets(train, train, _files(test_root, test_paths, test_names), names)
+        warnings.warn(f"{what}: its images count as unlabeled, unless you name its folders like these", stacklevel=2)
+    train = _file_list(train_root, train_paths, names)
+    return Splits(train, train, _file_list(test_root, test_paths, test_names), names)
 
 
 def _tops(paths: list[str]) -> set[str]:
@@ -132,18 +132,18 @@ def _classes(paths: list[str]) -> tuple[str, ...]:
 
 
 def _shares_a_class(paths: list[str], names: tuple[str, ...]) -> bool:
-    """Whether every one of the pictures lies in a folder, and some in one of `names`."""
+    """Whether every one of the images lies in a folder, and some in one of `names`."""
     return all("/" in path for path in paths) and not _tops(paths).isdisjoint(names)
 
 
-def _files(root: Path, paths: list[str], names: tuple[str, ...]) -> Files:
+def _file_list(root: Path, paths: list[str], names: tuple[str, ...]) -> FileList:
     number = {name: i for i, name in enumerate(names)}
     labels = [number[path.split("/", 1)[0]] if names else -1 for path in paths]
-    return Files(root, np.array([os.fsencode(path) for path in paths]), torch.tensor(labels, dtype=torch.int64))
+    return FileList(root, np.array([os.fsencode(path) for path in paths]), torch.tensor(labels, dtype=torch.int64))
 
 
-def _held_out(paths: list[str], labels: Int[Tensor, "pictures"]) -> Bool[Tensor, "pictures"]:
-    """Of each class the tenth whose paths hash lowest (at least one, where a class has two pictures or more)."""
+def _held_out(paths: list[str], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
+    """Of each class the tenth whose paths hash lowest (at least one, where a class has two images or more)."""
     rank = [int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=7).digest(), "big") for path in paths]
     order = torch.tensor(rank).argsort()
     held = torch.zeros(len(paths), dtype=torch.bool)
@@ -157,16 +157,16 @@ def _held_out(paths: list[str], labels: Int[Tensor, "pictures"]) -> Bool[Tensor,
 # Sets by name --------------------------------------------------------------------------------------------------------
 
 
-def load_world(world: World) -> Sets:
-    """The embedded world, drawn."""
+def load_shapes(shapes: Shapes) -> Splits:
+    """The Shapes data set, drawn."""
     sources, factors = {}, {}
     for split in ("train", "test"):
-        images, factors[split] = world.render(split)
-        sources[split] = Resident(images, factors[split]["shape"])
-    return Sets(sources["train"], sources["train"], sources["test"], tuple(world.class_names), factors)
+        images, factors[split] = shapes.render(split)
+        sources[split] = InMemory(images, factors[split]["shape"])
+    return Splits(sources["train"], sources["train"], sources["test"], tuple(shapes.class_names), factors)
 
 
-def load_named(name: str, root: str | Path, download: bool) -> Sets:
+def load_named(name: str, root: str | Path, download: bool) -> Splits:
     """One of torchvision's sets, or a dataset class by its import path."""
     if name in ("imagenet", "imagenette"):
         return _load_imagenet(Path(root).expanduser(), name, download)
@@ -179,7 +179,7 @@ def load_named(name: str, root: str | Path, download: bool) -> Sets:
     raise UserError(f"unknown data set {name!r}{hint} (or name a class by its import path, or give data.folder)")
 
 
-def _load_small(root: Path, name: str, kind: str, download: bool) -> Sets:
+def _load_small(root: Path, name: str, kind: str, download: bool) -> Splits:
     """A set that torchvision reads into memory."""
     import torchvision.datasets
 
@@ -194,24 +194,24 @@ def _load_small(root: Path, name: str, kind: str, download: bool) -> Sets:
 
     if name == "stl10":
         unlabeled, train, test = (get(split=split) for split in ("unlabeled", "train", "test"))
-        sources = [_resident(part.data, part.labels) for part in (unlabeled, train, test)]
-        return Sets(sources[0], sources[1], sources[2], tuple(train.classes))
+        sources = [_in_memory(part.data, part.labels) for part in (unlabeled, train, test)]
+        return Splits(sources[0], sources[1], sources[2], tuple(train.classes))
     train, test = (get(train=train) for train in (True, False))
-    sources = [_resident(part.data, part.targets) for part in (train, test)]
-    return Sets(sources[0], sources[0], sources[1], tuple(train.classes))
+    sources = [_in_memory(part.data, part.targets) for part in (train, test)]
+    return Splits(sources[0], sources[0], sources[1], tuple(train.classes))
 
 
-def _resident(images: Any, labels: Any) -> Resident:
+def _in_memory(images: Any, labels: Any) -> InMemory:
     """torchvision's arrays, in whatever order their axes come."""
     images = torch.as_tensor(images)
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
-    return Resident(images.contiguous(), torch.as_tensor(labels).long())
+    return InMemory(images.contiguous(), torch.as_tensor(labels).long())
 
 
-def _load_imagenet(root: Path, name: str, download: bool) -> Sets:
+def _load_imagenet(root: Path, name: str, download: bool) -> Splits:
     """ImageNet-1k or Imagenette as folders: `train/` and `val/`, one subfolder a class."""
     folders = [root / name, root]
     if name == "imagenette":
@@ -244,7 +244,7 @@ def _download(name: str, root: Path, get: Callable[[], Any]) -> Any:
         raise UserError(f"cannot download {name} ({reason}): {cure}") from error
 
 
-def _load_imported(name: str, root: str | Path) -> Sets:
+def _load_imported(name: str, root: str | Path) -> Splits:
     """A map-style dataset by import path.
 
     Of the arguments `root`, `train` and `split` it is given those that it names; with one of the last two it is made
@@ -271,11 +271,11 @@ def _load_imported(name: str, root: str | Path) -> Sets:
     labels = [_labels(dataset) for dataset in datasets]
     texts = sorted({label for some in labels for label in some if isinstance(label, str)})
     numbers = {text: i for i, text in enumerate(texts)}
-    sources = [_mapped(dataset, some, numbers) for dataset, some in zip(datasets, labels)]
+    sources = [_dataset_source(dataset, some, numbers) for dataset, some in zip(datasets, labels)]
     classes = texts or getattr(datasets[0], "classes", None)
     count = int(max(source.labels.max() for source in sources)) + 1
     names = tuple(map(str, classes)) if classes is not None and count > 0 else tuple(map(str, range(count)))
-    return Sets(sources[0], sources[0], sources[1] if len(sources) > 1 else None, names)
+    return Splits(sources[0], sources[0], sources[1] if len(sources) > 1 else None, names)
 
 
 def _labels(dataset: Any) -> list[Any]:
@@ -283,7 +283,7 @@ def _labels(dataset: Any) -> list[Any]:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"{type(dataset).__name__} has no __len__ and __getitem__: a map-style dataset is needed")
     if len(dataset) == 0:
-        raise UserError(f"{type(dataset).__name__} holds no pictures: check its arguments")
+        raise UserError(f"{type(dataset).__name__} holds no images: check its arguments")
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is not None:
         return labels.tolist() if hasattr(labels, "tolist") else list(labels)
@@ -297,20 +297,20 @@ def _labels(dataset: Any) -> list[Any]:
         if not (isinstance(item, tuple | list) and len(item) > 1):  # so are the others: they need not be decoded
             return [None] * len(dataset)
         if isinstance(item[1], str):  # a class or a caption
-            cure = "number the classes, list their names as `targets`, or yield the picture alone"
+            cure = "number the classes, list their names as `targets`, or yield the image alone"
             raise UserError(f"{type(dataset).__name__} yields the label {item[1]!r}: {cure}")
         labels.append(item[1])
     return labels
 
 
-def _mapped(dataset: Any, labels: list[Any], numbers: dict[str, int]) -> Mapped:
+def _dataset_source(dataset: Any, labels: list[Any], numbers: dict[str, int]) -> DatasetSource:
     """Wrap a dataset; `numbers` are those of its classes if the labels are names."""
     try:
         values = [-1 if label is None else numbers[label] if numbers else int(label) for label in labels]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        cure = "give each picture one number, name or None"
+        cure = "give each image one number, name or None"
         raise UserError(f"{type(dataset).__name__} has labels that are no classes: {cure}") from error
     if len(values) != len(dataset):
-        cure = "give one for each picture"
-        raise UserError(f"{type(dataset).__name__} has {len(values)} labels for {len(dataset)} pictures: {cure}")
-    return Mapped(dataset, torch.tensor(values, dtype=torch.int64), torch.arange(len(dataset)))
+        cure = "give one for each image"
+        raise UserError(f"{type(dataset).__name__} has {len(values)} labels for {len(dataset)} images: {cure}")
+    return DatasetSource(dataset, torch.tensor(values, dtype=torch.int64), torch.arange(len(dataset)))

@@ -1,16 +1,16 @@
 """A view is a description, not code.
 
-Augmentation is half of self-supervised learning, and the slow half. A `View` only says what is done to a picture; two
+Augmentation is half of self-supervised learning, and the slow half. A `View` only says what is done to an image; two
 executors do it:
 
-- `apply_one`: one picture of any size, with torchvision's functions, in the processes that decode files;
-- `apply_batch`: a whole batch of equal-sized pictures on the training device, every sample with its own parameters.
+- `apply_one`: one image of any size, with torchvision's functions, in the processes that decode files;
+- `apply_batch`: a whole batch of equal-sized images on the training device, every sample with its own parameters.
 
 Both read their chance from one `draw`, which depends on `(seed, epoch, index, stream)` alone. They therefore give the
-same picture up to rounding, except that a bicubic resize may differ visibly at sharp edges and in noise: Pillow cuts
+same image up to rounding, except that a bicubic resize may differ visibly at sharp edges and in noise: Pillow cuts
 its overshoots off at 0 and 255 between rows and columns, the batched executor only at the end.
 
-A crop with an antialiased resize is a linear map that separates into rows and columns, so the batched executor writes
+A crop with an antialiased resize is a linear layer that separates into rows and columns, so the batched executor writes
 it as two matrices per sample and two batched matrix products; Gaussian blur is treated alike.
 """
 
@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from sslbook.chance import uniform
 from sslbook.errors import UserError
+from sslbook.rng import uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,14 +44,14 @@ _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
 
 @dataclass(frozen=True)
 class View:
-    """What a picture becomes before a network sees it.
+    """What an image becomes before a network sees it.
 
     The steps come in the order of the arguments: crop and resize, flip, color jitter, grayscale, blur, solarize,
     normalize (SimCLR, appendix A; solarize from BYOL, appendix B).
 
     Args:
         size: side of the square result, in pixels.
-        crop: range of the part of the picture's area that a random crop keeps; null cuts the center instead.
+        crop: range of the part of the image's area that a random crop keeps; null cuts the center instead.
         ratio: range of the random crop's width divided by its height.
         resize: only without a random crop: the shorter side is brought to this length before the center is cut;
             null means `size`.
@@ -112,8 +112,8 @@ class View:
         return View(size, crop=None, resize=resize, flip=0.0, mean=mean, std=std, interpolation=interpolation)
 
 
-class Cut(NamedTuple):
-    """Where the pixels come from: the picture inside `box` is resized to `grid`, of which a square is kept."""
+class CropParams(NamedTuple):
+    """Where the pixels come from: the image inside `box` is resized to `grid`, of which a square is kept."""
 
     box: Int[Tensor, "batch 4"]
     """top, left, height, width"""
@@ -122,7 +122,7 @@ class Cut(NamedTuple):
     flip: Bool[Tensor, "batch"]
 
 
-class Color(NamedTuple):
+class ColorParams(NamedTuple):
     """What happens to the values."""
 
     jitter: Bool[Tensor, "batch"]
@@ -136,14 +136,14 @@ class Color(NamedTuple):
     solarize: Bool[Tensor, "batch"]
 
 
-class Draw(NamedTuple):
+class ViewParams(NamedTuple):
     """All the chance of one view."""
 
-    cut: Cut
-    color: Color
+    cut: CropParams
+    color: ColorParams
 
 
-def draw(
+def sample_params(
     view: View,
     seed: int,
     epoch: int,
@@ -151,18 +151,18 @@ def draw(
     stream: int,
     heights: Int[Tensor, "batch"],
     widths: Int[Tensor, "batch"],
-) -> Draw:
-    """All the chance of `view` for the pictures `index` of the given sizes.
+) -> ViewParams:
+    """All the chance of `view` for the images `index` of the given sizes.
 
     It is made on the CPU, in float64 where numbers are rounded to pixels, so that every device cuts the same boxes.
     """
     u = uniform(seed, epoch, index.cpu(), stream, _COLUMNS)
-    return Draw(_draw_cut(view, u, heights, widths), _draw_color(view, u))
+    return ViewParams(_sample_crop(view, u, heights, widths), _sample_color(view, u))
 
 
-def _draw_cut(
+def _sample_crop(
     view: View, u: Float[Tensor, "batch columns"], heights: Int[Tensor, "batch"], widths: Int[Tensor, "batch"]
-) -> Cut:
+) -> CropParams:
     flip = u[:, _FLIP] < view.flip
     if view.crop is None:
         short = torch.minimum(heights, widths)
@@ -170,7 +170,7 @@ def _draw_cut(
         grid = torch.stack([resize * heights // short, resize * widths // short], 1)
         offset = ((grid - view.size).double() / 2).round().long()
         zero = torch.zeros_like(heights)
-        return Cut(torch.stack([zero, zero, heights, widths], 1), torch.cat([grid, offset], 1), flip)
+        return CropParams(torch.stack([zero, zero, heights, widths], 1), torch.cat([grid, offset], 1), flip)
 
     # torchvision's RandomResizedCrop: draw area and ratio until the box fits, at most ten times.
     area_low, area_high = view.crop
@@ -192,15 +192,15 @@ def _draw_cut(
         top = torch.where(found, top, (heights - h) // 2)
         left = torch.where(found, left, (widths - w) // 2)
     size, zero = torch.full_like(top, view.size), torch.zeros_like(top)
-    return Cut(torch.stack([top, left, height, width], 1), torch.stack([size, size, zero, zero], 1), flip)
+    return CropParams(torch.stack([top, left, height, width], 1), torch.stack([size, size, zero, zero], 1), flip)
 
 
-def _draw_color(view: View, u: Float[Tensor, "batch columns"]) -> Color:
+def _sample_color(view: View, u: Float[Tensor, "batch columns"]) -> ColorParams:
     amount = torch.tensor(view.color_jitter)
     low = torch.cat([(1 - amount[:3]).clamp(min=0), -amount[3:]])
     high = torch.cat([1 + amount[:3], amount[3:]])
     sigma_low, sigma_high = view.blur_sigma
-    return Color(
+    return ColorParams(
         jitter=(u[:, _JITTER_P] < view.color_jitter_p) & bool(amount.any()),
         factors=low + (high - low) * u[:, _FACTORS],
         order=u[:, _ORDER].argsort(dim=1, stable=True),
@@ -212,29 +212,29 @@ def _draw_color(view: View, u: Float[Tensor, "batch columns"]) -> Color:
 
 
 def _kernel_size(size: int) -> int:
-    """A tenth of the picture, odd, and at least 3 (but a reflected border must lie within the picture)."""
+    """A tenth of the image, odd, and at least 3 (but a reflected border must lie within the image)."""
     return min(max(3, size // 10 // 2 * 2 + 1), 2 * size - 1)
 
 
-# One picture ---------------------------------------------------------------------------------------------------------
+# One image ---------------------------------------------------------------------------------------------------------
 
 
-def apply_one(view: View, picture: Any, seed: int, epoch: int, index: int, stream: int) -> Float[Tensor, "3 size size"]:
-    """Executor 1: one picture, with torchvision's functions.
+def apply_one(view: View, image: Any, seed: int, epoch: int, index: int, stream: int) -> Float[Tensor, "3 size size"]:
+    """Executor 1: one image, with torchvision's functions.
 
     Args:
         view: what is to be done.
-        picture: a PIL image in mode RGB or L, or a uint8 tensor `(channels, height, width)`.
+        image: a PIL image in mode RGB or L, or a uint8 tensor `(channels, height, width)`.
         seed: first part of the key.
         epoch: second part of the key.
-        index: third part of the key: which picture this is.
-        stream: last part of the key: which view of the picture this is.
+        index: third part of the key: which image this is.
+        stream: last part of the key: which view of the image this is.
     """
     from torchvision.transforms.v2 import functional as F
 
-    picture = as_pil(picture)
-    chance = draw_one(view, seed, epoch, index, stream, picture.height, picture.width)
-    x = cut_one(view, picture, chance.cut).float() / 255
+    image = as_pil(image)
+    chance = sample_params_one(view, seed, epoch, index, stream, image.height, image.width)
+    x = crop_one(view, image, chance.cut).float() / 255
     color = chance.color
     if color.jitter[0]:
         factors = color.factors[0].tolist()
@@ -251,12 +251,16 @@ def apply_one(view: View, picture: Any, seed: int, epoch: int, index: int, strea
     return F.normalize(x, list(view.mean), list(view.std))
 
 
-def draw_one(view: View, seed: int, epoch: int, index: int, stream: int, height: int, width: int) -> Draw:
-    """`draw` for one picture."""
-    return draw(view, seed, epoch, torch.tensor([index]), stream, torch.tensor([height]), torch.tensor([width]))
+def sample_params_one(
+    view: View, seed: int, epoch: int, index: int, stream: int, height: int, width: int
+) -> ViewParams:
+    """`draw` for one image."""
+    return sample_params(
+        view, seed, epoch, torch.tensor([index]), stream, torch.tensor([height]), torch.tensor([width])
+    )
 
 
-def cut_one(view: View, picture: Any, cut: Cut) -> UInt8[Tensor, "3 size size"]:
+def crop_one(view: View, image: Any, cut: CropParams) -> UInt8[Tensor, "3 size size"]:
     """The geometric part of executor 1: crop, resize and flip one PIL image."""
     import numpy as np
     from PIL import Image
@@ -265,29 +269,29 @@ def cut_one(view: View, picture: Any, cut: Cut) -> UInt8[Tensor, "3 size size"]:
     top, left, height, width = cut.box[0].tolist()
     grid_height, grid_width, y, x = cut.grid[0].tolist()
     size = view.size
-    if (top, left, height, width) != (0, 0, picture.height, picture.width):
-        picture = picture.crop((left, top, left + width, top + height))
+    if (top, left, height, width) != (0, 0, image.height, image.width):
+        image = image.crop((left, top, left + width, top + height))
     if (grid_height, grid_width) != (height, width):
-        # The part that is kept, in the picture's own pixels: only it is computed, however long the picture is.
+        # The part that is kept, in the image's own pixels: only it is computed, however long the image is.
         scale_y, scale_x = height / grid_height, width / grid_width
         part = (x * scale_x, y * scale_y, min((x + size) * scale_x, width), min((y + size) * scale_y, height))
-        picture = picture.resize((size, size), filters[view.interpolation], box=part)
+        image = image.resize((size, size), filters[view.interpolation], box=part)
     elif (height, width) != (size, size):
-        picture = picture.crop((x, y, x + size, y + size))
+        image = image.crop((x, y, x + size, y + size))
     if cut.flip[0]:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).contiguous()
 
 
-def as_pil(picture: Any) -> Any:
+def as_pil(image: Any) -> Any:
     """A uint8 tensor as a PIL image; a PIL image as it is."""
     from PIL import Image
 
-    if isinstance(picture, Tensor):
-        array = picture.cpu().numpy()
+    if isinstance(image, Tensor):
+        array = image.cpu().numpy()
         return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0).copy())
-    return picture
+    return image
 
 
 # A batch -------------------------------------------------------------------------------------------------------------
@@ -301,19 +305,19 @@ def apply_batch(
     index: Int[Tensor, "batch"],
     stream: int,
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Executor 2: a batch of equal-sized pictures on their own device, each with its own parameters.
+    """Executor 2: a batch of equal-sized images on their own device, each with its own parameters.
 
     Args:
         view: what is to be done.
-        images: the pictures; one channel is taken as gray.
+        images: the images; one channel is taken as gray.
         seed: first part of the key.
         epoch: second part of the key.
-        index: third part of the key: which pictures these are.
-        stream: last part of the key: which view of the pictures this is.
+        index: third part of the key: which images these are.
+        stream: last part of the key: which view of the images this is.
     """
     height, width = (torch.full((len(images),), side) for side in images.shape[2:])
-    chance = draw(view, seed, epoch, index, stream, height, width)
-    return color_batch(view, cut_batch(view, images, chance.cut), chance.color)
+    chance = sample_params(view, seed, epoch, index, stream, height, width)
+    return color_batch(view, crop_batch(view, images, chance.cut), chance.color)
 
 
 def apply_color(
@@ -324,13 +328,13 @@ def apply_color(
     index: Int[Tensor, "batch"],
     stream: int,
 ) -> Float[Tensor, "batch 3 size size"]:
-    """The second half of executor 2, for pictures that `cut_one` has already cut with the same key."""
-    color = _draw_color(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS))
+    """The second half of executor 2, for images that `cut_one` has already cut with the same key."""
+    color = _sample_color(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS))
     return color_batch(view, cuts.transpose(0, 1).contiguous().float().mul_(1 / 255), color)
 
 
-def cut_batch(
-    view: View, images: UInt8[Tensor, "batch channels height width"], cut: Cut
+def crop_batch(
+    view: View, images: UInt8[Tensor, "batch channels height width"], cut: CropParams
 ) -> Float[Tensor, "3 batch size size"]:
     """Crop, resize and flip; returns values in [0, 1], color planes first, since the color steps work by plane."""
     batch, channels, height, width = images.shape
@@ -370,7 +374,7 @@ def _resampling(
     """For every sample the matrix that resizes `[start, start + length)` to `grid` and keeps `size` from `offset`.
 
     A row is the filter laid around the point of the source that the output pixel falls on, stretched where the
-    picture shrinks, cut at the borders of the box and normalized: the antialiased resize of Pillow and torch.
+    image shrinks, cut at the borders of the box and normalized: the antialiased resize of Pillow and torch.
     """
     scale = (length / grid)[:, None]
     stretch = scale.clamp(min=1)
@@ -391,7 +395,9 @@ def _resampling(
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def color_batch(view: View, x: Float[Tensor, "3 batch size size"], color: Color) -> Float[Tensor, "batch 3 size size"]:
+def color_batch(
+    view: View, x: Float[Tensor, "3 batch size size"], color: ColorParams
+) -> Float[Tensor, "batch 3 size size"]:
     """Color jitter, grayscale, blur, solarize, normalize; overwrites `x`."""
 
     def chosen(mask: Bool[Tensor, "batch"]) -> Int[Tensor, "few"]:

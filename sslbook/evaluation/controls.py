@@ -1,6 +1,6 @@
 """What a method must beat before its figures mean anything, measured exactly like the method.
 
-- `pixels`: the picture itself, as one long vector. Whatever the method adds shows against this.
+- `pixels`: the image itself, as one long vector. Whatever the method adds shows against this.
 - `random_weights`: the same network before any training. An untrained convolution is already a fair feature.
 - `supervised`: the same network, view, batch and number of steps, but with labels. An anchor, not a ceiling.
 """
@@ -22,14 +22,14 @@ from sslbook.errors import UserError
 from sslbook.evaluation.features import device_of, extract_features, frozen
 from sslbook.evaluation.table import Row, measure, require_labels
 
-PIXELS = 32  # the longest side of a picture that is compared pixel by pixel
+PIXELS = 32  # the longest side of an image that is compared pixel by pixel
 
 
 def pixels(data: Data, view: View, *, device: torch.device | str | None = None, **options) -> Row:
-    """The pictures themselves, flattened; larger ones are first resized to 32 pixels.
+    """The images themselves, flattened; larger ones are first resized to 32 pixels.
 
     Args:
-        data: labelled pictures with a test split.
+        data: labeled images with a test split.
         view: the view that the method is measured with; its cut is kept.
         device: where to compute.
         options: passed on to `sslbook.evaluation.table.measure`.
@@ -47,7 +47,7 @@ def random_weights(
 
     Args:
         backbone: freshly initialized: a copy made before the method began to train.
-        data: labelled pictures with a test split.
+        data: labeled images with a test split.
         view: the view that the method is measured with.
         device: where to compute.
         options: passed on to `sslbook.evaluation.table.measure`.
@@ -77,16 +77,16 @@ def supervised(
 
     Args:
         backbone: freshly initialized: a copy made before the method began to train.
-        data: labelled pictures with a test split.
+        data: labeled images with a test split.
         view: the view to train on; give the method's own.
         steps: optimizer steps.
-        batch_size: pictures per step.
+        batch_size: images per step.
         evaluation_view: the view that the method is measured with.
         lr: peak learning rate of AdamW; it rises over the first twentieth and falls to zero along a cosine. Short runs
             need the default (a small residual net, 250 steps: 72 % at 3e-3, 36 % at 1e-3); give a transformer 1e-3.
         weight_decay: of AdamW.
         optimizer: another optimizer, given its parameters; its own learning rate is then the peak.
-        seed: key of the order of the pictures and of their views.
+        seed: key of the order of the images and of their views.
         device: where to train; by default where the backbone is.
         progress: show bars.
         options: passed on to `sslbook.evaluation.table.measure`.
@@ -107,11 +107,11 @@ def supervised(
     network.train()
     with torch.random.fork_rng(devices=cuda), bar:  # dropout in the backbone must not disturb the caller's chance
         torch.manual_seed(seed)
-        for step, (x, y) in enumerate(_labelled(data, view, steps, batch_size, seed, device)):
+        for step, (x, y) in enumerate(_labeled(data, view, steps, batch_size, seed, device)):
             for group, peak in zip(chosen.param_groups, peaks):
                 group["lr"] = peak * _schedule(step, steps)
             if bool((y < 0).all()):
-                raise UserError("the pictures to learn from have no labels, so there is no supervised control")
+                raise UserError("the images to learn from have no labels, so there is no supervised control")
             loss = F.cross_entropy(network(x), y, ignore_index=-1)
             if not torch.isfinite(loss):
                 raise UserError(f"the supervised control's loss became {loss.item()} at step {step}; lower its lr")
@@ -139,14 +139,14 @@ def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
 
 
 def _dim(backbone: nn.Module, view: View, device: torch.device) -> int:
-    """The number of features, tried out on one blank picture where the module does not say."""
+    """The number of features, tried out on one blank image where the module does not say."""
     if isinstance(dim := getattr(backbone, "dim", None), int):
         return dim
     with frozen(backbone.to(device)):
         return backbone(torch.zeros(1, 3, view.size, view.size, device=device)).shape[1]
 
 
-def _labelled(
+def _labeled(
     data: Data, view: View, steps: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Exactly `steps` batches, epoch after epoch."""
@@ -159,7 +159,7 @@ def _labelled(
             yield batch.views[0], batch.label.to(device)
             step += 1
         if step == before:
-            raise UserError(f"no batch of {batch_size} labelled pictures; lower the batch size")
+            raise UserError(f"no batch of {batch_size} labeled images; lower the batch size")
         epoch += 1
 
 

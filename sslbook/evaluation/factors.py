@@ -1,4 +1,4 @@
-"""What of a picture is in its features: one linear probe for each factor of the embedded world.
+"""What of an image is in its features: one linear probe for each factor of the Shapes data set.
 
 A categorical factor (shape, hue, background) is named by the linear probe and scored by its accuracy in percent. A
 continuous one (place, scale, light) is predicted by ridge regression and scored by 100 times R^2, the percentage of its
@@ -17,7 +17,7 @@ from sslbook.errors import UserError
 from sslbook.evaluation import linear
 
 PERIODS = {"orientation": 360.0}  # factors that return to where they began
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # per picture, on standardized features
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # per image, on standardized features
 
 
 def probe(
@@ -34,19 +34,19 @@ def probe(
 
     Args:
         features_train: training features.
-        factors_train: factors of the same pictures; int64 is categorical, float32 continuous.
+        factors_train: factors of the same images; int64 is categorical, float32 continuous.
         features_test: test features.
-        factors_test: factors of the test pictures.
+        factors_test: factors of the test images.
         seed: key of the validation part.
         device: where the categorical probes are trained.
         progress: show a bar.
 
     Raises:
-        UserError: features and factors are of different pictures.
+        UserError: features and factors are of different images.
     """
     for x, factors in ((features_train, factors_train), (features_test, factors_test)):
         if wrong := [name for name, value in factors.items() if len(value) != len(x)]:
-            raise UserError(f"factor {wrong[0]} has {len(factors[wrong[0]])} values for {len(x)} pictures")
+            raise UserError(f"factor {wrong[0]} has {len(factors[wrong[0]])} values for {len(x)} images")
     names = list(chance_levels(factors_train, factors_test))
     continuous = {name: factors_train[name] for name in names if factors_train[name].is_floating_point()}
     scores = _ridge(features_train, continuous, features_test, factors_test, seed) if continuous else {}

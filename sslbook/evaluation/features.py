@@ -41,9 +41,9 @@ def center_view(
     *,
     resize: int | None = None,
 ) -> View:
-    """The field's view for evaluation: the center, of a picture whose shorter side is first brought to 8/7 of it.
+    """The field's view for evaluation: the center, of an image whose shorter side is first brought to 8/7 of it.
 
-    Small pictures (below 128 pixels) are seen whole.
+    Small images (below 128 pixels) are seen whole.
     """
     if resize is None:
         resize = round(size * 8 / 7) if size >= 128 else size
@@ -59,22 +59,22 @@ def extract_features(
     device: torch.device | str | None = None,
     batch_size: int = 256,
     progress: bool = True,
-) -> tuple[Float[Tensor, "pictures dim"], Int[Tensor, "pictures"]]:
-    """Features and labels of every readable picture of a split, in order, on the CPU.
+) -> tuple[Float[Tensor, "images dim"], Int[Tensor, "images"]]:
+    """Features and labels of every readable image of a split, in order, on the CPU.
 
-    Labels come with the pictures: one that cannot be read leaves neither a feature nor a label behind.
+    Labels come with the images: one that cannot be read leaves neither a feature nor a label behind.
 
     Args:
-        backbone: maps pictures to one vector each; it is left in the mode it came in.
-        data: where the pictures come from.
+        backbone: maps images to one vector each; it is left in the mode it came in.
+        data: where the images come from.
         split: `train` or `test`.
-        view: what becomes of a picture; use `View.center` for a view without chance.
+        view: what becomes of an image; use `View.center` for a view without chance.
         device: where to compute; by default where the backbone is. The backbone is moved there.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         progress: show a bar.
 
     Raises:
-        UserError: the backbone returns something else than one finite vector per picture, or no picture is readable.
+        UserError: the backbone returns something else than one finite vector per image, or no image is readable.
     """
     features, labels, _ = extract_with_index(
         backbone, data, split, view, device=device, batch_size=batch_size, progress=progress
@@ -91,16 +91,14 @@ def extract_with_index(
     device: torch.device | str | None = None,
     batch_size: int = 256,
     progress: bool = True,
-) -> tuple[Float[Tensor, "pictures dim"], Int[Tensor, "pictures"], Int[Tensor, "pictures"]]:
-    """`extract_features`, and the place of each picture in the split."""
+) -> tuple[Float[Tensor, "images dim"], Int[Tensor, "images"], Int[Tensor, "images"]]:
+    """`extract_features`, and the place of each image in the split."""
     device = device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
     total = len(data.labels(split))
     features: Tensor | None = None
     labels, indices, done = [], [], 0
-    bar = tqdm(
-        total=total, desc=f"features of {split}", unit="picture", leave=False, disable=None if progress else True
-    )
+    bar = tqdm(total=total, desc=f"features of {split}", unit="image", leave=False, disable=None if progress else True)
     with frozen(backbone), bar, torch.autocast(device.type, enabled=False):
         for batch in data.evaluation_batches(split, view, batch_size, device):
             output = backbone(batch.views[0])
@@ -113,13 +111,13 @@ def extract_with_index(
             done += len(output)
             bar.update(len(output))
     if features is None:
-        raise UserError(f"no readable picture in the {split} split; check the folder and its files")
+        raise UserError(f"no readable image in the {split} split; check the folder and its files")
     return features[:done], torch.cat(labels), torch.cat(indices)
 
 
-def _check(output: object, pictures: int) -> None:
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != pictures:
+def _check(output: object, images: int) -> None:
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != images:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UserError(f"the backbone returned {found} for {pictures} pictures; it must return ({pictures}, dim)")
+        raise UserError(f"the backbone returned {found} for {images} images; it must return ({images}, dim)")
     if not torch.isfinite(output).all():
         raise UserError("the backbone's features hold NaN or Inf; its weights have diverged, use an earlier checkpoint")

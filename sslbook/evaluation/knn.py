@@ -1,6 +1,6 @@
-"""Weighted k-nearest-neighbour classification on frozen features: no training, nothing to tune.
+"""Weighted k-nearest-neighbor classification on frozen features: no training, nothing to tune.
 
-A test picture asks its k nearest training pictures (cosine similarity) for their labels; a neighbor with similarity s
+A test image asks its k nearest training images (cosine similarity) for their labels; a neighbor with similarity s
 votes with weight exp(s / T). Protocol of Wu et al. (2018, "Unsupervised feature learning via non-parametric instance
 discrimination", section 3.4), with k = 20 as in Caron et al. (2021, "Emerging properties in self-supervised vision
 transformers", section 4) and T = 0.07 in both.
@@ -40,7 +40,7 @@ def neighbors(
         device: where to compute; by default where `test_x` is. The results are on the CPU.
     """
     if k < 1 or len(train_x) == 0:
-        raise UserError(f"kNN needs k >= 1 and at least one training picture; got k={k}, {len(train_x)} pictures")
+        raise UserError(f"kNN needs k >= 1 and at least one training image; got k={k}, {len(train_x)} images")
     device = test_x.device if device is None else torch.device(device)
     k = min(k, len(train_x))
     best = torch.empty(len(test_x), 0, dtype=torch.int64, device=device)
@@ -71,7 +71,7 @@ def predict(
     if temperature <= 0:
         raise UserError(f"the kNN temperature must be above 0; got {temperature}")
     if len(train_y) and int(train_y.min()) < 0:
-        raise UserError("kNN needs a label for every training picture; put the pictures into one folder per class")
+        raise UserError("kNN needs a label for every training image; put the images into one folder per class")
     similarities, indices = neighbors(train_x, test_x, k, device=device)
     classes, train_y = train_y.cpu().unique(return_inverse=True)
     # Only ratios of votes matter; measured from the nearest neighbor, no temperature overflows.
@@ -93,9 +93,9 @@ def accuracy(
     *,
     device: torch.device | str | None = None,
 ) -> float:
-    """Percentage of test pictures that their neighbors name rightly."""
+    """Percentage of test images that their neighbors name rightly."""
     if len(test_x) == 0:
-        raise UserError("kNN needs at least one test picture; the test split is empty")
+        raise UserError("kNN needs at least one test image; the test split is empty")
     predicted = predict(train_x, train_y, test_x, k, temperature, device=device)
     return 100 * (predicted == test_y.cpu()).double().mean().item()
 

@@ -4,10 +4,10 @@ Multinomial logistic regression on features standardized with the training set's
 momentum and a cosine schedule. Every learning rate trains its own head, all heads at once: side by side they are the
 columns of one matrix. The rate is chosen on a validation part of the *training* set, the probe is then trained again
 on the whole training set, and the test set is looked at once. There is no weight decay: a low rate regularizes as well
-(tried on the embedded world, decay moved the accuracy by less than the test set can resolve).
+(tried on the Shapes data set, decay moved the accuracy by less than the test set can resolve).
 
-The features here are of one fixed view per picture. The paper-scale protocol, which trains the layer on features of
-augmented pictures for about 100 epochs (He et al., 2020, "Momentum contrast", section 4.1), is a different and much
+The features here are of one fixed view per image. The paper-scale protocol, which trains the layer on features of
+augmented images for about 100 epochs (He et al., 2020, "Momentum contrast", section 4.1), is a different and much
 dearer measurement; this module does not do it, and its figures are not to be set against those of papers.
 """
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.errors import UserError
 
 LRS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -29,7 +29,7 @@ class LinearResult:
     """What the probe found.
 
     Args:
-        accuracy: percentage of test pictures named rightly.
+        accuracy: percentage of test images named rightly.
         lr: the learning rate chosen on the validation part.
         validation: accuracy on the validation part, in percent, of every learning rate tried.
     """
@@ -72,16 +72,16 @@ def probe(
         UserError: a split is empty or a training label is missing.
     """
     if len(train_x) == 0 or len(test_x) == 0:
-        raise UserError(f"the linear probe needs both splits; got {len(train_x)} training, {len(test_x)} test pictures")
+        raise UserError(f"the linear probe needs both splits; got {len(train_x)} training, {len(test_x)} test images")
     if int(train_y.min()) < 0:
-        raise UserError("the linear probe needs a label for every training picture; use one folder per class")
+        raise UserError("the linear probe needs a label for every training image; use one folder per class")
     device = train_x.device if device is None else torch.device(device)
     classes, train_y = train_y.cpu().unique(return_inverse=True)
     options = (epochs, batch_size, seed, device)
 
     held_out = stratified(train_y, validation, seed)
     kept, held = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    if len(held) == 0:  # not one class with two pictures: nothing can be set aside
+    if len(held) == 0:  # not one class with two images: nothing can be set aside
         held = kept
     heads = _Heads.fit(train_x, train_y, kept, len(classes), lrs, *options)
     right, loss = heads.score(train_x, train_y, held)
@@ -96,7 +96,7 @@ def probe(
 
 def stratified(labels: Int[Tensor, "n"], fraction: float, seed: int = 0) -> Bool[Tensor, "n"]:
     """Marks about `fraction` of every class, at least one of a class with two; the choice is keyed by `seed`."""
-    order = chance.permutation(seed, 0, len(labels))
+    order = rng.permutation(seed, 0, len(labels))
     order = order[labels[order].argsort(stable=True)]  # by class, within a class at random
     _, counts = labels.unique(return_counts=True)
     first = counts.cumsum(0) - counts
@@ -155,7 +155,7 @@ class _Heads:
         steps = math.ceil(len(rows) / batch_size) * epochs
         step = 0
         for epoch in range(epochs):
-            order = rows[chance.permutation(seed, epoch + 1, len(rows))]
+            order = rows[rng.permutation(seed, epoch + 1, len(rows))]
             for part in order.split(batch_size):
                 z = heads.standardized(x[part])
                 error = (z @ heads.weight).unflatten(1, (len(lrs), num_classes)).softmax(2)  # p ...
@@ -180,7 +180,7 @@ class _Heads:
 
     def score(
         self, x: Float[Tensor, "n dim"], y: Int[Tensor, "n"], rows: Int[Tensor, "m"]
-    ) -> tuple[Float[Tensor, "heads"], Float[Tensor, "heads"]]:
+    ) -> tuple[Float[Tensor, "num_heads"], Float[Tensor, "num_heads"]]:
         """Accuracy in percent and cross-entropy of every head on some rows."""
         right = torch.zeros(self.num_heads, dtype=torch.float64, device=self.device)
         loss = torch.zeros_like(right)

@@ -16,7 +16,7 @@ from sslbook.evaluation.features import extract_features
 
 @dataclass(frozen=True)
 class Row:
-    """One set of features, measured; percentages of test pictures named rightly.
+    """One set of features, measured; percentages of test images named rightly.
 
     Args:
         name: whose features.
@@ -48,16 +48,16 @@ def measure(
 
     Args:
         name: the row's name.
-        backbone: maps pictures to features.
-        data: labelled pictures with a test split.
+        backbone: maps images to features.
+        data: labeled images with a test split.
         view: a view without chance.
         device: where to compute; by default where the backbone is.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         progress: show bars.
         options: passed on to `score`.
 
     Raises:
-        UserError: the data have no labels or no test pictures.
+        UserError: the data have no labels or no test images.
     """
     require_labels(data)
     given = {"device": device, "batch_size": batch_size, "progress": progress}
@@ -77,12 +77,12 @@ def score(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Row:
-    """Measure features that are already there. Pictures without a label neither teach nor count.
+    """Measure features that are already there. Images without a label neither teach nor count.
 
     Args:
         name: the row's name.
-        train: features and labels of the training pictures.
-        test: features and labels of the test pictures.
+        train: features and labels of the training images.
+        test: features and labels of the test images.
         protocols: what to measure: `knn`, `linear`.
         k: neighbors asked by kNN.
         temperature: of kNN's votes.
@@ -101,11 +101,11 @@ def score(
 def require_labels(data: Data) -> None:
     """Refuse data that no protocol can measure."""
     if data.num_classes == 0:
-        raise UserError("the pictures have no labels, so nothing can be measured; put them into one folder per class")
+        raise UserError("the images have no labels, so nothing can be measured; put them into one folder per class")
     if data.num_test == 0:
-        raise UserError("there are no test pictures to measure on; put some aside, into FOLDER/test/CLASS")
+        raise UserError("there are no test images to measure on; put some aside, into FOLDER/test/CLASS")
     if int(data.labels("test").max()) < 0:
-        raise UserError("the test pictures have no labels; put them into folders named like those of train/")
+        raise UserError("the test images have no labels; put them into folders named like those of train/")
 
 
 def chance_row(data: Data) -> Row:

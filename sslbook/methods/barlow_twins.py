@@ -1,4 +1,4 @@
-"""Barlow Twins: every dimension should agree between two views of a picture and repeat no other dimension.
+"""Barlow Twins: every dimension should agree between two views of an image and repeat no other dimension.
 
 The correlation of all dimensions of one view's projection with all of the other's, over the batch, is a matrix that
 should be the identity. Its diagonal asks for agreement, which a constant output cannot give since it has no correlation
@@ -22,7 +22,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 VIEW_1 = View(
@@ -47,15 +47,15 @@ VIEW_2 = View(
 def standardize(z: Float[Tensor, "n dim"], epsilon: float = 1e-5) -> Float[Tensor, "n dim"]:
     """Every dimension with mean 0 and variance 1 over the rows of all processes."""
     processes = distributed.world_size()
-    z = z - distributed.sum_with_grad(z.mean(dim=0)) / processes
-    variance = distributed.sum_with_grad(z.square().mean(dim=0)) / processes
+    z = z - distributed.all_reduce_sum_with_grad(z.mean(dim=0)) / processes
+    variance = distributed.all_reduce_sum_with_grad(z.square().mean(dim=0)) / processes
     return z * (variance + epsilon).rsqrt()
 
 
 def cross_correlation(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> Float[Tensor, "dim dim"]:
     """Equation 2: how each dimension of one view goes with each of the other, over the rows of all processes."""
     count = len(z_1) * distributed.world_size()
-    return distributed.sum_with_grad(standardize(z_1).T @ standardize(z_2)) / count
+    return distributed.all_reduce_sum_with_grad(standardize(z_1).T @ standardize(z_2)) / count
 
 
 def redundancy_loss(c: Float[Tensor, "dim dim"], lambda_: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -69,12 +69,12 @@ class BarlowTwins(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what a picture becomes at first.
+        view_1: what an image becomes at first.
         view_2: what it becomes the second time.
         lambda_: weight of the redundancy between dimensions.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection, the number of dimensions to be decorrelated.
-        projector_layers: linear maps in the projector.
+        projector_num_layers: linear layers in the projector.
         projector: another network between backbone and loss, instead of the one that these describe.
     """
 
@@ -86,14 +86,14 @@ class BarlowTwins(Method):
         lambda_: float = 0.0051,
         hidden_dim: int = 8192,
         projector_dim: int = 8192,
-        projector_layers: int = 3,
+        projector_num_layers: int = 3,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.view_1, self.view_2, self.lambda_ = view_1, view_2, lambda_
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_layers, last_bias=False)
+        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_num_layers, last_bias=False)
 
     def views(self) -> tuple[View, ...]:
         return (self.view_1, self.view_2)
@@ -108,5 +108,5 @@ class BarlowTwins(Method):
                 "loss": invariance + redundancy,
                 "invariance": invariance.detach(),
                 "redundancy": redundancy.detach(),
-                "feature_spread": spread(z_1),
+                "feature_std": feature_std(z_1),
             }

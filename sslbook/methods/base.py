@@ -16,23 +16,23 @@ class Method(nn.Module):
     """
 
     backbone: nn.Module
-    """What is kept when training ends: maps pictures `(n, 3, h, w)` to features `(n, backbone.dim)`."""
+    """What is kept when training ends: maps images `(n, 3, h, w)` to features `(n, backbone.dim)`."""
 
     def views(self) -> tuple[View, ...]:
-        """What one picture becomes; `batch.views` holds one tensor for each entry."""
+        """What one image becomes; `batch.views` holds one tensor for each entry."""
         raise NotImplementedError
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """The loss under the key `loss`; every other entry is a detached scalar to be logged."""
         raise NotImplementedError
 
-    def prepare(self, data: Data) -> None:
-        """Called once before training, and before any state is loaded: memories with a row per picture are sized here.
+    def setup(self, data: Data) -> None:
+        """Called once before training, and before any state is loaded: memories with a row per image are sized here.
 
         Raises a `UserError` if the data do not suit the method.
         """
 
-    def after_weights(self, taken: list[str]) -> None:
+    def on_weights_loaded(self, taken: list[str]) -> None:
         """Called when a new run has begun from weights, with the names of the state's tensors that were taken.
 
         Teachers need nothing: where the weights know none, they became copies of their students.
@@ -41,8 +41,8 @@ class Method(nn.Module):
     def before_epoch(self, data: Data, clock: Clock) -> None:
         """Called before every epoch, in every process: clusterings are made here."""
 
-    def order(self, data: Data, clock: Clock) -> Int[Tensor, "pictures"] | None:
-        """Which pictures the epoch shows, in order, where a plain permutation will not do; the same in every process.
+    def sample_order(self, data: Data, clock: Clock) -> Int[Tensor, "images"] | None:
+        """Which images the epoch shows, in order, where a plain permutation will not do; the same in every process.
 
         A pure function of the method's state and the clock's epoch, since a resumed run asks again.
         """

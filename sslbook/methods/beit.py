@@ -1,13 +1,13 @@
-"""BEiT: hide blocks of a picture and say in words what was there.
+"""BEiT: hide blocks of an image and say in words what was there.
 
-A tokenizer, trained before and then frozen, turns the whole picture into one code of its vocabulary for every patch. The
-network sees the picture with blocks of patches replaced by a mask token, and classifies each hidden patch: which of the
+A tokenizer, trained before and then frozen, turns the whole image into one code of its vocabulary for every patch. The
+network sees the image with blocks of patches replaced by a mask token, and classifies each hidden patch: which of the
 codes was it? A choice among codes leaves no room for the blurred average that pixels invite.
 
 Bao, Dong, Piao and Wei, 2022, "BEiT: BERT pre-training of image transformers" (arXiv:2106.08254), sections 2.1 to 2.4 and
 equation 1; masks are algorithm 1 as the authors' code runs it, at most 75 of 196 patches. What differs: the tokenizer is
-one that we train (`python -m sslbook.train dvae`) instead of DALL-E's, and sees the same picture made smaller, where the
-authors resize the crop a second time from the file. Masks are keyed by picture and epoch.
+one that we train (`python -m sslbook.train dvae`) instead of DALL-E's, and sees the same image made smaller, where the
+authors resize the crop a second time from the file. Masks are keyed by image and epoch.
 """
 
 from pathlib import Path
@@ -35,11 +35,11 @@ def token_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Equation 1: cross-entropy with the codes of the hidden patches; and how many percent were right.
 
-    Pictures have different numbers of hidden patches. The sum is divided by the number that a process has on average,
-    so that the mean over processes is the mean over all their patches. Where blocks are large and pictures few, none may
+    Images have different numbers of hidden patches. The sum is divided by the number that a process has on average,
+    so that the mean over processes is the mean over all their patches. Where blocks are large and images few, none may
     be hidden at all: the loss is 0 then.
     """
-    count = distributed.mean(torch.tensor(float(len(codes)), device=codes.device))
+    count = distributed.all_reduce_mean(torch.tensor(float(len(codes)), device=codes.device))
     count = torch.where(count > 0, count, 1.0)
     loss = F.cross_entropy(scores.float(), codes, reduction="sum") / count
     return loss, 100 * (scores.argmax(dim=1) == codes).sum() / count
@@ -50,13 +50,13 @@ class BEiT(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         tokenizer: a run of `dvae` or its exported encoder, whose codes are predicted; without one, a small one is
-            trained on the same pictures before training begins.
-        num_masked: the greatest number of patches to hide in a picture.
+            trained on the same images before training begins.
+        num_masked: the greatest number of patches to hide in an image.
         min_block: the smallest area of a block of hidden patches, in patches.
-        codes: vocabulary of the tokenizer trained here.
-        tokenizer_steps: steps for which it is trained, with 64 pictures each.
+        num_codes: vocabulary of the tokenizer trained here.
+        tokenizer_steps: steps for which it is trained, with 64 images each.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -68,7 +68,7 @@ class BEiT(Method):
         tokenizer: Path | None = None,
         num_masked: int = 75,
         min_block: int = 16,
-        codes: int = 8192,
+        num_codes: int = 8192,
         tokenizer_steps: int = 2000,
     ) -> None:
         super().__init__()
@@ -86,18 +86,18 @@ class BEiT(Method):
         if tokenizer is not None:
             encoder, normalization, _ = load_tokenizer(tokenizer, DiscreteEncoder, "dvae")
         else:
-            encoder, normalization = small_encoder(backbone.patch_size, codes), None
+            encoder, normalization = small_encoder(backbone.patch_size, num_codes), None
         self.backbone = backbone
         self.tokenizer = Tokenizer(encoder, view, self.grid[0], normalization)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(backbone.dim), std=0.02))
-        self.head = nn.Linear(backbone.dim, self.tokenizer.codes)
+        self.head = nn.Linear(backbone.dim, self.tokenizer.num_codes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def after_weights(self, taken: list[str]) -> None:
+    def on_weights_loaded(self, taken: list[str]) -> None:
         if any(name.startswith("tokenizer.") for name in taken):
             self.tokenizer_steps = 0  # it came with them
 

@@ -1,4 +1,4 @@
-"""BEiT v2: BEiT with words that mean something, and a class token that is made to sum up the picture.
+"""BEiT v2: BEiT with words that mean something, and a class token that is made to sum up the image.
 
 The hidden patches are classified into the codes of a tokenizer trained by VQ-KD, which say what a teacher sees instead
 of which colors there are. The same is asked a second time of a small head that gets the class token of the last layer
@@ -7,7 +7,7 @@ but patch tokens of an early one: what these do not know yet, the class token ha
 Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-quantized visual tokenizers"
 (arXiv:2208.06366), sections 3.2 and 3.3, equations 2 and 3. As in the authors' code the two predictions share one linear
 map, and masks are BEiT's blocks filled up to exactly 75 of 196. The tokenizer is one that we train
-(`python -m sslbook.train vqkd`). Masks are keyed by picture and epoch. The blocks' linear maps start by Xavier, the
+(`python -m sslbook.train vqkd`). Masks are keyed by image and epoch. The blocks' linear layers start by Xavier, the
 authors' from a truncated normal of 0.02, and smaller in later blocks where a branch ends.
 """
 
@@ -36,10 +36,10 @@ class Aggregation(nn.Module):
 
     def __init__(self, backbone: VisionTransformer, depth: int, early_layer: int) -> None:
         super().__init__()
-        heads, scale = backbone.blocks[0].attn.heads, backbone.init_args["layer_scale"]  # pyrefly: ignore
+        num_heads, scale = backbone.blocks[0].attn.num_heads, backbone.init_args["layer_scale"]  # pyrefly: ignore
         step = backbone.init_args["drop_path"] / (max(len(backbone.blocks), early_layer + depth) - 1)
         rates = [step * (early_layer + i) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(backbone.dim, heads, 4.0, rate, scale) for rate in rates])
+        self.blocks = nn.ModuleList([Block(backbone.dim, num_heads, 4.0, rate, scale) for rate in rates])
         init_transformer(self)
 
     def forward(
@@ -60,8 +60,8 @@ class BEiTv2(Method):
     Args:
         backbone: the vision transformer to train.
         tokenizer: a run of `vqkd` or its exported tokenizer, whose codes are predicted.
-        view: what a picture becomes.
-        num_masked: how many patches to hide in every picture.
+        view: what an image becomes.
+        num_masked: how many patches to hide in every image.
         min_block: the smallest area of a block of hidden patches, in patches.
         early_layer: after which block the patch tokens for the aggregation are taken, counted from 1.
         aggregation_depth: blocks of the aggregation; 0 leaves it out.
@@ -104,7 +104,7 @@ class BEiTv2(Method):
         self.tokenizer = Tokenizer(encoder, view, self.grid[0], normalization)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(backbone.dim), std=0.02))
         self.aggregation = Aggregation(backbone, aggregation_depth, early_layer) if aggregation_depth else None
-        self.head = nn.Linear(backbone.dim, self.tokenizer.codes)
+        self.head = nn.Linear(backbone.dim, self.tokenizer.num_codes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 

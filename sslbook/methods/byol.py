@@ -1,4 +1,4 @@
-"""BYOL: predict what a slow copy of oneself says about another view of the picture; no wrong answers at all.
+"""BYOL: predict what a slow copy of oneself says about another view of the image; no wrong answers at all.
 
 The online network sees one view and predicts the projection that the target network, its moving average, makes of the
 other. A constant output would solve this task perfectly, yet with the predictor on one side and no gradient on the
@@ -20,7 +20,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 VIEW_1 = View(
@@ -57,7 +57,7 @@ class BYOL(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what a picture becomes at first.
+        view_1: what an image becomes at first.
         view_2: what it becomes the second time.
         hidden_dim: hidden width of projector and predictor.
         projector_dim: width of the projection that is predicted.
@@ -94,7 +94,7 @@ class BYOL(Method):
         p_1, p_2 = [self.predictor(z_view).float() for z_view in z]
         t_1, t_2 = [self.target_projector(self.target_backbone(x)).float() for x in batch.views]
         loss = regression_loss(p_1, t_2) + regression_loss(p_2, t_1)
-        return {"loss": loss, "feature_spread": spread(z[0])}
+        return {"loss": loss, "feature_std": feature_std(z[0])}
 
     def after_step(self, clock: Clock) -> None:
         momentum = target_momentum(self.momentum, clock.progress)

@@ -9,7 +9,7 @@ learning" (arXiv:2202.03026), sections 3.1 and 3.2: four blocks each, alignment 
 196 patches are hidden (75 in OpenMMLab's port), in BEiT's blocks, and the target of the alignment is the encoder itself
 on the hidden patches, without gradient. What differs: the tokenizer is one that we train (`sslbook.train dvae`) instead
 of DALL-E's; the regressor's blocks have no drop path; the patch embedding starts by Xavier
-and the last map from a truncated normal, the other way round than there. Masks are keyed by picture and epoch.
+and the last map from a truncated normal, the other way round than there. Masks are keyed by image and epoch.
 """
 
 from pathlib import Path
@@ -48,10 +48,10 @@ class CrossBlock(nn.Module):
     on the path itself, not only on the branch.
     """
 
-    def __init__(self, dim: int, heads: int, layer_scale: float | None = None) -> None:
+    def __init__(self, dim: int, num_heads: int, layer_scale: float | None = None) -> None:
         super().__init__()
-        require_heads(dim, heads)
-        self.heads = heads
+        require_heads(dim, num_heads)
+        self.num_heads = num_heads
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.mlp = FeedForward(dim, 4 * dim)
@@ -72,7 +72,7 @@ class CrossBlock(nn.Module):
             self.k(self.norm_k(everything + place)),
             self.v(self.norm_v(everything)),
         )
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in parts)
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts)
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         x = self.norm2(x + self.ls1(self.proj(attended)))
         return x + self.ls2(self.mlp(x))
@@ -81,10 +81,10 @@ class CrossBlock(nn.Module):
 class Regressor(nn.Module):
     """Guesses the features of hidden patches from those of the visible ones (section 3.1)."""
 
-    def __init__(self, dim: int, depth: int, heads: int, layer_scale: float | None = None) -> None:
+    def __init__(self, dim: int, depth: int, num_heads: int, layer_scale: float | None = None) -> None:
         super().__init__()
         self.query = nn.Parameter(0.02 * torch.randn(dim))
-        self.blocks = nn.ModuleList([CrossBlock(dim, heads, layer_scale) for _ in range(depth)])
+        self.blocks = nn.ModuleList([CrossBlock(dim, num_heads, layer_scale) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_transformer(self)
 
@@ -105,16 +105,16 @@ class CAE(Method):
 
     Args:
         backbone: the vision transformer to train, with positions `sincos` or `learned`.
-        view: what a picture becomes.
+        view: what an image becomes.
         tokenizer: a run of `dvae` or its exported encoder, whose codes are predicted; without one, a small one is
-            trained on the same pictures before training begins.
-        num_masked: how many patches to hide in every picture.
+            trained on the same images before training begins.
+        num_masked: how many patches to hide in every image.
         min_block: the smallest area of a block of hidden patches, in patches.
         alignment: how much the distance of guesses from the encoder's own features counts.
         regressor_depth: blocks of the regressor.
         decoder_depth: blocks of the decoder.
-        codes: vocabulary of the tokenizer trained here.
-        tokenizer_steps: steps for which it is trained, with 64 pictures each.
+        num_codes: vocabulary of the tokenizer trained here.
+        tokenizer_steps: steps for which it is trained, with 64 images each.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -130,7 +130,7 @@ class CAE(Method):
         alignment: float = 2.0,
         regressor_depth: int = 4,
         decoder_depth: int = 4,
-        codes: int = 8192,
+        num_codes: int = 8192,
         tokenizer_steps: int = 2000,
     ) -> None:
         super().__init__()
@@ -148,18 +148,18 @@ class CAE(Method):
         if tokenizer is not None:
             encoder, normalization, _ = load_tokenizer(tokenizer, DiscreteEncoder, "dvae")
         else:
-            encoder, normalization = small_encoder(backbone.patch_size, codes), None
-        dim, heads = backbone.dim, backbone.blocks[0].attn.heads  # pyrefly: ignore
+            encoder, normalization = small_encoder(backbone.patch_size, num_codes), None
+        dim, num_heads = backbone.dim, backbone.blocks[0].attn.num_heads  # pyrefly: ignore
         self.backbone = backbone
         self.tokenizer = Tokenizer(encoder, view, self.grid[0], normalization)
         self.register_buffer("positions", sincos_positions(dim, *self.grid))
         # As in the authors' code: layer scale as in the backbone, drop path rising from 0 again.
         scale, drop_path = backbone.init_args["layer_scale"], backbone.init_args["drop_path"]
-        self.regressor = Regressor(dim, regressor_depth, heads, scale)
+        self.regressor = Regressor(dim, regressor_depth, num_heads, scale)
         rates = [drop_path * i / max(1, decoder_depth - 1) for i in range(decoder_depth)]
-        self.decoder = nn.ModuleList([Block(dim, heads, drop_path=rate, layer_scale=scale) for rate in rates])
+        self.decoder = nn.ModuleList([Block(dim, num_heads, drop_path=rate, layer_scale=scale) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, self.tokenizer.codes)
+        self.head = nn.Linear(dim, self.tokenizer.num_codes)
         init_transformer(self.decoder)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -167,7 +167,7 @@ class CAE(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def after_weights(self, taken: list[str]) -> None:
+    def on_weights_loaded(self, taken: list[str]) -> None:
         if any(name.startswith("tokenizer.") for name in taken):
             self.tokenizer_steps = 0  # it came with them
 
@@ -178,7 +178,7 @@ class CAE(Method):
     def split(
         self, index: Int[Tensor, "batch"], clock: Clock
     ) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
-        """Which patches of every picture are visible and which hidden, in order."""
+        """Which patches of every image are visible and which hidden, in order."""
         mask = block_mask(index, self.grid, self.num_masked, clock, self.min_block, exact=True)
         order = mask.long().argsort(dim=1, stable=True)
         return order[:, : -self.num_masked], order[:, -self.num_masked :]
@@ -217,5 +217,5 @@ class CAE(Method):
 
 
 def take(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
-    """The patches at the given places, picture by picture."""
+    """The patches at the given places, image by image."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

@@ -1,4 +1,4 @@
-"""Colorization: give the network a gray picture and ask for its colors, as a distribution over a palette at each place.
+"""Colorization: give the network a gray image and ask for its colors, as a distribution over a palette at each place.
 
 A pixel's color follows from what it belongs to: grass, sky, a face. What may be red or blue would become brown by
 regression, so the network sorts colors into bins instead; and since most of the world is grayish, a pixel counts by how
@@ -8,9 +8,9 @@ Zhang, Isola and Efros, 2016, "Colorful image colorization" (arXiv:1603.08511), 
 equations 3 and 4 weigh the pixels, equation 5 decodes. The authors trained a network like VGG whose map keeps an eighth
 of the resolution. What differs:
 
-- Any backbone with a feature map will do: up-convolutions bring its map to a quarter of the picture's resolution.
+- Any backbone with a feature map will do: up-convolutions bring its map to a quarter of the image's resolution.
 - The palette holds every bin that some RGB color falls into, 261 of width 10, where the authors list 313.
-- How often a color occurs is counted over the pictures seen so far instead of over ImageNet beforehand.
+- How often a color occurs is counted over the images seen so far instead of over ImageNet beforehand.
 - A backbone takes three colors. All three get the lightness, and the first convolution starts with the same weights
   for all: they stay the same, so that colors, which it sees again when training is over, never reach the features.
 - The loss is the mean over pixels, not the sum.
@@ -27,7 +27,7 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.up import UpConvolutions, feature_map, map_side
+from sslbook.nn.feature_map import UpConvolutions, feature_map, map_side
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.08, 1.0))
@@ -117,7 +117,7 @@ class Colorization(Method):
 
     Args:
         backbone: the network to train, with a feature map; its first convolution is made blind to color.
-        view: what a picture becomes before its colors are taken away; without changes of color.
+        view: what an image becomes before its colors are taken away; without changes of color.
         stride: colors are predicted for every so many pixels, in both directions.
         bin_width: side of the palette's bins, in units of a and b.
         rebalance: weight of the uniform distribution in the colors' frequencies; 1 weighs all pixels alike.
@@ -139,9 +139,7 @@ class Colorization(Method):
     ) -> None:
         super().__init__()
         if not 1 <= stride <= view.size or view.size % stride:
-            raise UserError(
-                f"stride {stride} does not divide pictures of {view.size} pixels: change stride or view.size"
-            )
+            raise UserError(f"stride {stride} does not divide images of {view.size} pixels: change stride or view.size")
         if not 0 < rebalance <= 1:
             raise UserError(f"rebalance is {rebalance}: give a number above 0, at most 1")
         if not 1 <= bin_width <= 100:
@@ -155,14 +153,14 @@ class Colorization(Method):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.decoder = UpConvolutions(backbone_dim(backbone), doublings * [decoder_dim], len(self.bins))
 
-    def after_weights(self, taken: list[str]) -> None:
+    def on_weights_loaded(self, taken: list[str]) -> None:
         weigh_colors_alike(self.backbone)  # those of somebody else's network need not be
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
     def to_lab(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch height width 3"]:
-        """The picture behind a view's normalized values."""
+        """The image behind a view's normalized values."""
         mean, std = images.new_tensor(self.view.mean), images.new_tensor(self.view.std)
         return rgb_to_lab((images.movedim(1, 3) * std + mean).clamp(0, 1))
 
@@ -182,7 +180,7 @@ class Colorization(Method):
         share = nearest.bincount(minlength=len(self.bins)).float() / len(nearest)
         so_far = torch.where(self.batches > 0, self.frequency, 0)  # the beginning does not count, not even in rounding
         self.batches += 1
-        self.frequency.copy_(so_far + (distributed.mean(share) - so_far) / self.batches)
+        self.frequency.copy_(so_far + (distributed.all_reduce_mean(share) - so_far) / self.batches)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
@@ -205,7 +203,7 @@ class Colorization(Method):
         index: Int[Tensor, "batch"],
         clock: Clock = Clock(),
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
-        """The pictures without color, and with the colors that the network gives them."""
+        """The images without color, and with the colors that the network gives them."""
         lab = self.to_lab(images)
         logits = self.predict(lab[..., 0])
         ab = annealed_mean(logits.flatten(0, 2), self.bins).unflatten(0, logits.shape[:3]).movedim(3, 1)

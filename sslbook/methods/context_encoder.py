@@ -1,7 +1,7 @@
-"""Context encoder: cut holes into a picture and paint what was there.
+"""Context encoder: cut holes into an image and paint what was there.
 
 What lies in a large hole cannot be had by continuing its rim: the network has to understand the rest. An encoder turns
-the picture with holes into a feature map, a layer that connects all places of each channel carries information across
+the image with holes into a feature map, a layer that connects all places of each channel carries information across
 it, and a decoder of up-convolutions paints.
 
 Pathak, Krähenbühl, Donahue, Darrell and Efros, 2016, "Context encoders: feature learning by inpainting"
@@ -11,7 +11,7 @@ optimizer. What differs besides:
 
 - Any backbone with a feature map will do; the number of up-convolutions follows from it.
 - The paper's features come from holes of arbitrary shape, which it found as good as random blocks; blocks are the
-  default here. They are laid over a grid and hide exactly the same number of its cells in every picture.
+  default here. They are laid over a grid and hide exactly the same number of its cells in every image.
 - The authors ask for a rim of visible pixels around the central hole and weigh it ten times as much, so that the
   painting fits; here all holes have that rim.
 - The loss is the weighted mean over pixels, not the sum.
@@ -31,14 +31,14 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.up import UpConvolutions, feature_map, map_side
+from sslbook.nn.feature_map import UpConvolutions, feature_map, map_side
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.2, 1.0))
 
 
 def central_hole(size: int, overlap: int) -> Bool[Tensor, "{size} {size}"]:
-    """A square of half the picture's side, less the rim that is shown: `overlap` pixels on each side."""
+    """A square of half the image's side, less the rim that is shown: `overlap` pixels on each side."""
     hole = torch.zeros(size, size, dtype=torch.bool)
     first, last = size // 4 + overlap, size // 4 + size // 2 - overlap
     hole[first:last, first:last] = True
@@ -61,11 +61,11 @@ def reconstruction_loss(
 ) -> Float[Tensor, ""]:
     """Equation 1: squared error, weighted pixel by pixel; the weights of the global batch have the mean 1."""
     error = (painted.float() - images.float()).square().mean(dim=1)
-    return (weights * error).mean() / distributed.mean(weights.mean())
+    return (weights * error).mean() / distributed.all_reduce_mean(weights.mean())
 
 
 class ChannelwiseLinear(nn.Module):
-    """From every place to every place, for each channel on its own (section 3.1); then a linear map over channels.
+    """From every place to every place, for each channel on its own (section 3.1); then a linear layer over channels.
 
     Args:
         dim: channels.
@@ -89,9 +89,9 @@ class ContextEncoder(Method):
 
     Args:
         backbone: the network to train, with a feature map.
-        view: what a picture becomes before holes are cut.
-        mask: `blocks`: rectangles anywhere; `center`: the middle square of half the picture's side.
-        mask_ratio: part of the picture that the blocks hide.
+        view: what an image becomes before holes are cut.
+        mask: `blocks`: rectangles anywhere; `center`: the middle square of half the image's side.
+        mask_ratio: part of the image that the blocks hide.
         mask_grid: rows and columns of the grid that the blocks fit into.
         overlap: width of the visible rim around a hole that is painted too, in pixels.
         overlap_weight: how much more a pixel of the rim counts than a hidden one.
@@ -114,7 +114,7 @@ class ContextEncoder(Method):
         self.mask_grid, self.num_masked = mask_grid, int(mask_ratio * mask_grid**2 + 1e-6)
         if mask == "center" and not 0 <= 4 * overlap < view.size:
             raise UserError(
-                f"an overlap of {overlap} pixels fills the hole in a picture of {view.size}: "
+                f"an overlap of {overlap} pixels fills the hole in an image of {view.size}: "
                 f"set overlap to at least 0 and at most {(view.size - 1) // 4}"
             )
         if mask == "blocks" and not 0 < self.num_masked < mask_grid**2:
@@ -138,7 +138,7 @@ class ContextEncoder(Method):
         return (self.view,)
 
     def holes(self, index: Int[Tensor, "batch"], clock: Clock) -> Bool[Tensor, "batch height width"]:
-        """Which pixels of every picture are hidden."""
+        """Which pixels of every image are hidden."""
         if self.mask == "center":
             return central_hole(self.view.size, self.overlap).to(index.device).expand(len(index), -1, -1)
         grid = (self.mask_grid, self.mask_grid)
@@ -149,7 +149,7 @@ class ContextEncoder(Method):
     def paint(
         self, images: Float[Tensor, "batch 3 height width"], hidden: Bool[Tensor, "batch height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The whole picture as the decoder draws it from what is not hidden; holes are filled with the mean, zero."""
+        """The whole image as the decoder draws it from what is not hidden; holes are filled with the mean, zero."""
         seen = images.masked_fill(hidden[:, None], 0.0)
         painted = self.decoder(self.across(feature_map(self.backbone, seen)))
         if painted.shape[2:] != images.shape[2:]:
@@ -169,7 +169,7 @@ class ContextEncoder(Method):
         index: Int[Tensor, "batch"],
         clock: Clock = Clock(),
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
-        """The pictures with holes (zero), and with the decoder's painting in their place."""
+        """The images with holes (zero), and with the decoder's painting in their place."""
         hidden = self.holes(index, clock)[:, None]
         painted = self.paint(images, hidden[:, 0]).to(images.dtype)
         return images.masked_fill(hidden, 0.0), torch.where(hidden, painted, images)

@@ -1,7 +1,7 @@
 """data2vec: predict what a teacher that sees everything makes of the patches one does not see.
 
-The student gets a picture with blocks of patches replaced by a mask token. For each of these it predicts the average of
-what the teacher's upper blocks say there; the teacher is a moving average of the student and sees the whole picture, so
+The student gets an image with blocks of patches replaced by a mask token. For each of these it predicts the average of
+what the teacher's upper blocks say there; the teacher is a moving average of the student and sees the whole image, so
 its answers hold more than the patch. Normalizing every block's output before averaging keeps one block from deciding
 alone, and all of them from becoming constant.
 
@@ -9,7 +9,7 @@ Baevski, Hsu, Xu, Babu, Gu and Auli, 2022, "data2vec: A general framework for se
 and language" (arXiv:2202.03555), section 3, for vision. The values are those of the authors' published commands for
 ViT-B, with which targets are normalized twice (each block's, and their average) and the teacher's momentum stays at
 0.9998: they name a start of 0.999 as well, but no steps for the way from there. What differs from the authors' code:
-masks are keyed by picture and epoch; attention has no dropout; initialization is that of MAE.
+masks are keyed by image and epoch; attention has no dropout; initialization is that of MAE.
 """
 
 from collections.abc import Iterable
@@ -52,17 +52,17 @@ def regression_loss(
     Beyond it grows in a straight line. Its mean over processes is the mean over all hidden patches, however many are
     in which.
     """
-    number = distributed.mean(torch.tensor(float(len(target)), device=target.device))
+    number = distributed.all_reduce_mean(torch.tensor(float(len(target)), device=target.device))
     number = torch.where(number > 0, number, 1.0)
     return F.smooth_l1_loss(prediction.float(), target, beta=beta, reduction="sum") / (number * target.shape[1])
 
 
 class Data2Vec(Method):
-    """data2vec for pictures (arXiv:2202.03555).
+    """data2vec for images (arXiv:2202.03555).
 
     Args:
         backbone: the vision transformer to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_ratio: greatest part of the patches that is hidden.
         min_block: the smallest area of a block of hidden patches.
         top_layers: over how many of the teacher's last blocks the targets are averaged.
@@ -122,7 +122,7 @@ class Data2Vec(Method):
 
     @torch.no_grad()
     def targets(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
-        """What the teacher's upper blocks say of every patch of the whole picture."""
+        """What the teacher's upper blocks say of every patch of the whole image."""
         network: Any = self.teacher.module
         layers = list(network.layers(network.embed(images)))[-self.top_layers :]
         return average_of_layers([x[:, 1:] for x in layers], self.normalize_layers, self.normalize_targets)
@@ -133,7 +133,7 @@ class Data2Vec(Method):
         y = self.targets(images)
         tokens = self.backbone.encode(self.backbone.embed(images, mask, self.mask_token))
         prediction = self.predictor(tokens[:, 1:][mask])
-        deviation = distributed.deviation(y).mean()
+        deviation = distributed.all_reduce_std(y).mean()
         return {"loss": regression_loss(prediction, y[mask], self.beta), "target_deviation": deviation}
 
     def after_step(self, clock: Clock) -> None:

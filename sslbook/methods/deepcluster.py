@@ -1,8 +1,8 @@
 """DeepCluster: cluster the features, take the clusters for classes, learn to tell these classes apart, and repeat.
 
-Even an untrained convolutional network puts some similar pictures near each other, and training on its own clusters
+Even an untrained convolutional network puts some similar images near each other, and training on its own clusters
 sharpens what it has. Two things keep it from the easy ways out: an empty cluster is filled from the largest, and an
-epoch shows all clusters equally often, however many pictures they have.
+epoch shows all clusters equally often, however many images they have.
 
 Caron, Bojanowski, Joulin and Douze, 2018, "Deep clustering for unsupervised learning of visual features"
 (arXiv:1807.05520), sections 3.2 and 3.3. Values and order of events are those of the authors' code (PCA with whitening
@@ -10,7 +10,7 @@ to 256, k-means with 10,000 clusters before every epoch, a new classifier each t
 
 - The classifier stands on the backbone's features; the authors' AlexNet and VGG have two hidden layers with dropout
   before, which residual networks lack.
-- The first centroids, the new classifier and the order of pictures are drawn by keyed chance. What an optimizer remembers
+- The first centroids, the new classifier and the order of images are drawn with counter-based random numbers. What an optimizer remembers
   of the old classifier stays (a recipe can give the classifier no momentum, as in the authors' code).
 """
 
@@ -19,40 +19,38 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import Sobel, backbone_dim
-from sslbook.nn.clustering import check_clusters, embed, kmeans, pca_whiten
+from sslbook.nn.kmeans import check_clusters, embed, kmeans, pca_whiten
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.08, 1.0))
 
 
-def uniform_order(
-    assignment: Int[Tensor, "pictures"], num_clusters: int, seed: int, epoch: int
-) -> Int[Tensor, "pictures"]:
-    """As many pictures as there are, such that every cluster that has any gives about equally many (section 3.3).
+def uniform_order(assignment: Int[Tensor, "images"], num_clusters: int, seed: int, epoch: int) -> Int[Tensor, "images"]:
+    """As many images as there are, such that every cluster that has any gives about equally many (section 3.3).
 
-    A cluster with more than its share gives different pictures, a smaller one repeats some. Pictures of cluster -1 are
+    A cluster with more than its share gives different images, a smaller one repeats some. Images of cluster -1 are
     left out.
     """
     assignment = assignment.cpu()
-    pictures = len(assignment)
-    key = chance.uniform(seed, epoch, torch.arange(pictures), chance.METHOD, 1)[:, 0]
+    images = len(assignment)
+    key = rng.uniform(seed, epoch, torch.arange(images), rng.METHOD, 1)[:, 0]
     shuffled = key.argsort(stable=True)
     members = shuffled[assignment[shuffled].argsort(stable=True)]  # cluster by cluster, each in random order
     sizes = assignment[assignment >= 0].bincount(minlength=num_clusters)
-    starts = pictures - sizes.sum() + sizes.cumsum(0) - sizes  # those of cluster -1 come first
+    starts = images - sizes.sum() + sizes.cumsum(0) - sizes  # those of cluster -1 come first
     filled = sizes.nonzero()[:, 0]
     sizes, starts = sizes[filled, None], starts[filled, None]
-    share = pictures // len(filled) + 1
-    u = chance.uniform(seed, epoch, filled, chance.METHOD + 1, share)
+    share = images // len(filled) + 1
+    u = rng.uniform(seed, epoch, filled, rng.METHOD + 1, share)
     place = torch.where(sizes > share, torch.arange(share), (u.double() * sizes).long())
     chosen = members[(starts + place).flatten()]
-    return chosen[chance.permutation(seed, epoch, len(chosen))][:pictures]
+    return chosen[rng.permutation(seed, epoch, len(chosen))][:images]
 
 
 class DeepCluster(Method):
@@ -60,8 +58,8 @@ class DeepCluster(Method):
 
     Args:
         backbone: the network to train.
-        view: what a picture becomes in training.
-        cluster_resize: for clustering, the shorter side of a picture is brought to this length, and the center of the
+        view: what an image becomes in training.
+        cluster_resize: for clustering, the shorter side of an image is brought to this length, and the center of the
             view's size is seen.
         sobel: show the network edges instead of colors, as the authors do.
         num_clusters: how many clusters.
@@ -97,11 +95,11 @@ class DeepCluster(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def prepare(self, data: Data) -> None:
+    def setup(self, data: Data) -> None:
         check_clusters(self.num_clusters, data.num_train)
         if self.pca_dim > data.num_train:
-            raise UserError(f"{self.pca_dim} principal components of {data.num_train} pictures: lower --method.pca_dim")
-        start = chance.uniform(0, 0, torch.arange(data.num_train), chance.METHOD, 1)[:, 0]
+            raise UserError(f"{self.pca_dim} principal components of {data.num_train} images: lower --method.pca_dim")
+        start = rng.uniform(0, 0, torch.arange(data.num_train), rng.METHOD, 1)[:, 0]
         self.assignment = (start * self.num_clusters).long().to(self.assignment.device)
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
@@ -110,7 +108,7 @@ class DeepCluster(Method):
         features, index = embed(self.backbone, data, self.cluster_view)
         x = pca_whiten(features, self.pca_dim)
         _, clusters = kmeans(x, self.num_clusters, self.kmeans_iterations, 100003 * clock.seed + clock.epoch)
-        self.assignment.fill_(-1)  # unreadable pictures have no cluster and are not shown
+        self.assignment.fill_(-1)  # unreadable images have no cluster and are not shown
         self.assignment[index] = clusters
         self.renew_classifier(clock)
 
@@ -122,7 +120,7 @@ class DeepCluster(Method):
         self.classifier.weight.copy_(weight)
         self.classifier.bias.zero_()
 
-    def order(self, data: Data, clock: Clock) -> Int[Tensor, "pictures"] | None:
+    def sample_order(self, data: Data, clock: Clock) -> Int[Tensor, "images"] | None:
         return uniform_order(self.assignment, self.num_clusters, clock.seed, clock.epoch)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:

@@ -1,16 +1,16 @@
-"""DeepCluster-v2: DeepCluster with SwAV's crops and head, and no pass over the pictures between epochs.
+"""DeepCluster-v2: DeepCluster with SwAV's crops and head, and no pass over the images between epochs.
 
 The projections of an epoch are kept as they come. Before the next one, spherical k-means clusters them, several times
-from different beginnings, and the centroids themselves become the classifiers: there is none to be learnt anew. Every
-crop must then tell the cluster of its picture.
+from different beginnings, and the centroids themselves become the classifiers: there is none to be learned anew. Every
+crop must then tell the cluster of its image.
 
 Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
 cluster assignments" (arXiv:2006.09882), appendix D. The defaults are those of the authors' code for 800 epochs. What
 differs:
 
-- The first centroids are rows drawn by keyed chance, and an empty cluster gets half of the largest; the authors leave
+- The first centroids are rows drawn with counter-based random numbers, and an empty cluster gets half of the largest; the authors leave
   an empty one where it was.
-- A picture that the last epoch did not show keeps its older projection and its cluster; the authors leave it out of
+- An image that the last epoch did not show keeps its older projection and its cluster; the authors leave it out of
   the loss. Only one that never was seen is left out.
 """
 
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import IMAGENET_MEAN, View
 from sslbook.errors import at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, MemoryBank, backbone_dim
-from sslbook.nn.clustering import check_clusters, embed_views, kmeans
+from sslbook.nn.kmeans import check_clusters, embed_views, kmeans
 from sslbook.schedules import Clock
 
 STD = (0.228, 0.224, 0.225)  # the authors' own deviation of red
@@ -56,15 +56,15 @@ def cluster_loss(
     label: Int[Tensor, "heads n"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """The cross-entropy of every crop's prediction and its picture's cluster, averaged over heads, crops and pictures.
+    """The cross-entropy of every crop's prediction and its image's cluster, averaged over heads, crops and images.
 
-    Pictures of cluster -1 do not count; the mean is over those that all processes have.
+    Images of cluster -1 do not count; the mean is over those that all processes have.
     """
     counted = (label >= 0).float()
     logits = torch.einsum("cnd,hkd->chnk", z, prototypes) / temperature
     target = label.clamp(min=0).expand(len(z), -1, -1)
     each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
-    total = distributed.mean(counted.sum() * len(z)).clamp(min=1)
+    total = distributed.all_reduce_mean(counted.sum() * len(z)).clamp(min=1)
     return (each * counted).sum() / total
 
 
@@ -113,19 +113,19 @@ class DeepClusterV2(Method):
     assignment: Tensor
 
     def memories(self) -> tuple[MemoryBank, MemoryBank]:
-        """What the network last said of the two large crops of every picture."""
+        """What the network last said of the two large crops of every image."""
         return self.memory_1, self.memory_2
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view, *[self.small_view] * self.num_small)
 
-    def prepare(self, data: Data) -> None:
+    def setup(self, data: Data) -> None:
         heads, clusters, _ = self.prototypes.shape
         check_clusters(clusters, data.num_train)
         for memory in self.memories():
             memory.allocate(data.num_train)
             memory.rows.zero_()  # never seen
-        start = chance.uniform(0, 0, torch.arange(data.num_train), chance.METHOD, heads).T
+        start = rng.uniform(0, 0, torch.arange(data.num_train), rng.METHOD, heads).T
         self.assignment = (start * clusters).long().to(self.assignment.device)  # until the first clustering
 
     def before_epoch(self, data: Data, clock: Clock) -> None:

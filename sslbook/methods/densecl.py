@@ -1,16 +1,16 @@
 """DenseCL: MoCo for every place of the feature map, so that a network also knows where it sees what.
 
-Beside MoCo's loss for whole pictures, each place of one view must find its counterpart in the other view among past
-pictures' features. Which places correspond is not told but taken from the backbone: the counterpart is the place of the
+Beside MoCo's loss for whole images, each place of one view must find its counterpart in the other view among past
+images' features. Which places correspond is not told but taken from the backbone: the counterpart is the place of the
 other view whose features are the most similar.
 
 Wang, Zhang, Shen, Kong and Li, 2021, "Dense contrastive learning for self-supervised visual pre-training"
 (arXiv:2011.09157), equations 1 to 4, section 3. The defaults are those of the authors' code. As there, the second queue
-takes one vector per picture, the mean of its dense keys, and correspondence is sought from every place of the query.
+takes one vector per image, the mean of its dense keys, and correspondence is sought from every place of the query.
 
 What differs from the authors' code: the moving average is taken after each optimizer step instead of before each forward
 pass, and batch norm's groups and the shuffling of the keys over them are a choice instead of the number of GPUs, keyed
-by picture and epoch, as in our MoCo. OpenMMLab's port leaves the dense loss out of the first 1,000 iterations; the
+by image and epoch, as in our MoCo. OpenMMLab's port leaves the dense loss out of the first 1,000 iterations; the
 authors do not.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -48,7 +48,7 @@ def correspondence(f_q: Float[Tensor, "n places dim"], f_k: Float[Tensor, "n pla
 def feature_map(
     backbone: nn.Module, x: Float[Tensor, "n 3 h w"]
 ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n places dim"]]:
-    """A picture's features as a whole and at every place, from one pass through the backbone."""
+    """An image's features as a whole and at every place, from one pass through the backbone."""
     if isinstance(backbone, VisionTransformer):
         tokens = backbone.encode(backbone.embed(x))
         return (tokens[:, 0] if backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)), tokens[:, 1:]
@@ -62,14 +62,14 @@ class DenseCL(Method):
     Args:
         backbone: the network to train, one with a feature map (ResNet, ConvNet) or a vision transformer; its batch norm
             becomes that of `sslbook.nn.BatchNorm`.
-        view: what a picture becomes, twice, by independent chance.
+        view: what an image becomes, twice, each augmented independently.
         projector_dim: width of queries and keys.
-        dense_weight: weight of the dense loss; the loss of whole pictures has the rest.
+        dense_weight: weight of the dense loss; the loss of whole images has the rest.
         temperature: divides the similarities.
         momentum: how much of itself the key encoder keeps at a step.
         queue_size: keys kept as wrong answers, in each of the two queues.
         batch_norm_groups: parts of the global batch that batch norm sees separately, 8 as on the authors' 8 GPUs;
-            the keys are shuffled over them. With 1, all pictures share their statistics and nothing is shuffled.
+            the keys are shuffled over them. With 1, all images share their statistics and nothing is shuffled.
     """
 
     def __init__(
@@ -110,16 +110,16 @@ class DenseCL(Method):
     def key_features(
         self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n places dim"]]:
-        """What the key backbone makes of this process's pictures, among other companions than their queries had."""
+        """What the key backbone makes of this process's images, among other companions than their queries had."""
         if not self.shuffles:
             return feature_map(self.key_backbone.module, x)
         n, first = len(x), distributed.rank() * len(x)
-        everyone = distributed.gather(batch.index)
-        order = chance.uniform(clock.seed, clock.epoch, everyone, chance.METHOD, 1)[:, 0].argsort(stable=True)
-        x = distributed.gather(x)[order[first : first + n]]
+        everyone = distributed.all_gather(batch.index)
+        order = rng.uniform(clock.seed, clock.epoch, everyone, rng.METHOD, 1)[:, 0].argsort(stable=True)
+        x = distributed.all_gather(x)[order[first : first + n]]
         back = order.argsort()[first : first + n]
         whole, places = feature_map(self.key_backbone.module, x)
-        return distributed.gather(whole)[back], distributed.gather(places)[back]
+        return distributed.all_gather(whole)[back], distributed.all_gather(places)[back]
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         x_q, x_k = batch.views

@@ -1,9 +1,9 @@
-"""DINO: a student names each picture as its teacher does, with names nobody gave.
+"""DINO: a student names each image as its teacher does, with names nobody gave.
 
 The teacher, a moving average of the student, turns two large crops into distributions over a great many outputs. The
 student sees small crops as well and must give each the teacher's distribution for another crop: from a part, the whole.
-Collapse is prevented by two opposite forces on the teacher's scores alone: centering (no output wins for all pictures)
-and sharpening (each picture decides).
+Collapse is prevented by two opposite forces on the teacher's scores alone: centering (no output wins for all images)
+and sharpening (each image decides).
 
 Caron, Touvron, Misra, Jégou, Mairal, Bojanowski and Joulin, 2021, "Emerging properties in self-supervised vision
 transformers" (arXiv:2104.14294), equations 1 to 4, algorithm 1. As in the authors' code, the scores of a batch are
@@ -14,7 +14,7 @@ centered by the mean of the batches before it. What differs from it:
 - In the first epoch the last layer gets a gradient of zero instead of none. Weight decay then shortens its rows, which
   changes nothing, since they are normalized.
 - The engine clips the norm of the whole gradient; the authors clip that of every parameter tensor.
-- A transformer's linear maps start by Xavier here, from a truncated normal of 0.02 there.
+- A transformer's linear layers start by Xavier here, from a truncated normal of 0.02 there.
 """
 
 import torch
@@ -25,7 +25,7 @@ from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
-from sslbook.nn import EMA, PrototypeHead, VisionTransformer, backbone_dim
+from sslbook.nn import EMA, DINOHead, VisionTransformer, backbone_dim
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
 
@@ -137,7 +137,7 @@ class DINO(Method):
         self.teacher_temperature_warmup = teacher_temperature_warmup
         self.center_momentum, self.momentum, self.freeze_last_layer = center_momentum, momentum, freeze_last_layer
         self.backbone = backbone
-        self.head = PrototypeHead(backbone_dim(backbone), hidden_dim, bottleneck_dim, num_outputs, 3, head_batch_norm)
+        self.head = DINOHead(backbone_dim(backbone), hidden_dim, bottleneck_dim, num_outputs, 3, head_batch_norm)
         self.teacher_backbone, self.teacher_head = EMA(self.backbone), EMA(self.head)
         self.register_buffer("center", torch.zeros(num_outputs))
         # What the center moves to when the step is taken: a batch may come in several parts.
@@ -165,9 +165,9 @@ class DINO(Method):
             teacher = teacher_distribution(scores, self.center, self.sharpness(clock))
             loss = dino_loss(student, teacher, self.student_temperature)
             if self.training:
-                self.seen += distributed.mean(scores.mean(dim=(0, 1)))
+                self.seen += distributed.all_reduce_mean(scores.mean(dim=(0, 1)))
                 self.parts += 1
-            average = distributed.mean(teacher.mean(dim=(0, 1)))
+            average = distributed.all_reduce_mean(teacher.mean(dim=(0, 1)))
         return {"loss": loss, "teacher_entropy": entropy(teacher).mean(), "average_entropy": entropy(average)}
 
     def after_step(self, clock: Clock) -> None:

@@ -1,13 +1,13 @@
-"""Discrete VAE: learn a vocabulary in which a picture is a grid of words, for BEiT and CAE to predict.
+"""Discrete VAE: learn a vocabulary in which an image is a grid of words, for BEiT and CAE to predict.
 
-An encoder scores every code at every patch, a code is drawn from these scores, and a decoder draws the picture from the
+An encoder scores every code at every patch, a code is drawn from these scores, and a decoder draws the image from the
 codes alone. Drawing has no gradient, so in training each patch gets a mixture of codes instead, disturbed by Gumbel
 noise, which becomes a draw of a single code as the temperature falls (the relaxation of Jang, Gu and Poole, 2017,
 "Categorical reparameterization with Gumbel-softmax", arXiv:1611.01144, equation 2).
 
-Ramesh et al., 2021, "Zero-shot text-to-image generation" (arXiv:2102.12092), section 2.1. What differs: the pictures'
+Ramesh et al., 2021, "Zero-shot text-to-image generation" (arXiv:2102.12092), section 2.1. What differs: the images'
 likelihood is normal (squared error) instead of logit-Laplace, which sets another scale for the weight of the divergence
-(6.6 there); networks are smaller, and the temperature falls over the whole run. The noise is keyed by picture and epoch.
+(6.6 there); networks are smaller, and the temperature falls over the whole run. The noise is keyed by image and epoch.
 """
 
 import torch
@@ -32,9 +32,9 @@ from sslbook.schedules import Clock
 VIEW = View(size=256, crop=(0.25, 1.0), interpolation="bicubic")
 
 
-def perplexity(tokens: Int[Tensor, "batch patches"], codes: int) -> Float[Tensor, ""]:
+def perplexity(tokens: Int[Tensor, "batch patches"], num_codes: int) -> Float[Tensor, ""]:
     """How many codes are in use in all processes' batches: the exponential of the entropy of their frequencies."""
-    counts = distributed.total(tokens.flatten().bincount(minlength=codes).float())
+    counts = distributed.all_reduce_sum(tokens.flatten().bincount(minlength=num_codes).float())
     return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
@@ -43,7 +43,7 @@ class DVAE(Method):
 
     Args:
         backbone: the encoder to train, a sslbook.nn.DiscreteEncoder.
-        view: what a picture becomes.
+        view: what an image becomes.
         kl_weight: how much the divergence of the codes from the uniform distribution counts.
         temperature: of the mixture of codes at first ...
         last_temperature: ... and in the end.
@@ -88,5 +88,5 @@ class DVAE(Method):
         return {
             "loss": squared + self.kl_weight * divergence,
             "squared_error": squared.detach(),
-            "codes_in_use": perplexity(scores.argmax(dim=2), self.backbone.codes),
+            "codes_in_use": perplexity(scores.argmax(dim=2), self.backbone.num_codes),
         }

@@ -1,6 +1,6 @@
 """EVA: say of hidden patches what a frozen CLIP says of them.
 
-Part of the patches, in blocks, is replaced by a mask token before the first layer, and a linear map of the last layer's
+Part of the patches, in blocks, is replaced by a mask token before the first layer, and a linear layer of the last layer's
 tokens predicts the teacher's features there. There is no decoder, no tokenizer and no second view: masked prediction at
 its plainest, whose target already means something.
 
@@ -9,8 +9,8 @@ section 2.1: the transformer sees the full sequence with mask tokens, as here. W
 in OpenMMLab's port, MAE's encoder and decoder get the same target instead; `milan` is near to that. What differs: any
 frozen network can teach (`sslbook.nn.teachers`); the targets are its features after the last norm, without CLIP's
 projection, where the authors predict the projected ones; the loss is 2 - 2 cos instead of -cos, which has the same
-minimum; every picture has exactly the same number of hidden patches, where BEiT's blocks, which the authors use, may
-leave some with fewer; and the backbone's linear maps start by Xavier, theirs from a truncated normal.
+minimum; every image has exactly the same number of hidden patches, where BEiT's blocks, which the authors use, may
+leave some with fewer; and the backbone's linear layers start by Xavier, theirs from a truncated normal.
 """
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.masks import block_mask
 from sslbook.data.views import View
@@ -43,10 +43,10 @@ class EVA(Method):
         backbone: the vision transformer to train.
         teacher: the frozen network whose features are predicted: a run folder or exported backbone, timm/NAME,
             open_clip/NAME:WEIGHTS, transformers/NAME, or a module. The paper's is open_clip/ViT-L-14:openai.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_ratio: part of the patches that is hidden: 105 of 256 in the authors' code.
         min_block: smallest area of a hidden block, in patches.
-        teacher_size: side of the pictures that the teacher gets, where its patches must be brought to the student's
+        teacher_size: side of the images that the teacher gets, where its patches must be brought to the student's
             grid; null leaves them as they are.
     """
 
@@ -86,7 +86,7 @@ class EVA(Method):
     def mask(self, index: Int[Tensor, "batch"], grid: tuple[int, int], clock: Clock) -> Bool[Tensor, "batch patches"]:
         """Which patches are hidden."""
         count = round(self.mask_ratio * grid[0] * grid[1])
-        return block_mask(index, grid, count, clock, self.min_block, exact=True, stream=chance.METHOD + 1)
+        return block_mask(index, grid, count, clock, self.min_block, exact=True, stream=rng.METHOD + 1)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views

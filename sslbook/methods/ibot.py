@@ -1,4 +1,4 @@
-"""iBOT: the student names hidden patches as the teacher names them, besides whole pictures.
+"""iBOT: the student names hidden patches as the teacher names them, besides whole images.
 
 The teacher, a moving average of the student, sees the whole crop and turns every token into a distribution over
 outputs: a tokenizer that is learned along the way. The student sees the crop with blocks of patches replaced by a mask
@@ -10,11 +10,11 @@ method with other options, in the recipe `dinov2`: heads of their own for patche
 and the KoLeo regularizer, which spreads the features.
 
 What differs from the authors' code: as there, the patches' center averages all patches of the teacher and not the
-hidden ones; but how much of a crop is hidden is keyed by picture and epoch, a last layer that waits gets a gradient of
+hidden ones; but how much of a crop is hidden is keyed by image and epoch, a last layer that waits gets a gradient of
 zero, and the outputs' scale is 1, which the authors learn. As in `dino`, the teacher's temperature rises with every step
 instead of every epoch, its momentum counts the step just taken, the engine clips the norm of the whole gradient instead
-of every tensor's, and the backbone's linear maps start by Xavier instead of a truncated normal. In DINOv2's code a
-nearest neighbor is sought among the pictures of one GPU, here among the whole batch, so that the number of processes
+of every tensor's, and the backbone's linear layers start by Xavier instead of a truncated normal. In DINOv2's code a
+nearest neighbor is sought among the images of one GPU, here among the whole batch, so that the number of processes
 changes nothing.
 """
 
@@ -26,13 +26,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data import masks
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn import EMA, PrototypeHead, VisionTransformer
+from sslbook.nn import EMA, DINOHead, VisionTransformer
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
@@ -92,11 +92,11 @@ def patch_loss(
 
 
 def koleo(x: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
-    """Minus the mean logarithm of the distance to the nearest other picture of all processes, on the unit sphere.
+    """Minus the mean logarithm of the distance to the nearest other image of all processes, on the unit sphere.
 
     Sablayrolles, Douze, Schmid and Jégou, 2019, "Spreading vectors for similarity search" (arXiv:1806.03198), eq. 2.
     """
-    everyone = distributed.gather_with_grad(F.normalize(x, dim=1))
+    everyone = distributed.all_gather_with_grad(F.normalize(x, dim=1))
     own = distributed.rank() * len(x) + torch.arange(len(x), device=x.device)
     with torch.no_grad():
         cosine = everyone[own] @ everyone.T
@@ -189,7 +189,7 @@ class IBOT(Method):
         self.mask_token = nn.Parameter(torch.zeros(backbone.dim))
         names = ["cls", "patch"] if separate_heads else ["cls"]
         self.heads = nn.ModuleDict(
-            {name: PrototypeHead(backbone.dim, hidden_dim, bottleneck_dim, num_outputs) for name in names}
+            {name: DINOHead(backbone.dim, hidden_dim, bottleneck_dim, num_outputs) for name in names}
         )
         self.teacher_backbone, self.teacher_heads = EMA(self.backbone), EMA(self.heads)
         self.register_buffer("center", torch.zeros(num_outputs))
@@ -204,8 +204,8 @@ class IBOT(Method):
     def hidden(
         self, index: Int[Tensor, "n"], grid: tuple[int, int], clock: Clock, crop: int
     ) -> Bool[Tensor, "n patches"]:
-        """Which patches of a large crop are hidden: blocks, in some of the pictures, more or fewer of them."""
-        u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + crop, 2)
+        """Which patches of a large crop are hidden: blocks, in some of the images, more or fewer of them."""
+        u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + crop, 2)
         low, high = self.mask_ratio
         ratio = torch.where(u[:, 0] < self.mask_probability, low + (high - low) * u[:, 1], 0.0)
         smallest = (min(grid) // 3) ** 2 if self.min_block is None else self.min_block
@@ -239,7 +239,7 @@ class IBOT(Method):
                 self.targets(patches[mask], self.patch_center, temperature),
             )
             if self.training:
-                self.seen += distributed.mean(torch.stack([cls.mean(dim=0), patches.mean(dim=(0, 1))]))
+                self.seen += distributed.all_reduce_mean(torch.stack([cls.mean(dim=0), patches.mean(dim=(0, 1))]))
                 self.parts += 1
         return answers
 

@@ -1,13 +1,13 @@
-"""I-JEPA: say what is elsewhere in a picture, in the teacher's words and not in pixels.
+"""I-JEPA: say what is elsewhere in an image, in the teacher's words and not in pixels.
 
 From the patches of one large block, the context, a narrow transformer predicts the features of several other blocks; it
-is told only where these are. The features come from a teacher that sees the whole picture, a moving average of the
+is told only where these are. The features come from a teacher that sees the whole image, a moving average of the
 encoder, and are normalized. There are no augmentations but the crop: masking is the only task.
 
 Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun and Ballas, 2023, "Self-supervised learning from images with a
 joint-embedding predictive architecture" (arXiv:2301.08243), section 3. As in the authors' code the loss is smooth L1,
 the targets are normalized by LayerNorm without parameters, each target block is predicted on its own, and masks are
-those of `sslbook.data.masks.multi_block_mask`. What differs: chance is keyed; contexts are cut to the shortest of the
+those of `sslbook.data.masks.multi_block_mask`. What differs: random numbers are counter-based; contexts are cut to the shortest of the
 global batch instead of one GPU's; the encoder has a cls token, which nothing predicts; initialization is that of MAE;
 the teacher's momentum counts the step just taken, so that it reaches 1 at the last one.
 """
@@ -34,7 +34,7 @@ VIEW = View(crop=(0.3, 1.0), flip=0.0)
 
 
 def take(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
-    """The patches at the given places, picture by picture."""
+    """The patches at the given places, image by image."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
@@ -50,13 +50,13 @@ class Predictor(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, encoder_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int]) -> None:
+    def __init__(self, encoder_dim: int, dim: int, depth: int, num_heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
-        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = nn.Linear(dim, encoder_dim)
         init_transformer(self)
@@ -80,14 +80,14 @@ class IJEPA(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         num_targets: number of target blocks.
-        target_scale: range of the part of a picture that a target block covers.
+        target_scale: range of the part of an image that a target block covers.
         target_aspect: range of a target block's height divided by its width.
         context_scale: range of the part that the context covers, before the targets are taken away.
         predictor_dim: width of the predictor.
         predictor_depth: blocks of the predictor.
-        predictor_heads: attention heads of the predictor.
+        predictor_num_heads: attention heads of the predictor.
         momentum: how much of itself the teacher keeps at a step, in the beginning; rises to 1 in a straight line.
     """
 
@@ -103,13 +103,13 @@ class IJEPA(Method):
         context_scale: tuple[float, float] = (0.85, 1.0),
         predictor_dim: int = 384,
         predictor_depth: int = 12,
-        predictor_heads: int = 16,
+        predictor_num_heads: int = 16,
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, VisionTransformer):
             raise UserError(
-                f"I-JEPA shows parts of a picture to a vision transformer and cannot use a {type(backbone).__name__}: "
+                f"I-JEPA shows parts of an image to a vision transformer and cannot use a {type(backbone).__name__}: "
                 "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
             )
         self.view, self.num_targets, self.momentum = view, num_targets, momentum
@@ -117,14 +117,14 @@ class IJEPA(Method):
         grid = patch_grid(view.size, view.size, backbone.patch_size)
         self.backbone = backbone
         self.teacher = EMA(backbone)
-        self.predictor = Predictor(backbone.dim, predictor_dim, predictor_depth, predictor_heads, grid)
+        self.predictor = Predictor(backbone.dim, predictor_dim, predictor_depth, predictor_num_heads, grid)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
-        """What the teacher says of every patch of the whole picture, normalized."""
+        """What the teacher says of every patch of the whole image, normalized."""
         network: Any = self.teacher.module
         tokens = network.encode(network.embed(images))[:, 1:].float()
         return F.layer_norm(tokens, tokens.shape[-1:])
@@ -146,7 +146,7 @@ class IJEPA(Method):
             rearrange(targets, "batch block patch -> (batch block) patch"),
             grid,
         )
-        deviation = distributed.deviation(h).mean()
+        deviation = distributed.all_reduce_std(h).mean()
         return {"loss": prediction_loss(prediction, target), "target_deviation": deviation}
 
     def after_step(self, clock: Clock) -> None:

@@ -1,7 +1,7 @@
-"""InterCLR: two views of a picture belong together, and so do pictures of one cluster.
+"""InterCLR: two views of an image belong together, and so do images of one cluster.
 
-MoCo compares a query with the key of its own picture. Beside it, a second loss takes for the right answer a feature of
-another picture of the same cluster, from a memory whose clusters move with every batch, as in ODC. Such an answer may
+MoCo compares a query with the key of its own image. Beside it, a second loss takes for the right answer a feature of
+another image of the same cluster, from a memory whose clusters move with every batch, as in ODC. Such an answer may
 be wrong, so its margin is negative, which asks for less than a tie; wrong answers are drawn from the nearest tenth of
 the memory, neither the hardest nor all.
 
@@ -10,7 +10,7 @@ Xie, Zhan, Liu, Ong and Loy, 2020, "Delving into inter-image invariance for unsu
 InterCLR-MoCo): clusters by inner product with the plain mean of their features, right answers drawn from the whole
 cluster, margin -0.5 added to the right cosine before the temperature. What differs:
 
-- Right and wrong answers are drawn by keyed chance, wrong ones with replacement. Those of the own cluster are left out
+- Right and wrong answers are drawn with counter-based random numbers, wrong ones with replacement. Those of the own cluster are left out
   of the softmax, where the authors draw in their place anew.
 - Batch norm's groups, the shuffling of keys and the time of the moving average are those of `sslbook.methods.moco`.
 """
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, BatchNorm, Queue, backbone_dim, convert_batch_norm
-from sslbook.nn.clustering import embed
+from sslbook.nn.kmeans import embed
 from sslbook.nn.online_clusters import OnlineClusters
 from sslbook.schedules import Clock
 
@@ -53,22 +53,22 @@ def info_nce(
     if known is None:
         return F.cross_entropy(logits, target), logits
     each = F.cross_entropy(logits, target, reduction="none")
-    return (each * known).sum() / distributed.mean(known.float().sum()).clamp(min=1e-6), logits  # none may be known
+    return (each * known).sum() / distributed.all_reduce_mean(known.float().sum()).clamp(
+        min=1e-6
+    ), logits  # none may be known
 
 
 def draw_positive(
-    label: Int[Tensor, "n"], assignment: Int[Tensor, "pictures"], sizes: Int[Tensor, "clusters"], u: Float[Tensor, "n"]
+    label: Int[Tensor, "n"], assignment: Int[Tensor, "images"], sizes: Int[Tensor, "clusters"], u: Float[Tensor, "n"]
 ) -> Int[Tensor, "n"]:
-    """For each label a picture of this cluster, chosen by a number in [0, 1)."""
+    """For each label an image of this cluster, chosen by a number in [0, 1)."""
     members = assignment.argsort(stable=True)  # cluster by cluster, first those of none
     starts = len(assignment) - sizes.sum() + sizes.cumsum(0) - sizes
     return members[starts[label] + (u.double() * sizes[label]).long()]
 
 
-def draw_semihard(
-    similarity: Float[Tensor, "n pictures"], pool_size: int, u: Float[Tensor, "n k"]
-) -> Int[Tensor, "n k"]:
-    """For each row some of its `pool_size` most similar pictures, chosen by numbers in [0, 1) (section 3.3)."""
+def draw_semihard(similarity: Float[Tensor, "n images"], pool_size: int, u: Float[Tensor, "n k"]) -> Int[Tensor, "n k"]:
+    """For each row some of its `pool_size` most similar images, chosen by numbers in [0, 1) (section 3.3)."""
     pool = similarity.topk(pool_size, dim=1).indices.sort(dim=1).values  # in an order that rounding cannot change
     return pool.gather(1, (u.double() * pool_size).long())
 
@@ -78,22 +78,22 @@ class InterCLR(Method):
 
     Args:
         backbone: the network to train; its batch norm becomes that of `sslbook.nn.BatchNorm`.
-        view: what a picture becomes, twice, by independent chance.
-        cluster_resize: for the first clustering, the shorter side of a picture is brought to this length, and the
+        view: what an image becomes, twice, each augmented independently.
+        cluster_resize: for the first clustering, the shorter side of an image is brought to this length, and the
             center of the view's size is seen.
         projector_dim: width of queries and keys.
         temperature: divides the similarities.
         momentum: how much of itself the key encoder keeps at a step.
-        queue_size: keys kept as wrong answers within a picture.
+        queue_size: keys kept as wrong answers within an image.
         batch_norm_groups: parts of the global batch that batch norm sees separately (see MoCo).
         num_clusters: how many clusters.
-        margin: taken from the cosine of the right answer between pictures.
-        intra_weight: weight of the loss within a picture.
-        inter_weight: weight of the loss between pictures.
-        num_negatives: wrong answers between pictures.
-        pool_size: the most similar pictures, from which they are drawn.
-        memory_momentum: how much of itself a row of the memory keeps when its picture is seen.
-        min_cluster: clusters with fewer pictures are dissolved.
+        margin: taken from the cosine of the right answer between images.
+        intra_weight: weight of the loss within an image.
+        inter_weight: weight of the loss between images.
+        num_negatives: wrong answers between images.
+        pool_size: the most similar images, from which they are drawn.
+        memory_momentum: how much of itself a row of the memory keeps when its image is seen.
+        min_cluster: clusters with fewer images are dissolved.
         centroids_every: steps between updates of all centroids.
     """
 
@@ -134,10 +134,10 @@ class InterCLR(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
 
-    def prepare(self, data: Data) -> None:
+    def setup(self, data: Data) -> None:
         if self.pool_size > data.num_train:
             raise UserError(
-                f"the {self.pool_size} most similar of {data.num_train} pictures: lower --method.pool_size, "
+                f"the {self.pool_size} most similar of {data.num_train} images: lower --method.pool_size, "
                 f"such as to {max(1, data.num_train // 10)}"
             )
         self.clusters.allocate(data.num_train)
@@ -149,21 +149,21 @@ class InterCLR(Method):
 
     @torch.no_grad()
     def keys(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
-        """The keys of this process's pictures, encoded among other companions than their queries were."""
+        """The keys of this process's images, encoded among other companions than their queries were."""
         if not self.shuffles:
             return self.key_projector(self.key_backbone(x))
         n, first = len(x), distributed.rank() * len(x)
-        everyone = distributed.gather(batch.index)
-        order = chance.uniform(clock.seed, clock.epoch, everyone, chance.METHOD, 1)[:, 0].argsort(stable=True)
-        x = distributed.gather(x)[order[first : first + n]]
-        k = distributed.gather(self.key_projector(self.key_backbone(x)))
+        everyone = distributed.all_gather(batch.index)
+        order = rng.uniform(clock.seed, clock.epoch, everyone, rng.METHOD, 1)[:, 0].argsort(stable=True)
+        x = distributed.all_gather(x)[order[first : first + n]]
+        k = distributed.all_gather(self.key_projector(self.key_backbone(x)))
         return k[order.argsort()[first : first + n]]
 
     def inter(self, q: Float[Tensor, "n dim"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, ""]:
-        """The loss between pictures: equation 4 with answers from the memory, for pictures that have a cluster."""
+        """The loss between images: equation 4 with answers from the memory, for images that have a cluster."""
         rows, assignment = self.clusters.memory.rows, self.clusters.assignment
         label = assignment[index]
-        u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 1 + self.num_negatives)
+        u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + 1, 1 + self.num_negatives)
         right = draw_positive(label.clamp(min=0), assignment, self.clusters.sizes(), u[:, 0])
         wrong = draw_semihard(q.detach() @ rows.T, self.pool_size, u[:, 1:])
         counted = (assignment[wrong] != label[:, None]) & (assignment[wrong] >= 0)

@@ -1,7 +1,7 @@
-"""Jigsaw: nine patches of a picture are shuffled, and the network says by which of many permutations.
+"""Jigsaw: nine patches of an image are shuffled, and the network says by which of many permutations.
 
 The same network looks at each patch alone; only the last layer sees what it says of all nine, side by side. Some
-permutations are so much alike that no picture tells them apart, so the set to choose from holds only such that put most
+permutations are so much alike that no image tells them apart, so the set to choose from holds only such that put most
 patches in different places.
 
 Noroozi and Favaro, 2016, "Unsupervised learning of visual representations by solving jigsaw puzzles"
@@ -23,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.patches import PLACES, check_patches, cut_patches
 from sslbook.data.views import View
@@ -45,7 +45,7 @@ def permutation_set(size: int, candidates: int = CANDIDATES) -> Int[Tensor, "{si
     if not 2 <= size <= candidates // 4:
         raise UserError(f"num_permutations is {size}: use at least 2 and at most {candidates // 4}")
     index = torch.arange(candidates, device="cpu")
-    pool = chance.uniform(0, 0, index, chance.METHOD, PLACES).argsort(dim=1, stable=True)
+    pool = rng.uniform(0, 0, index, rng.METHOD, PLACES).argsort(dim=1, stable=True)
     columns = pool.T.to(torch.int8).contiguous()  # by place, and in bytes, since this is compared `size` times
     nearest = torch.full_like(index, PLACES + 1, dtype=torch.int32)  # of those chosen, how far away
     total = torch.zeros_like(nearest)
@@ -60,7 +60,7 @@ def permutation_set(size: int, candidates: int = CANDIDATES) -> Int[Tensor, "{si
 def shuffle(
     patches: Float[Tensor, "batch 9 channels height width"], order: Int[Tensor, "batch 9"]
 ) -> Float[Tensor, "batch 9 channels height width"]:
-    """Place i gets the patch of place `order[i]`, picture by picture."""
+    """Place i gets the patch of place `order[i]`, image by image."""
     return patches[torch.arange(len(patches), device=patches.device)[:, None], order]
 
 
@@ -69,7 +69,7 @@ class Jigsaw(Method):
 
     Args:
         backbone: the network to train; it sees patches.
-        view: what a picture becomes before it is cut; it must hold three cells in a row.
+        view: what an image becomes before it is cut; it must hold three cells in a row.
         cell_size: side of a cell of the 3x3 grid, in pixels.
         patch_size: side of the patch that is cut from a cell, at a random place.
         num_permutations: how many shuffles to tell apart.
@@ -102,7 +102,7 @@ class Jigsaw(Method):
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
         patches = cut_patches(images, batch.index, self.cell_size, self.patch_size, clock)
-        u = chance.uniform(clock.seed, clock.epoch, batch.index, chance.METHOD, 1)[:, 0].double()
+        u = rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, 1)[:, 0].double()
         y = (u * len(self.permutations)).long()
         patches = shuffle(patches, self.permutations[y])
         x = self.patch_layer(self.backbone(rearrange(patches, "batch place c h w -> (batch place) c h w")))

@@ -1,4 +1,4 @@
-"""LeJEPA: views of a picture predict each other, and the features of all pictures are kept a standard Gaussian.
+"""LeJEPA: views of an image predict each other, and the features of all images are kept a standard Gaussian.
 
 Views should have the features that the large views have on average. That alone would allow a constant, so a second term
 measures how far the features of a batch are from the isotropic Gaussian, the distribution that the paper shows to be
@@ -19,13 +19,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 GLOBAL_VIEW = View(
@@ -55,7 +55,7 @@ def directions(dim: int, count: int, clock: Clock, device: torch.device) -> Floa
     Normal numbers by Box and Muller's transformation have no preferred direction.
     """
     index = torch.arange(count, device=device)
-    u, v = chance.uniform(clock.seed, clock.step, index, chance.METHOD, 2 * dim).T.chunk(2)
+    u, v = rng.uniform(clock.seed, clock.step, index, rng.METHOD, 2 * dim).T.chunk(2)
     normal = (-2 * (1 - u).log()).sqrt() * (2 * math.pi * v).cos()
     return normal / normal.norm(dim=0)
 
@@ -73,7 +73,7 @@ def epps_pulley(x: Float[Tensor, "*views n count"]) -> Float[Tensor, "*views cou
     weight[0] = weight[-1] = RANGE / (KNOTS - 1)
     angle = x[..., None] * t
     functions = torch.stack([angle.cos().mean(dim=-3), angle.sin().mean(dim=-3)])
-    real, imaginary = distributed.sum_with_grad(functions) / processes
+    real, imaginary = distributed.all_reduce_sum_with_grad(functions) / processes
     error = (real - gaussian).square() + imaginary.square()
     return error @ (weight * gaussian) * (x.shape[-2] * processes)
 
@@ -87,11 +87,11 @@ class LeJEPA(Method):
     """Latent-Euclidean joint-embedding predictive architecture (arXiv:2511.08544).
 
     Args:
-        backbone: the network to train; it must take pictures of both views' sizes.
-        global_view: what a picture becomes at large, `num_global` times.
+        backbone: the network to train; it must take images of both views' sizes.
+        global_view: what an image becomes at large, `num_global` times.
         local_view: what it becomes in small parts, `num_local` times.
-        num_global: large views of a picture.
-        num_local: small views of a picture.
+        num_global: large views of an image.
+        num_local: small views of an image.
         lambda_: weight of the distance from a Gaussian; the prediction has the rest.
         num_slices: random directions along which the distribution is tested.
         hidden_dim: hidden width of the projector.
@@ -124,7 +124,7 @@ class LeJEPA(Method):
         self.num_global, self.num_local = num_global, num_local
         self.lambda_, self.num_slices, self.projector_dim = lambda_, num_slices, projector_dim
         self.backbone = backbone
-        self.projector = projector or MLP(backbone_dim(backbone), hidden_dim, projector_dim, layers=3)
+        self.projector = projector or MLP(backbone_dim(backbone), hidden_dim, projector_dim, num_layers=3)
 
     def views(self) -> tuple[View, ...]:
         return (self.global_view,) * self.num_global + (self.local_view,) * self.num_local
@@ -147,5 +147,5 @@ class LeJEPA(Method):
                 "loss": loss,
                 "prediction": prediction.detach(),
                 "sigreg": sigreg.detach(),
-                "feature_spread": spread(z[0]),
+                "feature_std": feature_std(z[0]),
             }

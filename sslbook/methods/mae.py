@@ -1,11 +1,11 @@
-"""MAE: hide three quarters of a picture's patches and draw them from the rest.
+"""MAE: hide three quarters of an image's patches and draw them from the rest.
 
 The encoder, a vision transformer, sees the visible patches only, which makes it quick and keeps mask tokens out of what
 is learned. A small decoder gets the encoded patches and mask tokens, each with its position, and predicts the pixels.
 
 He, Chen, Xie, Li, Dollár and Girshick, 2022, "Masked autoencoders are scalable vision learners" (arXiv:2111.06377),
 section 3. Values, positions and initialization are those of the authors' code. Which patches are hidden is keyed by the
-picture and the epoch instead of drawn from a running generator.
+image and the epoch instead of drawn from a running generator.
 """
 
 import torch
@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -25,7 +25,7 @@ VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 def patchify(images: Float[Tensor, "batch 3 height width"], patch_size: int) -> Float[Tensor, "batch patches values"]:
-    """Pictures cut into patches, row by row; within a patch pixel by pixel, each with its three colors."""
+    """Images cut into patches, row by row; within a patch pixel by pixel, each with its three colors."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
@@ -51,14 +51,14 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 def random_mask(
     index: Int[Tensor, "batch"], num_patches: int, mask_ratio: float, clock: Clock
 ) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
-    """Which patches of every picture are visible and which hidden, each in random order (section 3, "Masking")."""
-    order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD, num_patches).argsort(dim=1, stable=True)
+    """Which patches of every image are visible and which hidden, each in random order (section 3, "Masking")."""
+    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, num_patches).argsort(dim=1, stable=True)
     visible = num_visible(num_patches, mask_ratio)
     return order[:, :visible], order[:, visible:]
 
 
 def take(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
-    """The patches at the given places, picture by picture."""
+    """The patches at the given places, image by image."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
@@ -79,14 +79,14 @@ class Decoder(nn.Module):
     """Predicts the pixels of every patch from the encoded visible ones."""
 
     def __init__(
-        self, encoder_dim: int, dim: int, depth: int, heads: int, patch_size: int, grid: tuple[int, int]
+        self, encoder_dim: int, dim: int, depth: int, num_heads: int, patch_size: int, grid: tuple[int, int]
     ) -> None:
         super().__init__()
         self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
-        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = nn.Linear(dim, patch_size**2 * 3)
         init_transformer(self)
@@ -112,12 +112,12 @@ class MAE(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_ratio: part of the patches that is hidden.
         norm_pix_loss: predict every patch normalized by its own mean and deviation.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
-        decoder_heads: attention heads of the decoder.
+        decoder_num_heads: attention heads of the decoder.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -130,7 +130,7 @@ class MAE(Method):
         norm_pix_loss: bool = True,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_num_heads: int = 16,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, VisionTransformer):
@@ -142,7 +142,7 @@ class MAE(Method):
         grid = patch_grid(view.size, view.size, backbone.patch_size)
         num_visible(grid[0] * grid[1], mask_ratio)  # refuses a ratio that leaves nothing to do
         self.backbone = backbone
-        self.decoder = Decoder(backbone.dim, decoder_dim, decoder_depth, decoder_heads, backbone.patch_size, grid)
+        self.decoder = Decoder(backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, backbone.patch_size, grid)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -172,9 +172,9 @@ class MAE(Method):
         index: Int[Tensor, "batch"],
         clock: Clock = Clock(),
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
-        """The pictures with their hidden patches blank (zero), and with the decoder's drawing in their place.
+        """The images with their hidden patches blank (zero), and with the decoder's drawing in their place.
 
-        With `norm_pix_loss` the decoder predicts a patch up to its mean and deviation, which the picture provides.
+        With `norm_pix_loss` the decoder predicts a patch up to its mean and deviation, which the image provides.
         """
         size = self.backbone.patch_size
         prediction, hidden = self.predict(images, index, clock)

@@ -1,7 +1,7 @@
-"""MaskFeat: predict histograms of oriented gradients where the picture is hidden, instead of pixels.
+"""MaskFeat: predict histograms of oriented gradients where the image is hidden, instead of pixels.
 
-Blocks of patches are replaced by a mask token, and a linear map of the last layer predicts for every hidden patch what
-the HOG descriptor of the whole picture says there. HOG counts the directions of edges in small cells and divides by
+Blocks of patches are replaced by a mask token, and a linear layer of the last layer predicts for every hidden patch what
+the HOG descriptor of the whole image says there. HOG counts the directions of edges in small cells and divides by
 their strength, so the network is not asked for brightness and contrast, which no neighbor tells for certain.
 
 Wei, Fan, Xie, Wu, Yuille and Feichtenhofer, 2022, "Masked feature prediction for self-supervised visual pre-training"
@@ -9,7 +9,7 @@ Wei, Fan, Xie, Wu, Yuille and Feichtenhofer, 2022, "Masked feature prediction fo
 directions without sign, each pixel counted in one of them, every color for itself, each cell's counts normalized to
 length 1, and no Gaussian window (a port has one). What differs: a cell without edges stays near zero, where rounding
 errors would be blown up to a full histogram; masks are BEiT's blocks, filled up to the exact number by single patches,
-keyed by picture and epoch.
+keyed by image and epoch.
 """
 
 import math
@@ -26,7 +26,7 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.masked import cell_side, masked_map, patch_side, require_maskable, token_dim
+from sslbook.nn.mask_tokens import cell_side, masked_map, patch_side, require_maskable, token_dim
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.5, 1.0), interpolation="bicubic")
@@ -37,7 +37,7 @@ FLAT = 1e-3  # a cell whose counts are shorter has no edges: one gray level at o
 def hog(images: Float[Tensor, "batch 3 height width"], cell_size: int) -> Float[Tensor, "batch rows columns 27"]:
     """For every cell the strengths of its edges by direction: 9 values of length 1 for each color (section 3.2).
 
-    The gradient is Sobel's, of the picture mirrored at its border. Its direction, from 0 to 180 degrees, falls into one
+    The gradient is Sobel's, of the image mirrored at its border. Its direction, from 0 to 180 degrees, falls into one
     of nine equal bins, to which its length is added.
     """
     sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], dtype=images.dtype)
@@ -65,7 +65,7 @@ class MaskFeat(Method):
 
     Args:
         backbone: the vision transformer, or Swin of timm, to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_ratio: part of the patches that is hidden.
         min_block: the smallest area of a block of hidden patches, in patches.
         cell_size: side of a cell of HOG, in pixels.
@@ -85,7 +85,7 @@ class MaskFeat(Method):
         if view.size % self.side:
             near = max(1, round(view.size / self.side)) * self.side
             raise UserError(
-                f"pictures of {view.size} pixels cannot be cut into patches of {self.side}: the nearest view.size that "
+                f"images of {view.size} pixels cannot be cut into patches of {self.side}: the nearest view.size that "
                 f"works is {near}"
             )
         if not 0 < cell_size <= self.side or self.side % cell_size:

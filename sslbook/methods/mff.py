@@ -1,14 +1,14 @@
 """MFF: MAE whose decoder is also given what the shallow layers know.
 
 An encoder trained on pixels wastes its last layers on keeping low-level detail for the decoder. Multi-level feature
-fusion hands the detail over from shallow layers instead: their outputs, each through a linear map, are averaged with
+fusion hands the detail over from shallow layers instead: their outputs, each through a linear layer, are averaged with
 the last layer's, with learned weights. After training the maps are dropped, and the encoder is a plain transformer.
 
 Liu, Zhang, Chen, Yu, Chen and Lin, 2023, "Improving pixel-based MIM by reducing wasted modeling capability"
 (arXiv:2308.00261), section 3: linear projections and weighted average pooling (equations 2 and 3). All else is MAE (He
 et al., 2022, arXiv:2111.06377). The weights are a softmax, as in the authors' code; the fused tokens pass the encoder's
-last norm; pictures are cropped as by MAE, where the authors' are resized and shifted as by PixMIM. Masks are keyed by
-picture and epoch.
+last norm; images are cropped as by MAE, where the authors' are resized and shifted as by PixMIM. Masks are keyed by
+image and epoch.
 """
 
 import torch
@@ -19,7 +19,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.pixel_decoder import (
+from sslbook.nn.decoders import (
     PixelDecoder,
     normalize_patches,
     num_visible,
@@ -35,7 +35,7 @@ VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 class Fusion(nn.Module):
-    """Averages several layers' tokens, all but the last through a linear map of their own (equations 2 and 3)."""
+    """Averages several layers' tokens, all but the last through a linear layer of their own (equations 2 and 3)."""
 
     def __init__(self, dim: int, num_shallow: int) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class MFF(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         layers: the shallow blocks that are fused with the last one, counted from 0; the defaults are for 12 blocks.
         mask_ratio: part of the patches that is hidden.
         norm_pix_loss: predict every patch normalized by its own mean and deviation.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
-        decoder_heads: attention heads of the decoder.
+        decoder_num_heads: attention heads of the decoder.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -75,7 +75,7 @@ class MFF(Method):
         norm_pix_loss: bool = True,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_num_heads: int = 16,
     ) -> None:
         super().__init__()
         backbone = require_transformer(backbone, "MFF")
@@ -90,7 +90,7 @@ class MFF(Method):
         num_visible(grid[0] * grid[1], mask_ratio)  # refuses a ratio that leaves nothing to do
         self.backbone = backbone
         self.fusion = Fusion(backbone.dim, len(layers))
-        self.decoder = PixelDecoder(backbone, view.size, decoder_dim, decoder_depth, decoder_heads)
+        self.decoder = PixelDecoder(backbone, view.size, decoder_dim, decoder_depth, decoder_num_heads)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)

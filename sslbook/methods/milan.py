@@ -1,4 +1,4 @@
-"""MILAN: see a quarter of a picture's patches and say what a network that knows the world says of all of them.
+"""MILAN: see a quarter of an image's patches and say what a network that knows the world says of all of them.
 
 The targets are not pixels but the features of a frozen teacher, in the paper CLIP's, which are full of what captions
 talk about. The teacher also chooses what is seen: patches it attends to are more likely to stay visible. The decoder
@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -50,23 +50,23 @@ def semantic_order(
 
     The logarithms of uniform numbers, divided by the weights and sorted, have this law (Efraimidis and Spirakis, 2006).
     """
-    u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD, attention.shape[1]).double()
+    u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, attention.shape[1]).double()
     key = u.clamp_min(2.0**-26).log() / attention.double()  # minus infinity without attention: seen last of all
     return key.argsort(dim=1, descending=True, stable=True)
 
 
 def take(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
-    """The patches at the given places, picture by picture."""
+    """The patches at the given places, image by image."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class PromptBlock(nn.Module):
     """A transformer block in which only the mask tokens are updated: they attend to themselves and to the prompts."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        require_heads(dim, heads)
-        self.heads = heads
+        require_heads(dim, num_heads)
+        self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -77,8 +77,8 @@ class PromptBlock(nn.Module):
     ) -> Float[Tensor, "batch hidden dim"]:
         own = self.norm1(x)
         both = torch.cat([prompts, own], dim=1)  # prompts are not normalized, as in the authors' code
-        q = rearrange(self.q(own), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv(both), "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        q = rearrange(self.q(own), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.kv(both), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         x = x + self.proj(attended)
         return x + self.mlp(self.norm2(x))
@@ -87,13 +87,15 @@ class PromptBlock(nn.Module):
 class PromptingDecoder(nn.Module):
     """Says the teacher's features of all patches: those of hidden ones from mask tokens, prompted by the visible."""
 
-    def __init__(self, encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, encoder_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, grid: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
-        self.blocks = nn.ModuleList([PromptBlock(dim, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([PromptBlock(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = nn.Linear(dim, out_dim)
         init_transformer(self)
@@ -122,12 +124,12 @@ class MILAN(Method):
         backbone: the vision transformer to train.
         teacher: the frozen network whose features are predicted: a run folder or exported backbone, timm/NAME,
             open_clip/NAME:WEIGHTS, transformers/NAME, or a module. The paper's is open_clip/ViT-B-16:openai.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_ratio: part of the patches that is hidden.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
-        decoder_heads: attention heads of the decoder.
-        teacher_size: side of the pictures that the teacher gets, where its patches must be brought to the student's
+        decoder_num_heads: attention heads of the decoder.
+        teacher_size: side of the images that the teacher gets, where its patches must be brought to the student's
             grid; null leaves them as they are.
     """
 
@@ -141,7 +143,7 @@ class MILAN(Method):
         mask_ratio: float = 0.75,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_num_heads: int = 16,
         teacher_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -156,7 +158,9 @@ class MILAN(Method):
         self.backbone = backbone
         self.teacher = Teacher(teacher, view, teacher_size)
         self.teacher.require_grid(grid)
-        self.decoder = PromptingDecoder(backbone.dim, decoder_dim, decoder_depth, decoder_heads, self.teacher.dim, grid)
+        self.decoder = PromptingDecoder(
+            backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, self.teacher.dim, grid
+        )
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)

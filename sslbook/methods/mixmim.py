@@ -1,15 +1,15 @@
-"""MixMIM: put the visible patches of one picture into the holes of another, and draw what each of them hides.
+"""MixMIM: put the visible patches of one image into the holes of another, and draw what each of them hides.
 
-A mask token tells the encoder nothing, and at evaluation there is none. Here the hidden half of a picture's patches is
+A mask token tells the encoder nothing, and at evaluation there is none. Here the hidden half of an image's patches is
 filled with those of a partner, whose missing patches are just the others: the encoder sees whole sequences, all of
-them pictures. So that neither helps or disturbs the other, attention stays within the patches of one picture. The
+them images. So that neither helps or disturbs the other, attention stays within the patches of one image. The
 decoder takes the two apart again and draws the hidden half of each.
 
 Liu, Huang, Zheng, Liu and Li, 2023, "MixMAE: Mixed and masked autoencoder for efficient pretraining of hierarchical
 vision transformers" (arXiv:2205.13137, at first called MixMIM), section 3: mixing (eq. 1), masked attention, dual
 reconstruction (eq. 2). What differs: the encoder is a plain vision transformer, whose class token is there twice, once
-for either picture, since a shared one would carry news from one to the other (the authors' is a Swin without class
-token); what is hidden and drawn at once is one of its patches, a square of 32 pixels there. Every picture has a mask of
+for either image, since a shared one would carry news from one to the other (the authors' is a Swin without class
+token); what is hidden and drawn at once is one of its patches, a square of 32 pixels there. Every image has a mask of
 its own instead of one for the batch. Partners are drawn by key: the authors turn the batch of a GPU around.
 """
 
@@ -18,25 +18,25 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.pixel_decoder import patchify
+from sslbook.nn.decoders import patchify
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
-def partners(index: Int[Tensor, "pictures"], groups: int, clock: Clock) -> Int[Tensor, "pictures"]:
-    """Whose patches fill the holes of each: within its group a picture's partner is drawn, and partners mutually.
+def partners(index: Int[Tensor, "images"], groups: int, clock: Clock) -> Int[Tensor, "images"]:
+    """Whose patches fill the holes of each: within its group an image's partner is drawn, and partners mutually.
 
-    The group is brought into a random order that depends on its pictures alone, and turned around; of an odd number one
+    The group is brought into a random order that depends on its images alone, and turned around; of an odd number one
     is its own partner, which hides as much.
     """
-    order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 1)[:, 0]
+    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + 1, 1)[:, 0]
     order = order.view(groups, -1).argsort(dim=1, stable=True)
     found = torch.empty_like(order).scatter(1, order, order.flip(1))
     return (found + torch.arange(groups, device=index.device)[:, None] * order.shape[1]).flatten()
@@ -45,13 +45,13 @@ def partners(index: Int[Tensor, "pictures"], groups: int, clock: Clock) -> Int[T
 def partner_mask(
     index: Int[Tensor, "batch"], num_patches: int, num_hidden: int, clock: Clock
 ) -> Bool[Tensor, "batch patches"]:
-    """True where a picture is hidden and its partner is seen."""
-    order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD, num_patches).argsort(dim=1, stable=True)
+    """True where an image is hidden and its partner is seen."""
+    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, num_patches).argsort(dim=1, stable=True)
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_hidden], True)
 
 
 def apart(mask: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch 1 tokens tokens"]:
-    """What is added to attention so that it stays within a picture: two class tokens come first, one for each."""
+    """What is added to attention so that it stays within an image: two class tokens come first, one for each."""
     ours = mask.new_tensor([False, True]).expand(len(mask), -1)
     owner = torch.cat([ours, mask], dim=1)
     other = owner[:, :, None] != owner[:, None, :]
@@ -64,7 +64,7 @@ def dual_loss(
     mask: Bool[Tensor, "batch patches"],
     normalize: bool,
 ) -> Float[Tensor, ""]:
-    """Squared error of the first picture where `mask` is true and of the second elsewhere (equation 2)."""
+    """Squared error of the first image where `mask` is true and of the second elsewhere (equation 2)."""
     first, second = (torch.where(mask[:, :, None], x[0].float(), x[1].float()) for x in (prediction, target))
     if normalize:
         variance, mean = torch.var_mean(second, dim=2, keepdim=True)
@@ -77,14 +77,14 @@ class MixMIM(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what a picture becomes.
-        mask_ratio: part of a picture's patches that its partner's replace.
+        view: what an image becomes.
+        mask_ratio: part of an image's patches that its partner's replace.
         norm_pix_loss: predict every patch normalized by its own mean and deviation.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
-        decoder_heads: attention heads of the decoder.
+        decoder_num_heads: attention heads of the decoder.
         partner_groups: into how many parts the global batch falls within which partners are drawn. With 1 the
-            processes must exchange their pictures; a multiple of their number saves that.
+            processes must exchange their images; a multiple of their number saves that.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -97,7 +97,7 @@ class MixMIM(Method):
         norm_pix_loss: bool = True,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_num_heads: int = 16,
         partner_groups: int = 1,
     ) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class MixMIM(Method):
         self.decoder_embed = nn.Linear(backbone.dim, decoder_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(decoder_dim))
         self.register_buffer("positions", sincos_positions(decoder_dim, *self.grid))
-        self.decoder = nn.Sequential(*[Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder = nn.Sequential(*[Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.predict_pixels = nn.Linear(decoder_dim, backbone.patch_size**2 * 3)
         for part in (self.decoder_embed, self.decoder, self.predict_pixels):
@@ -124,19 +124,19 @@ class MixMIM(Method):
         return (self.view,)
 
     def num_hidden(self, num_patches: int) -> int:
-        """How many patches of a picture its partner's replace; a `UserError` if that is none or all."""
+        """How many patches of an image its partner's replace; a `UserError` if that is none or all."""
         hidden = round(num_patches * self.mask_ratio)
         if not 0 < hidden < num_patches:
             raise UserError(
                 f"mask ratio {self.mask_ratio} of {num_patches} patches leaves nothing to "
-                f"{'see of one picture' if hidden else 'predict'}: use a ratio near 0.5"
+                f"{'see of one image' if hidden else 'predict'}: use a ratio near 0.5"
             )
         return hidden
 
     def partners(
         self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock
     ) -> Float[Tensor, "batch 3 height width"]:
-        """For every picture of this process its partner, which may be with another."""
+        """For every image of this process its partner, which may be with another."""
         processes, groups = distributed.world_size(), self.partner_groups
         if (len(index) * processes) % groups:
             raise UserError(
@@ -144,14 +144,14 @@ class MixMIM(Method):
             )
         if groups % processes == 0:
             return images[partners(index, groups // processes, clock)]
-        found = partners(distributed.gather(index), groups, clock)
+        found = partners(distributed.all_gather(index), groups, clock)
         own = slice(distributed.rank() * len(index), (distributed.rank() + 1) * len(index))
-        return distributed.gather(images)[found[own]]
+        return distributed.all_gather(images)[found[own]]
 
     def encode(
         self, mixed: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Both class tokens and all patches, encoded as if each picture were alone."""
+        """Both class tokens and all patches, encoded as if each image were alone."""
         backbone = self.backbone
         tokens = backbone.start(backbone.embed(mixed))
         x, bias = torch.cat([tokens[:, :1], tokens], dim=1), apart(mask)
@@ -162,7 +162,7 @@ class MixMIM(Method):
     def decode(
         self, encoded: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch patches"], grid: tuple[int, int]
     ) -> Float[Tensor, "2 batch patches values"]:
-        """The drawings of each picture and of its partner, each from its own visible patches and mask tokens."""
+        """The drawings of each image and of its partner, each from its own visible patches and mask tokens."""
         x = self.decoder_embed(encoded)
         cls, patches = x[:, :2], x[:, 2:]
         token = self.mask_token.to(x.dtype)
@@ -178,7 +178,7 @@ class MixMIM(Method):
         others: Float[Tensor, "batch 3 height width"],
         mask: Bool[Tensor, "batch patches"],
     ) -> Float[Tensor, "2 batch patches values"]:
-        """What is drawn of the pictures and of their partners, from the mixture of both (equation 1)."""
+        """What is drawn of the images and of their partners, from the mixture of both (equation 1)."""
         side = self.backbone.patch_size
         grid = (images.shape[2] // side, images.shape[3] // side)
         place = rearrange(mask, "b (h w) -> b 1 h w", h=grid[0])

@@ -1,6 +1,6 @@
 """MoCo: the wrong answers of contrastive learning come from a queue of past features instead of a giant batch.
 
-A query must find the other view of its picture, its key, among tens of thousands of older keys. For old keys to remain
+A query must find the other view of its image, its key, among tens of thousands of older keys. For old keys to remain
 comparable, the encoder that makes them may change only slowly: it is a moving average of the encoder that learns. Batch
 norm over small groups, shuffled between the two encoders, keeps the answer from leaking through shared statistics.
 
@@ -15,7 +15,7 @@ What differs from the authors' code:
   come out the same, since the authors' first average changes nothing (both encoders start equal); with accumulated
   gradients theirs moves several times per step, ours once.
 - The groups of batch norm are a choice, `batch_norm_groups`, instead of the number of GPUs, and the order of the keys
-  is keyed by picture and epoch. One process and eight then compute the same.
+  is keyed by image and epoch. One process and eight then compute the same.
 - The queue may have any size: where a batch does not fit evenly it wraps around.
 """
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
@@ -48,14 +48,14 @@ class MoCo(Method):
 
     Args:
         backbone: the network to train; its batch norm becomes that of `sslbook.nn.BatchNorm`.
-        view: what a picture becomes, twice, by independent chance.
+        view: what an image becomes, twice, each augmented independently.
         mlp: project by two layers (v2) instead of one (v1).
         projector_dim: width of queries and keys.
         temperature: divides the similarities; 0.2 in v2, 0.07 in v1.
         momentum: how much of itself the key encoder keeps at a step.
         queue_size: keys kept as wrong answers.
         batch_norm_groups: parts of the global batch that batch norm sees separately, 8 as on the authors' 8 GPUs;
-            the keys are shuffled over them. With 1, all pictures share their statistics and nothing is shuffled.
+            the keys are shuffled over them. With 1, all images share their statistics and nothing is shuffled.
         projector: another network between backbone and loss; it must give `projector_dim` values.
     """
 
@@ -75,7 +75,7 @@ class MoCo(Method):
         self.view, self.temperature, self.momentum = view, temperature, momentum
         self.backbone = convert_batch_norm(backbone, batch_norm_groups)
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, dim, projector_dim, layers=2 if mlp else 1, batch_norm=False)
+        self.projector = projector or MLP(dim, dim, projector_dim, num_layers=2 if mlp else 1, batch_norm=False)
         self.key_backbone = EMA(self.backbone)
         self.key_projector = EMA(self.projector)
         self.queue = Queue(queue_size, projector_dim)
@@ -87,14 +87,14 @@ class MoCo(Method):
 
     @torch.no_grad()
     def keys(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
-        """The keys of this process's pictures, encoded among other companions than their queries were."""
+        """The keys of this process's images, encoded among other companions than their queries were."""
         if not self.shuffles:
             return self.key_projector(self.key_backbone(x))
         n, first = len(x), distributed.rank() * len(x)
-        everyone = distributed.gather(batch.index)
-        order = chance.uniform(clock.seed, clock.epoch, everyone, chance.METHOD, 1)[:, 0].argsort(stable=True)
-        x = distributed.gather(x)[order[first : first + n]]
-        k = distributed.gather(self.key_projector(self.key_backbone(x)))
+        everyone = distributed.all_gather(batch.index)
+        order = rng.uniform(clock.seed, clock.epoch, everyone, rng.METHOD, 1)[:, 0].argsort(stable=True)
+        x = distributed.all_gather(x)[order[first : first + n]]
+        k = distributed.all_gather(self.key_projector(self.key_backbone(x)))
         return k[order.argsort()[first : first + n]]
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:

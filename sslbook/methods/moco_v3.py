@@ -1,6 +1,6 @@
 """MoCo v3: momentum contrast without a queue, for vision transformers as well as for ResNets.
 
-With batches of thousands the other pictures' keys are wrong answers enough, so the queue goes; a predictor, BYOL's
+With batches of thousands the other images' keys are wrong answers enough, so the queue goes; a predictor, BYOL's
 batch norm in the heads and both directions come in. Transformers then train but for sudden dips that begin in the
 first layer, and these become rarer when the patch embedding stays as it was drawn.
 
@@ -27,7 +27,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 VIEW_1 = View(
@@ -52,7 +52,7 @@ def contrastive_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n all"]]:
     """Equation 1 times 2 x temperature: each query's own key among the keys of all processes; and the logits."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-    logits = q @ distributed.gather(k).T / temperature
+    logits = q @ distributed.all_gather(k).T / temperature
     own = distributed.rank() * len(q) + torch.arange(len(q), device=q.device)
     return 2 * temperature * F.cross_entropy(logits, own), logits
 
@@ -67,11 +67,11 @@ class MoCoV3(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what a picture becomes at first.
+        view_1: what an image becomes at first.
         view_2: what it becomes the second time.
         hidden_dim: hidden width of projector and predictor.
         projector_dim: width of queries and keys.
-        projector_layers: linear maps in the projector; 2 for a ResNet, 3 for a transformer.
+        projector_num_layers: linear layers in the projector; 2 for a ResNet, 3 for a transformer.
         predictor_batch_norm: normalize the predictor's output; false for a ResNet, true for a transformer.
         temperature: divides the similarities; 1 for a ResNet, 0.2 for a transformer.
         momentum: how much of itself the key encoder keeps at a step, in the beginning; rises to 1.
@@ -87,7 +87,7 @@ class MoCoV3(Method):
         view_2: View = VIEW_2,
         hidden_dim: int = 4096,
         projector_dim: int = 256,
-        projector_layers: int = 2,
+        projector_num_layers: int = 2,
         predictor_batch_norm: bool = False,
         temperature: float = 1.0,
         momentum: float = 0.99,
@@ -102,7 +102,7 @@ class MoCoV3(Method):
         if freeze_patch_embedding and isinstance(embedding, nn.Module):
             embedding.requires_grad_(False)
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_layers, last_batch_norm="plain")
+        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_num_layers, last_batch_norm="plain")
         self.predictor = predictor or MLP(
             projector_dim,
             hidden_dim,
@@ -124,7 +124,7 @@ class MoCoV3(Method):
             loss_2, _ = contrastive_loss(q_2, k_1, self.temperature)
         own = distributed.rank() * len(q_1) + torch.arange(len(q_1), device=q_1.device)
         accuracy = 100 * (logits.argmax(dim=1) == own).float().mean()
-        return {"loss": loss_1 + loss_2, "contrastive_accuracy": accuracy, "feature_spread": spread(k_1)}
+        return {"loss": loss_1 + loss_2, "contrastive_accuracy": accuracy, "feature_std": feature_std(k_1)}
 
     def after_step(self, clock: Clock) -> None:
         momentum = key_momentum(self.momentum, clock.progress)

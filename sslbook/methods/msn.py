@@ -1,4 +1,4 @@
-"""MSN: a picture with patches missing must be assigned to the same prototypes as the whole one.
+"""MSN: an image with patches missing must be assigned to the same prototypes as the whole one.
 
 A teacher, a moving average of the student, sees one view whole and assigns it softly to a few learned prototypes. The
 student sees another view with patches dropped, and several small crops, and must come to the same assignment. Sharpened
@@ -8,8 +8,8 @@ same one". Nothing is ever painted, and dropped patches cost nothing.
 Assran, Caron, Misra, Bojanowski, Bordes, Vincent, Joulin, Rabbat and Ballas, 2022, "Masked siamese networks for
 label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the authors' code, the mean-entropy term
 carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
-four fifths of the way to 1. What differs: which patches are dropped is keyed by picture and epoch instead of drawn once
-for a batch; Sinkhorn is computed with logarithms; linear maps start by Xavier (the head's as torch's do), the authors'
+four fifths of the way to 1. What differs: which patches are dropped is keyed by image and epoch instead of drawn once
+for a batch; Sinkhorn is computed with logarithms; linear layers start by Xavier (the head's as torch's do), the authors'
 from a truncated normal of 0.02; the engine clips the prototypes' gradient with the rest, which the
 authors leave as it is.
 """
@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one
@@ -50,12 +50,12 @@ def assignment_loss(
 
 def mean_entropy_loss(log_p: Float[Tensor, "anchors n prototypes"]) -> Float[Tensor, ""]:
     """Second part of equation 1: log K minus the entropy of the mean assignment of all processes' anchors."""
-    mean = distributed.sum_with_grad(log_p.exp().mean(dim=(0, 1))) / distributed.world_size()
+    mean = distributed.all_reduce_sum_with_grad(log_p.exp().mean(dim=(0, 1))) / distributed.world_size()
     return math.log(log_p.shape[-1]) - torch.special.entr(mean).sum()
 
 
 class Head(nn.Sequential):
-    """Three linear maps, batch norm and GELU after the first two."""
+    """Three linear layers, batch norm and GELU after the first two."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         modules: list[nn.Module] = []
@@ -139,7 +139,7 @@ class MSN(Method):
     ) -> Float[Tensor, "n kept dim"]:
         """The patches of a large anchor that are kept, in random order."""
         patches = tokens.shape[1]
-        order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + anchor, patches).argsort(dim=1)
+        order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + anchor, patches).argsort(dim=1)
         kept = order[:, : int(patches * (1 - self.patch_drop) + 1e-6)]
         return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
 
@@ -171,7 +171,7 @@ class MSN(Method):
             log_p = rearrange(self.log_assignments(z), "(anchor n) k -> anchor n k", n=n)
             assignment, mean_entropy = assignment_loss(log_p, target), mean_entropy_loss(log_p)
             loss = assignment + self.mean_entropy_weight * mean_entropy
-            average = distributed.mean(target.mean(dim=0))
+            average = distributed.all_reduce_mean(target.mean(dim=0))
         return {
             "loss": loss,
             "assignment": assignment.detach(),
@@ -181,7 +181,7 @@ class MSN(Method):
         }
 
     def pool(self, tokens: Float[Tensor, "n tokens dim"]) -> Float[Tensor, "n dim"]:
-        """The feature, as the backbone takes it from whole pictures."""
+        """The feature, as the backbone takes it from whole images."""
         return tokens[:, 0] if self.backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def after_step(self, clock: Clock) -> None:

@@ -1,6 +1,6 @@
-"""NNCLR: the right answer is not the other view of the picture but that view's nearest neighbor among past pictures.
+"""NNCLR: the right answer is not the other view of the image but that view's nearest neighbor among past images.
 
-Augmentation can only produce the variations somebody thought of; two pictures of the same kind differ in more. So the
+Augmentation can only produce the variations somebody thought of; two images of the same kind differ in more. So the
 projection of one view looks up its nearest neighbor in a queue, and the other view must find this neighbor among those
 of the whole batch, by a softmax over similarities as in SimCLR, behind a predictor.
 
@@ -51,7 +51,7 @@ def info_nce(
     neighbors: Float[Tensor, "n dim"], p: Float[Tensor, "n dim"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n all"]]:
     """Equation 3 for unit vectors: each neighbor's own view among the predictions of all processes; and the logits."""
-    logits = neighbors @ distributed.gather_with_grad(p).T / temperature
+    logits = neighbors @ distributed.all_gather_with_grad(p).T / temperature
     own = distributed.rank() * len(p) + torch.arange(len(p), device=p.device)
     return F.cross_entropy(logits, own), logits
 
@@ -61,7 +61,7 @@ class NNCLR(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what a picture becomes at first.
+        view_1: what an image becomes at first.
         view_2: what it becomes the second time.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection, in which neighbors are sought.
@@ -89,7 +89,7 @@ class NNCLR(Method):
         self.view_1, self.view_2, self.temperature = view_1, view_2, temperature
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, hidden_dim, projector_dim, layers=3, last_batch_norm="affine")
+        self.projector = projector or MLP(dim, hidden_dim, projector_dim, num_layers=3, last_batch_norm="affine")
         self.predictor = predictor or MLP(projector_dim, predictor_dim, projector_dim)
         self.queue = Queue(queue_size, projector_dim)
 

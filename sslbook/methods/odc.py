@@ -1,6 +1,6 @@
 """ODC: DeepCluster without epochs of its own: the clusters move with every batch.
 
-A memory holds a feature of every picture and its cluster, another the centroids. After a batch, its pictures move in the
+A memory holds a feature of every image and its cluster, another the centroids. After a batch, its images move in the
 memory and go to the nearest centroid; clusters that became too small are dissolved, and in their places the largest
 ones are split. The labels thus change little by little, together with the classifier that learns them.
 
@@ -12,19 +12,19 @@ weight frequency^-0.5. What differs:
 - Dropout, the first centroids and the halves of a split cluster are keyed, and everything that looks at the memories is
   computed alike in every process, so that one process and several have the same clusters.
 - The weighted loss is averaged over the global batch instead of each GPU's part.
-- The authors' code also turns every picture by up to 2 degrees.
+- The authors' code also turns every image by up to 2 degrees.
 """
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.clustering import embed
+from sslbook.nn.kmeans import embed
 from sslbook.nn.online_clusters import OnlineClusters
 from sslbook.schedules import Clock
 
@@ -34,13 +34,15 @@ VIEW = View(crop=(0.08, 1.0), color_jitter=(0.4, 0.4, 1.0, 0.5), color_jitter_p=
 def weighted_cross_entropy(
     logits: Float[Tensor, "n clusters"], label: Int[Tensor, "n"], sizes: Int[Tensor, "clusters"]
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy in which a picture counts as its cluster's size to the power -0.5 (section 3.3).
+    """The mean cross-entropy in which an image counts as its cluster's size to the power -0.5 (section 3.3).
 
-    Pictures of cluster -1 do not count.
+    Images of cluster -1 do not count.
     """
     weight = sizes.clamp(min=1).float().rsqrt()[label.clamp(min=0)] * (label >= 0)
     each = F.cross_entropy(logits, label, reduction="none", ignore_index=-1)
-    return (weight * each).sum() / distributed.mean(weight.sum()).clamp(min=1e-9)  # all pictures may be of cluster -1
+    return (weight * each).sum() / distributed.all_reduce_mean(weight.sum()).clamp(
+        min=1e-9
+    )  # all images may be of cluster -1
 
 
 class Neck(nn.Module):
@@ -70,14 +72,14 @@ class ODC(Method):
 
     Args:
         backbone: the network to train.
-        view: what a picture becomes in training.
-        cluster_resize: for the first clustering, the shorter side of a picture is brought to this length, and the
+        view: what an image becomes in training.
+        cluster_resize: for the first clustering, the shorter side of an image is brought to this length, and the
             center of the view's size is seen.
         hidden_dim: hidden width between backbone and classifier.
         feature_dim: width of the features in memory.
         num_clusters: how many clusters.
-        momentum: how much of itself a row of the memory keeps when its picture is seen.
-        min_cluster: clusters with fewer pictures are dissolved.
+        momentum: how much of itself a row of the memory keeps when its image is seen.
+        min_cluster: clusters with fewer images are dissolved.
         centroids_every: steps between updates of all centroids.
     """
 
@@ -105,7 +107,7 @@ class ODC(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def prepare(self, data: Data) -> None:
+    def setup(self, data: Data) -> None:
         self.clusters.allocate(data.num_train)
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
@@ -114,7 +116,7 @@ class ODC(Method):
             self.clusters.begin(features, index, clock.seed)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        kept = chance.uniform(clock.seed, clock.epoch, batch.index, chance.METHOD, self.neck.first.out_features) < 0.5
+        kept = rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, self.neck.first.out_features) < 0.5
         x = self.neck(self.backbone(batch.views[0]), kept)
         logits, label = self.classifier(x).float(), self.clusters.assignment[batch.index]
         loss = weighted_cross_entropy(logits, label, self.clusters.sizes())

@@ -1,4 +1,4 @@
-"""Relative location: given two patches of a picture, on which of eight sides of the first does the second lie?
+"""Relative location: given two patches of an image, on which of eight sides of the first does the second lie?
 
 One patch is the center of a 3x3 grid, the other one of its eight neighbors; the same network looks at each alone, and a
 small head compares what it says of the two. To know that the ear lies above the eye, one has to know ears and eyes.
@@ -7,11 +7,11 @@ Doersch, Gupta and Efros, 2015, "Unsupervised visual representation learning by 
 section 3; gaps and jitter between patches against trivial shortcuts: section 3.1. The authors trained a network like
 AlexNet on patches of 96 pixels with gaps of about half a patch. The defaults here are those that later work used for
 ResNet-50: a grid of 85-pixel cells in 255 pixels, patches of 64, a head with one hidden layer. As there, all eight pairs
-of a picture are in one batch. What differs:
+of an image are in one batch. What differs:
 
 - The center is encoded once for its eight pairs instead of eight times, so batch norm counts it once.
 - The authors keep two colors of three for noise, since lenses bend colors differently and the fringes tell a patch's
-  place in the picture; here, as in the later work, most pictures lose their color.
+  place in the image; here, as in the later work, most images lose their color.
 - The head of the later work has dropout, which is left out, and batch norm whose running statistics take 0.003 of each
   batch; here they take 0.1.
 - The view is a crop of about the size that theirs has after a resize to 292 pixels.
@@ -35,7 +35,7 @@ CENTER = PLACES // 2
 
 
 def pair_with_center(x: Float[Tensor, "batch 9 dim"]) -> Float[Tensor, "8*batch 2*dim"]:
-    """Every neighbor's features behind the center's; the eight pairs of a picture follow each other, row by row."""
+    """Every neighbor's features behind the center's; the eight pairs of an image follow each other, row by row."""
     neighbors = torch.cat([x[:, :CENTER], x[:, CENTER + 1 :]], dim=1)
     pairs = torch.cat([x[:, CENTER : CENTER + 1].expand_as(neighbors), neighbors], dim=2)
     return rearrange(pairs, "batch pair dim -> (batch pair) dim")
@@ -51,7 +51,7 @@ class RelativeLocation(Method):
 
     Args:
         backbone: the network to train; it sees patches.
-        view: what a picture becomes before it is cut; it must hold three cells in a row.
+        view: what an image becomes before it is cut; it must hold three cells in a row.
         cell_size: side of a cell of the 3x3 grid, in pixels.
         patch_size: side of the patch that is cut from a cell, at a random place.
         hidden_dim: hidden width of the head.

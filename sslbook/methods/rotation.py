@@ -1,10 +1,10 @@
-"""Rotation prediction: turn a picture by a multiple of 90 degrees and ask a network which one.
+"""Rotation prediction: turn an image by a multiple of 90 degrees and ask a network which one.
 
 To tell, the network must know which way up things are, and therefore what they are. There is no second network, no pair
 of views, nothing but a classifier with four classes.
 
 Gidaris, Singh and Komodakis, 2018, "Unsupervised representation learning by predicting image rotations"
-(arXiv:1803.07728), section 3.1; equation 2 is the loss. As in the authors' code, all four rotations of a picture are in
+(arXiv:1803.07728), section 3.1; equation 2 is the loss. As in the authors' code, all four rotations of an image are in
 one batch. They trained AlexNet and NIN; the defaults here are those that later work used for ResNet-50: random resized
 crops, batch norm over all processes and one linear layer on the pooled features.
 """
@@ -25,7 +25,7 @@ VIEW = View(crop=(0.08, 1.0))
 
 
 def rotate(x: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "4*batch channels side side"]:
-    """All four rotations: first every picture as it is, then all by 90, 180 and 270 degrees counterclockwise."""
+    """All four rotations: first every image as it is, then all by 90, 180 and 270 degrees counterclockwise."""
     turned = [torch.rot90(x, k, dims=(2, 3)) for k in range(4)]
     return rearrange(turned, "rotation batch c h w -> (rotation batch) c h w")
 
@@ -40,7 +40,7 @@ class Rotation(Method):
 
     Args:
         backbone: the network to train.
-        view: what a picture becomes before it is rotated.
+        view: what an image becomes before it is rotated.
     """
 
     def __init__(self, backbone: nn.Module, view: View = VIEW) -> None:

@@ -1,6 +1,6 @@
-"""SimCLR: two random views of a picture should be recognized as belonging together among all views of the batch.
+"""SimCLR: two random views of an image should be recognized as belonging together among all views of the batch.
 
-Every view is a question with one right answer, its partner, and all other pictures of the batch as wrong ones; a
+Every view is a question with one right answer, its partner, and all other images of the batch as wrong ones; a
 softmax over cosine similarities scores it. What the views share, the network must see, and what the augmentation
 changes, it may forget. The similarities are taken behind a projector that is thrown away afterwards.
 
@@ -8,10 +8,10 @@ Chen, Kornblith, Norouzi and Hinton, 2020, "A simple framework for contrastive l
 (arXiv:2002.05709), equation 1 and algorithm 1. The defaults are those of the authors' code, which differs from the
 paper:
 
-- its loss is the mean over pictures of the SUM of both views' terms, twice the paper's mean over all views;
+- its loss is the mean over images of the SUM of both views' terms, twice the paper's mean over all views;
 - its projector has three layers with batch norm after each, the last without shift (paper: two layers, no batch norm).
 
-Pictures are normalized by ImageNet's mean and deviation here; the authors leave them between 0 and 1.
+Images are normalized by ImageNet's mean and deviation here; the authors leave them between 0 and 1.
 """
 
 import torch
@@ -44,13 +44,13 @@ def similarities(
     A row's similarity to itself, which answers nothing, is minus infinity.
     """
     z_1, z_2 = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
-    s_12 = z_1 @ distributed.gather_with_grad(z_2).T
-    s_11 = z_1 @ distributed.gather_with_grad(z_1).T
+    s_12 = z_1 @ distributed.all_gather_with_grad(z_2).T
+    s_11 = z_1 @ distributed.all_gather_with_grad(z_1).T
     return s_12, s_11.diagonal_scatter(torch.full_like(s_11[:, 0], -torch.inf), offset=distributed.rank() * len(z_1))
 
 
 def nt_xent(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperature: float) -> Float[Tensor, ""]:
-    """The normalized temperature-scaled cross-entropy (equation 1), summed over the two views of a picture.
+    """The normalized temperature-scaled cross-entropy (equation 1), summed over the two views of an image.
 
     Rows of equal number belong together. With several processes each passes its own rows and gets the mean over them,
     against the rows of all processes.
@@ -68,9 +68,9 @@ class SimCLR(Method):
 
     Args:
         backbone: the network to train.
-        view: what a picture becomes, twice, by independent chance.
+        view: what an image becomes, twice, each augmented independently.
         temperature: divides the similarities; the smaller, the more the hardest wrong answers count.
-        projector_layers: linear maps in the projector; 3 in the authors' code, 2 in the paper.
+        projector_num_layers: linear layers in the projector; 3 in the authors' code, 2 in the paper.
         projector_dim: width of the projection in which similarity is measured.
         projector: another network between backbone and loss, instead of the one that these two describe.
     """
@@ -80,7 +80,7 @@ class SimCLR(Method):
         backbone: nn.Module,
         view: View = VIEW,
         temperature: float = 0.1,
-        projector_layers: int = 3,
+        projector_num_layers: int = 3,
         projector_dim: int = 128,
         projector: nn.Module | None = None,
     ) -> None:
@@ -88,7 +88,9 @@ class SimCLR(Method):
         self.view, self.temperature = view, temperature
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, dim, projector_dim, layers=projector_layers, last_batch_norm="scale")
+        self.projector = projector or MLP(
+            dim, dim, projector_dim, num_layers=projector_num_layers, last_batch_norm="scale"
+        )
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
@@ -113,5 +115,5 @@ class SimCLR(Method):
         return {
             "contrastive_accuracy": 100 * (positive >= best).float().mean(),
             "alignment": (2 - 2 * positive).mean(),
-            "uniformity": distributed.mean(others).log(),
+            "uniformity": distributed.all_reduce_mean(others).log(),
         }

@@ -1,4 +1,4 @@
-"""SimMIM: hide large squares of a picture behind a mask token and draw their pixels with one linear map.
+"""SimMIM: hide large squares of an image behind a mask token and draw their pixels with one linear layer.
 
 There is no decoder and no tokenizer: the mask token goes through the whole encoder, and a single linear layer turns
 each token of the last map into the pixels it stands for. What makes the task worth while is the size of the squares,
@@ -6,7 +6,7 @@ which no neighboring pixel gives away.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai and Hu, 2022, "SimMIM: a simple framework for masked image modeling"
 (arXiv:2111.09886), section 3; the distance is l1 on the hidden pixels (section 3.4). Values are those of the authors'
-code. Which squares are hidden is keyed by picture and epoch. The number hidden is rounded up, as there. The linear maps
+code. Which squares are hidden is keyed by image and epoch. The number hidden is rounded up, as there. The linear layers
 of our `VisionTransformer` start by Xavier, those of the authors' from a truncated normal of 0.02.
 """
 
@@ -17,13 +17,13 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.masked import cell_side, masked_map, patch_side, require_maskable, token_dim
+from sslbook.nn.mask_tokens import cell_side, masked_map, patch_side, require_maskable, token_dim
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.67, 1.0))
@@ -44,8 +44,8 @@ def num_hidden(num_units: int, mask_ratio: float) -> int:
 def random_squares(
     index: Int[Tensor, "batch"], num_units: int, mask_ratio: float, clock: Clock
 ) -> Bool[Tensor, "batch {num_units}"]:
-    """True for the squares of every picture that are hidden, equally many in each (section 3.2, "Patch-aligned")."""
-    order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD, num_units).argsort(dim=1, stable=True)
+    """True for the squares of every image that are hidden, equally many in each (section 3.2, "Patch-aligned")."""
+    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, num_units).argsort(dim=1, stable=True)
     mask = torch.zeros(order.shape, dtype=torch.bool, device=index.device)
     return mask.scatter(1, order[:, : num_hidden(num_units, mask_ratio)], True)
 
@@ -70,7 +70,7 @@ class SimMIM(Method):
 
     Args:
         backbone: the vision transformer, or Swin of timm, to train.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_size: side of the squares that are hidden, in pixels.
         mask_ratio: part of the squares that is hidden.
     """
@@ -82,7 +82,7 @@ class SimMIM(Method):
         if view.size % mask_size or view.size % self.cell:
             step = math.lcm(mask_size, self.cell)
             raise UserError(
-                f"pictures of {view.size} pixels cannot be cut into squares of {mask_size} and cells of {self.cell}: "
+                f"images of {view.size} pixels cannot be cut into squares of {mask_size} and cells of {self.cell}: "
                 f"the nearest view.size that works is {max(1, round(view.size / step)) * step}, or change mask_size"
             )
         if mask_size % self.patch:
@@ -101,7 +101,7 @@ class SimMIM(Method):
     def draw(
         self, images: Float[Tensor, "batch 3 height width"], squares: Bool[Tensor, "batch units"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The pixels of the whole picture, as the network sees them with these squares hidden."""
+        """The pixels of the whole image, as the network sees them with these squares hidden."""
         mask = enlarge(squares, self.rows, self.mask_size // self.patch).flatten(1)
         cells = rearrange(masked_map(self.backbone, images, mask, self.mask_token), "b c h w -> b h w c")
         return rearrange(self.head(cells), "b h w (c p q) -> b c (h p) (w q)", p=self.cell, q=self.cell)

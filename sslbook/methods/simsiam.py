@@ -5,7 +5,7 @@ but since the branch to be predicted passes no gradient, the network is never mo
 Remove the stop-gradient and it collapses within a few steps.
 
 Chen and He, 2021, "Exploring simple Siamese representation learning" (arXiv:2011.10566), equations 1 to 4, algorithm 1.
-The defaults are those of the authors' code. What differs: the last linear map of the projector has no bias, which the
+The defaults are those of the authors' code. What differs: the last linear layer of the projector has no bias, which the
 authors keep fixed since batch norm cancels it. That the predictor's learning rate does not decay (section 4.2) is a
 rule of the recipe, `rules: [{pattern: ^predictor, schedule: ...Constant}]`.
 """
@@ -19,7 +19,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
@@ -35,10 +35,10 @@ class SimSiam(Method):
 
     Args:
         backbone: the network to train.
-        view: what a picture becomes, twice, by independent chance.
+        view: what an image becomes, twice, each augmented independently.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection that is predicted.
-        projector_layers: linear maps in the projector; 2 in the paper's CIFAR-10 experiment (appendix D).
+        projector_num_layers: linear layers in the projector; 2 in the paper's CIFAR-10 experiment (appendix D).
         predictor_dim: hidden width of the predictor, a bottleneck.
         projector: another network behind the backbone, instead of the one that these describe.
         predictor: another network from one projection to the other.
@@ -50,7 +50,7 @@ class SimSiam(Method):
         view: View = VIEW,
         hidden_dim: int = 2048,
         projector_dim: int = 2048,
-        projector_layers: int = 3,
+        projector_num_layers: int = 3,
         predictor_dim: int = 512,
         projector: nn.Module | None = None,
         predictor: nn.Module | None = None,
@@ -59,7 +59,7 @@ class SimSiam(Method):
         self.view = view
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_layers, last_batch_norm="plain")
+        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_num_layers, last_batch_norm="plain")
         self.predictor = predictor or MLP(projector_dim, predictor_dim, projector_dim)
 
     def views(self) -> tuple[View, ...]:
@@ -76,4 +76,4 @@ class SimSiam(Method):
         with torch.autocast(z_1.device.type, enabled=False):
             z_1, z_2, p_1, p_2 = z_1.float(), z_2.float(), p_1.float(), p_2.float()
             loss = distance(p_1, self.target(z_2)) / 2 + distance(p_2, self.target(z_1)) / 2  # equation 4
-            return {"loss": loss, "feature_spread": spread(z_1)}
+            return {"loss": loss, "feature_std": feature_std(z_1)}

@@ -1,7 +1,7 @@
 """SparK: hide patches from a convolutional network without letting it notice the holes, and draw them.
 
 Zeros in place of patches are no absence for a dense convolution: visible places leak into the holes layer by layer, the
-pattern of the mask wears off, and the statistics of batch norm become those of half-empty pictures. Here the encoder
+pattern of the mask wears off, and the statistics of batch norm become those of half-empty images. Here the encoder
 computes as if hidden places did not exist: after every layer they are empty again, and normalization looks at visible
 places only. A light decoder in the shape of a U gets the maps of all scales, the holes filled with a mask token each.
 
@@ -26,13 +26,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import ConvNet, ResNet
-from sslbook.nn.pixel_decoder import patchify
+from sslbook.nn.decoders import patchify
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.67, 1.0), interpolation="bicubic")
@@ -52,8 +52,8 @@ def reconstruction_loss(
 def visible_mask(
     index: Int[Tensor, "batch"], grid: tuple[int, int], num_visible: int, clock: Clock
 ) -> Bool[Tensor, "batch 1 rows columns"]:
-    """Equally many visible patches in every picture, true where visible."""
-    order = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD, grid[0] * grid[1]).argsort(dim=1, stable=True)
+    """Equally many visible patches in every image, true where visible."""
+    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, grid[0] * grid[1]).argsort(dim=1, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_visible], True)
     return mask.view(len(index), 1, *grid)
 
@@ -142,7 +142,7 @@ def _freeze_what_is_not_used(backbone: nn.Module, maps: list[Tensor]) -> None:
 
 @torch.no_grad()
 def _refuse_what_notices_holes(backbone: nn.Module, size: int, side: int) -> None:
-    """A picture among hidden patches must have the maps that it has alone; a norm or gate over all places sees more."""
+    """An image among hidden patches must have the maps that it has alone; a norm or gate over all places sees more."""
     if any(parameter.is_meta for parameter in backbone.parameters()):
         return  # no numbers to try it with
     stride, alike = size // side, False
@@ -207,7 +207,7 @@ class SparK(Method):
 
     Args:
         backbone: the convolutional network to train. A patch is what one place of its last map stands for.
-        view: what a picture becomes.
+        view: what an image becomes.
         mask_ratio: part of the patches that is hidden.
         decoder_dim: channels of the decoder where it begins; each doubling of the resolution halves them.
     """
@@ -227,7 +227,7 @@ class SparK(Method):
         ):
             side = 2 ** round(math.log2(max(2, self.stride)))
             raise UserError(
-                f"pictures of {view.size} pixels cannot be cut into the patches of this {type(backbone).__name__}, "
+                f"images of {view.size} pixels cannot be cut into the patches of this {type(backbone).__name__}, "
                 f"whose maps have sides {', '.join(str(m.shape[2]) for m in maps)}: use a view of "
                 f"{max(1, round(view.size / side)) * side} pixels"
             )
@@ -253,7 +253,7 @@ class SparK(Method):
         if not 0 < visible < num_patches:
             raise UserError(
                 f"mask ratio {self.mask_ratio} of {num_patches} patches leaves nothing to "
-                f"{'predict' if visible else 'see'}: use a ratio near 0.6, or pictures with more patches"
+                f"{'predict' if visible else 'see'}: use a ratio near 0.6, or images with more patches"
             )
         return visible
 
@@ -267,7 +267,7 @@ class SparK(Method):
     def predict(
         self, images: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch 1 rows columns"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The decoder's drawing of the whole picture, every patch up to its own mean and deviation."""
+        """The decoder's drawing of the whole image, every patch up to its own mean and deviation."""
         maps = self.encode(images, mask)
         x = self.densify[0](maps[0], mask)
         for i, block in enumerate(self.decoder):

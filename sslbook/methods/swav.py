@@ -1,6 +1,6 @@
-"""SwAV: say of one crop which prototypes another crop of the picture belongs to.
+"""SwAV: say of one crop which prototypes another crop of the image belongs to.
 
-Each crop is compared with prototypes, directions that are learnt. The target for one view of a picture is the
+Each crop is compared with prototypes, directions that are learned. The target for one view of an image is the
 assignment of another, which Sinkhorn's algorithm makes so that over the batch all prototypes are used alike; otherwise
 everything would end at one prototype. Two large crops are assigned, and further small ones only predict.
 
@@ -57,7 +57,7 @@ def swapped_prediction(
 ) -> Float[Tensor, ""]:
     """Equations 1, 2 and 6: the cross-entropy between each assigned crop's code and the prediction of every other crop.
 
-    The first crops are the assigned ones. The mean is over pictures and over the pairs of different crops.
+    The first crops are the assigned ones. The mean is over images and over the pairs of different crops.
     """
     log_p = F.log_softmax(scores / temperature, dim=2)
     pairs = [(s, t) for s in range(len(q)) for t in range(len(scores)) if s != t]
@@ -67,7 +67,7 @@ def swapped_prediction(
 @torch.no_grad()
 def used(scores: Float[Tensor, "crops n prototypes"], temperature: float) -> Float[Tensor, ""]:
     """How many prototypes are in use: the exponential of the entropy of the mean prediction over all processes."""
-    p = distributed.mean(F.softmax(scores / temperature, dim=2).mean(dim=(0, 1)))
+    p = distributed.all_reduce_mean(F.softmax(scores / temperature, dim=2).mean(dim=(0, 1)))
     return (-torch.xlogy(p, p).sum()).exp()
 
 

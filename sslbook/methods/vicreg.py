@@ -1,6 +1,6 @@
 """VICReg: three plain demands on the features of two views: invariance, variance, covariance.
 
-Views of a picture should have the same features (invariance), every dimension should differ between pictures by at
+Views of an image should have the same features (invariance), every dimension should differ between images by at
 least a given deviation (variance), and no two dimensions should vary together (covariance). The second keeps the
 network from a constant, the third from saying one thing many times; no negatives, teacher or normalization are needed.
 
@@ -8,7 +8,7 @@ Bardes, Ponce and LeCun, 2022, "VICReg: variance-invariance-covariance regulariz
 (arXiv:2105.04906), equations 1 to 6, algorithm 1. The defaults are those of the authors' code, which differs from the
 paper: the invariance is divided by the dimension too, and the variance terms of the two views are halved while their
 covariance terms are not. Variance and covariance are over the global batch. What differs from the authors' code: the
-hidden linear maps of the expander have no bias (batch norm follows and cancels it).
+hidden linear layers of the expander have no bias (batch norm follows and cancels it).
 """
 
 import torch
@@ -21,7 +21,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 VIEW_1 = View(
@@ -65,14 +65,14 @@ class VICReg(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what a picture becomes at first.
+        view_1: what an image becomes at first.
         view_2: what it becomes the second time.
         invariance_weight: weight of the difference between the views' features.
         variance_weight: weight of what the deviations lack.
         covariance_weight: weight of the covariances between dimensions.
         hidden_dim: hidden width of the projector, which the paper calls expander.
         projector_dim: width of the features that the loss is about.
-        projector_layers: linear maps in the projector.
+        projector_num_layers: linear layers in the projector.
         projector: another network between backbone and loss, instead of the one that these describe.
     """
 
@@ -86,7 +86,7 @@ class VICReg(Method):
         covariance_weight: float = 1.0,
         hidden_dim: int = 8192,
         projector_dim: int = 8192,
-        projector_layers: int = 3,
+        projector_num_layers: int = 3,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class VICReg(Method):
         self.covariance_weight = covariance_weight
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_layers, last_bias=False)
+        self.projector = projector or MLP(dim, hidden_dim, projector_dim, projector_num_layers, last_bias=False)
 
     def views(self) -> tuple[View, ...]:
         return (self.view_1, self.view_2)
@@ -105,8 +105,8 @@ class VICReg(Method):
         z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]
         with torch.autocast(z_1.device.type, enabled=False):
             z_1, z_2 = z_1.float(), z_2.float()
-            invariance, feature_spread = invariance_loss(z_1, z_2), spread(z_1)
-            z_1, z_2 = distributed.gather_with_grad(z_1), distributed.gather_with_grad(z_2)
+            invariance, std = invariance_loss(z_1, z_2), feature_std(z_1)
+            z_1, z_2 = distributed.all_gather_with_grad(z_1), distributed.all_gather_with_grad(z_2)
             variance = variance_loss(z_1) / 2 + variance_loss(z_2) / 2
             covariance = covariance_loss(z_1) + covariance_loss(z_2)
             loss = (  # equation 6
@@ -119,5 +119,5 @@ class VICReg(Method):
                 "invariance": invariance.detach(),
                 "variance": variance.detach(),
                 "covariance": covariance.detach(),
-                "feature_spread": feature_spread,
+                "feature_std": std,
             }

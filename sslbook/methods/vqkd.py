@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -37,7 +37,7 @@ def cosine_loss(said: Float[Tensor, "rows dim"], target: Float[Tensor, "rows dim
 
 def moved_codes(
     codebook: Float[Tensor, "codes dim"],
-    counts: Float[Tensor, "codes"],
+    counts: Float[Tensor, "num_codes"],
     sums: Float[Tensor, "codes dim"],
     momentum: float,
 ) -> Float[Tensor, "codes dim"]:
@@ -49,11 +49,13 @@ def moved_codes(
 class Decoder(nn.Module):
     """A few blocks from codes to the teacher's features."""
 
-    def __init__(self, code_dim: int, dim: int, depth: int, heads: int, out_dim: int, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, code_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, grid: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(code_dim, dim)
         self.register_buffer("positions", sincos_positions(dim, *grid))
-        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, out_dim))
         init_transformer(self)
@@ -69,14 +71,14 @@ class VQKD(Method):
         backbone: the tokenizer to train, a sslbook.nn.VQTokenizer.
         teacher: the frozen network whose features are reconstructed: a run folder or exported backbone, timm/NAME,
             open_clip/NAME:WEIGHTS, transformers/NAME, or a module. The paper's is open_clip/ViT-B-16:openai.
-        view: what a picture becomes.
+        view: what an image becomes.
         momentum: how much of itself a code keeps at a step.
         commitment: how much the distance of patches from their codes counts.
         dead_below: a code chosen less often than this part of the average moves to a patch of the batch; 0 for never.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
-        decoder_heads: attention heads of the decoder.
-        teacher_size: side of the pictures that the teacher gets, where its patches must be brought to the student's
+        decoder_num_heads: attention heads of the decoder.
+        teacher_size: side of the images that the teacher gets, where its patches must be brought to the student's
             grid; null leaves them as they are.
     """
 
@@ -97,7 +99,7 @@ class VQKD(Method):
         dead_below: float = 0.03,
         decoder_dim: int = 768,
         decoder_depth: int = 3,
-        decoder_heads: int = 12,
+        decoder_num_heads: int = 12,
         teacher_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -109,25 +111,25 @@ class VQKD(Method):
         if view.size != backbone.grid[0] * backbone.patch_size:
             size = backbone.grid[0] * backbone.patch_size
             raise UserError(
-                f"the tokenizer is made for pictures of {size} pixels and the view gives {view.size}: make them alike"
+                f"the tokenizer is made for images of {size} pixels and the view gives {view.size}: make them alike"
             )
         self.view, self.momentum, self.commitment, self.dead_below = view, momentum, commitment, dead_below
         self.backbone = backbone
         self.teacher = Teacher(teacher, view, teacher_size)
         self.teacher.require_grid(backbone.grid)
         self.decoder = Decoder(
-            backbone.code_dim, decoder_dim, decoder_depth, decoder_heads, self.teacher.dim, backbone.grid
+            backbone.code_dim, decoder_dim, decoder_depth, decoder_num_heads, self.teacher.dim, backbone.grid
         )
-        self.register_buffer("usage", torch.ones(backbone.codes))
-        self.register_buffer("counts", torch.zeros(backbone.codes))
-        self.register_buffer("sums", torch.zeros(backbone.codes, backbone.code_dim))
-        self.register_buffer("spare", torch.zeros(backbone.codes, backbone.code_dim))
-        self.register_buffer("started", torch.tensor(0))  # 1 once the codes lie where pictures are
+        self.register_buffer("usage", torch.ones(backbone.num_codes))
+        self.register_buffer("counts", torch.zeros(backbone.num_codes))
+        self.register_buffer("sums", torch.zeros(backbone.num_codes, backbone.code_dim))
+        self.register_buffer("spare", torch.zeros(backbone.num_codes, backbone.code_dim))
+        self.register_buffer("started", torch.tensor(0))  # 1 once the codes lie where images are
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def after_weights(self, taken: list[str]) -> None:
+    def on_weights_loaded(self, taken: list[str]) -> None:
         if "backbone.codebook" in taken:
             self.started.fill_(1)
 
@@ -158,11 +160,11 @@ class VQKD(Method):
         place, token = places.flatten(0, 1), tokens.flatten()
         count = torch.zeros_like(self.counts).index_add_(0, token, torch.ones_like(place[:, 0]))
         total = torch.zeros_like(self.sums).index_add_(0, token, place)
-        self.counts.add_(distributed.total(count))
-        self.sums.add_(distributed.total(total))
-        everywhere = distributed.gather(place)
+        self.counts.add_(distributed.all_reduce_sum(count))
+        self.sums.add_(distributed.all_reduce_sum(total))
+        everywhere = distributed.all_gather(place)
         code = torch.arange(len(self.spare), device=place.device)
-        u = chance.uniform(clock.seed, clock.step, code, chance.METHOD, 1)[:, 0]
+        u = rng.uniform(clock.seed, clock.step, code, rng.METHOD, 1)[:, 0]
         self.spare.copy_(everywhere[(u * len(everywhere)).long()])
 
     @torch.no_grad()

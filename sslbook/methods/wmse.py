@@ -1,14 +1,14 @@
-"""W-MSE: whiten the projections of a batch, then simply pull the views of a picture together.
+"""W-MSE: whiten the projections of a batch, then simply pull the views of an image together.
 
-After whitening, the projections of different pictures have mean zero, variance one in every direction and no
+After whitening, the projections of different images have mean zero, variance one in every direction and no
 correlation, whatever the network does: they cannot fall onto a point or a line. What is left to learn is that views of
-one picture lie close, a mean squared error without negatives, teacher or predictor.
+one image lie close, a mean squared error without negatives, teacher or predictor.
 
 Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised representation learning"
 (arXiv:2007.06346), section 3. The defaults are those of the authors' code for STL-10 and
-Tiny ImageNet. A covariance of few samples is unreliable, so the batch is cut into slices by chance, several times, and
-each slice of each view is whitened alone. Here the slices are cut from the global batch, and which pictures share one
-is keyed by picture and epoch instead of drawn from a running generator.
+Tiny ImageNet. A covariance of few samples is unreliable, so the batch is cut into slices at random, several times, and
+each slice of each view is whitened alone. Here the slices are cut from the global batch, and which images share one
+is keyed by image and epoch instead of drawn from a running generator.
 """
 
 from itertools import combinations
@@ -19,13 +19,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
-from sslbook.nn.spread import spread
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
 VIEW = View(
@@ -54,10 +54,10 @@ def slices(index: Int[Tensor, "batch"], size: int, stream: int, clock: Clock) ->
     """
     if len(index) % size:
         raise UserError(
-            f"a batch of {len(index)} pictures cannot be cut into slices of {size}: "
+            f"a batch of {len(index)} images cannot be cut into slices of {size}: "
             f"use a batch_size of {max(1, len(index) // size) * size}, or another method.slice_size"
         )
-    order = chance.uniform(clock.seed, clock.epoch, index, stream, 1)[:, 0].argsort(stable=True)
+    order = rng.uniform(clock.seed, clock.epoch, index, stream, 1)[:, 0].argsort(stable=True)
     return order.view(-1, size)
 
 
@@ -73,12 +73,12 @@ class WMSE(Method):
 
     Args:
         backbone: the network to train.
-        view: what a picture becomes, `num_views` times, by independent chance.
-        num_views: views of a picture; 2 and 4 in the paper (W-MSE 2, W-MSE 4).
+        view: what an image becomes, `num_views` times, each augmented independently.
+        num_views: views of an image; 2 and 4 in the paper (W-MSE 2, W-MSE 4).
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection that is whitened.
-        slice_size: pictures whitened together, twice `projector_dim` in the paper; the batch must be a multiple.
-        num_permutations: how many times the batch is cut into slices, each by independent chance.
+        slice_size: images whitened together, twice `projector_dim` in the paper; the batch must be a multiple.
+        num_permutations: how many times the batch is cut into slices, each each augmented independently.
         epsilon: how much of the identity is mixed into the covariance.
         projector: another network between backbone and whitening; it must give `projector_dim` values.
     """
@@ -97,10 +97,10 @@ class WMSE(Method):
     ) -> None:
         super().__init__()
         if num_views < 2:
-            raise UserError(f"W-MSE compares views of a picture and cannot do with {num_views}: set num_views=2")
+            raise UserError(f"W-MSE compares views of an image and cannot do with {num_views}: set num_views=2")
         if slice_size <= projector_dim:
             raise UserError(
-                f"{slice_size} pictures cannot show the covariance of {projector_dim} dimensions: "
+                f"{slice_size} images cannot show the covariance of {projector_dim} dimensions: "
                 f"use a slice_size of {2 * projector_dim}"
             )
         self.view, self.num_views, self.slice_size = view, num_views, slice_size
@@ -120,11 +120,11 @@ class WMSE(Method):
         h = self.projector(torch.cat([self.backbone(x) for x in batch.views]))
         with torch.autocast(h.device.type, enabled=False):  # a covariance is hard to invert in bf16
             h = rearrange(h.float(), "(views n) dim -> n views dim", views=self.num_views)
-            h_all = distributed.gather_with_grad(h).transpose(0, 1)
-            index = distributed.gather(batch.index)
+            h_all = distributed.all_gather_with_grad(h).transpose(0, 1)
+            index = distributed.all_gather(batch.index)
             loss = h.new_zeros(())
             for k in range(self.num_permutations):
-                rows = slices(index, self.slice_size, chance.METHOD + k, clock)
+                rows = slices(index, self.slice_size, rng.METHOD + k, clock)
                 z = self.whitened(h_all[:, rows])
                 loss = loss + pair_loss(rearrange(z, "views slices size dim -> views (slices size) dim"))
-            return {"loss": loss / self.num_permutations, "feature_spread": spread(h[:, 0])}
+            return {"loss": loss / self.num_permutations, "feature_std": feature_std(h[:, 0])}

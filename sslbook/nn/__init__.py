@@ -1,6 +1,6 @@
 """What several methods share. Names are imported when first used: torchvision and timm load only if needed.
 
-A backbone is any module that maps pictures `(n, 3, h, w)` to features `(n, dim)` and has the attribute `dim`.
+A backbone is any module that maps images `(n, 3, h, w)` to features `(n, dim)` and has the attribute `dim`.
 """
 
 from importlib import import_module
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from sslbook.nn.batch_norm import BatchNorm, convert_batch_norm
     from sslbook.nn.convnet import ConvNet
     from sslbook.nn.ema import EMA
-    from sslbook.nn.heads import MLP, PrototypeHead
-    from sslbook.nn.memory import MemoryBank
+    from sslbook.nn.heads import MLP, DINOHead
+    from sslbook.nn.memory_bank import MemoryBank
     from sslbook.nn.queue import Queue
     from sslbook.nn.resnet import (
         ResNet,
@@ -33,8 +33,8 @@ _HOME = {
     "batch_norm": ["BatchNorm", "convert_batch_norm"],
     "convnet": ["ConvNet"],
     "ema": ["EMA"],
-    "heads": ["MLP", "PrototypeHead"],
-    "memory": ["MemoryBank"],
+    "heads": ["MLP", "DINOHead"],
+    "memory_bank": ["MemoryBank"],
     "queue": ["Queue"],
     "resnet": [
         "ResNet",
@@ -55,9 +55,9 @@ __all__ = [
     "MLP",
     "BatchNorm",
     "ConvNet",
+    "DINOHead",
     "DiscreteEncoder",
     "MemoryBank",
-    "PrototypeHead",
     "Queue",
     "ResNet",
     "Sobel",

@@ -82,7 +82,7 @@ class BatchNorm(_BatchNorm):
         y = normalized[0] if len(chunks) == 1 else torch.cat(normalized)
         mean, variance = torch.stack([means.mean(0), variances.mean(0)])
         if processes > 1:
-            mean, variance = distributed.mean(torch.stack([mean, variance]))
+            mean, variance = distributed.all_reduce_mean(torch.stack([mean, variance]))
         return y, mean, variance
 
     def _across_processes(
@@ -93,7 +93,7 @@ class BatchNorm(_BatchNorm):
         axes = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1] * distributed.world_size()
         variance, mean = torch.var_mean(wide, axes, correction=0)
-        means, variances = distributed.gather_with_grad(torch.stack([mean, variance])[None]).unbind(1)
+        means, variances = distributed.all_gather_with_grad(torch.stack([mean, variance])[None]).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + means.var(0, correction=0)
 

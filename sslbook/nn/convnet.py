@@ -1,4 +1,4 @@
-"""A plain convolutional network for the embedded world: small enough to learn from 16-pixel pictures on a CPU."""
+"""A plain convolutional network for the Shapes data set: small enough to learn from 16-pixel images on a CPU."""
 
 import torch
 from jaxtyping import Float

@@ -12,7 +12,7 @@ from sslbook.errors import UserError
 class EMA(nn.Module):
     """A copy of a module whose parameters are the exponential moving average of the original's.
 
-    Buffers are not averaged and not copied: the teacher runs in training mode on its own pictures, so its batch norm
+    Buffers are not averaged and not copied: the teacher runs in training mode on its own images, so its batch norm
     gathers running statistics that fit its own weights, as in the code of MoCo and BYOL. Drop path is for students only.
 
     Args:

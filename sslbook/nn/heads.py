@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
-    """Linear maps with ReLU in between: the projector and predictor of most methods.
+    """Linear layers with ReLU in between: the projector and predictor of most methods.
 
-    A linear map that batch norm follows has no bias, since batch norm subtracts it again.
+    A linear layer that batch norm follows has no bias, since batch norm subtracts it again.
 
     Args:
         in_dim: width of what comes in.
         hidden_dim: width of the hidden layers.
         out_dim: width of what comes out.
-        layers: number of linear maps; with 1 there is no hidden layer.
+        num_layers: number of linear layers; with 1 there is no hidden layer.
         batch_norm: normalize every hidden layer.
         last_batch_norm: normalize the output: `none`; `plain` without learned scale and shift; `scale` with a learned
             scale and the shift kept at zero; `affine` with both.
-        last_bias: give the last linear map a bias, unless batch norm follows.
+        last_bias: give the last linear layer a bias, unless batch norm follows.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class MLP(nn.Sequential):
         in_dim: int,
         hidden_dim: int,
         out_dim: int,
-        layers: int = 2,
+        num_layers: int = 2,
         batch_norm: bool = True,
         last_batch_norm: Literal["none", "plain", "scale", "affine"] = "none",
         last_bias: bool = True,
     ) -> None:
-        dims = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
         modules: list[nn.Module] = []
-        for i in range(layers - 1):
+        for i in range(num_layers - 1):
             modules.append(nn.Linear(dims[i], dims[i + 1], bias=not batch_norm))
             if batch_norm:
                 modules.append(nn.BatchNorm1d(dims[i + 1]))
@@ -50,7 +50,7 @@ class MLP(nn.Sequential):
         super().__init__(*modules)
 
 
-class PrototypeHead(nn.Module):
+class DINOHead(nn.Module):
     """An MLP with GELU to a point on the unit sphere, and its cosine to every prototype (DINO, arXiv:2104.14294).
 
     The prototypes are the rows of the authors' weight-normalized last layer with its scale fixed at 1. They are
@@ -61,7 +61,7 @@ class PrototypeHead(nn.Module):
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the point on the sphere.
         num_prototypes: width of what comes out.
-        layers: number of linear maps before the sphere.
+        num_layers: number of linear layers before the sphere.
         batch_norm: normalize every hidden layer.
     """
 
@@ -71,14 +71,14 @@ class PrototypeHead(nn.Module):
         hidden_dim: int,
         bottleneck_dim: int,
         num_prototypes: int,
-        layers: int = 3,
+        num_layers: int = 3,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        dims = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [bottleneck_dim]
         modules: list[nn.Module] = []
-        for i in range(layers):
-            normalized = batch_norm and i < layers - 1
+        for i in range(num_layers):
+            normalized = batch_norm and i < num_layers - 1
             linear = nn.Linear(dims[i], dims[i + 1], bias=not normalized)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
@@ -86,7 +86,7 @@ class PrototypeHead(nn.Module):
             modules.append(linear)
             if normalized:
                 modules.append(nn.BatchNorm1d(dims[i + 1]))
-            if i < layers - 1:
+            if i < num_layers - 1:
                 modules.append(nn.GELU())
         self.mlp = nn.Sequential(*modules)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, bottleneck_dim), dim=1))

@@ -9,23 +9,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook.errors import UserError
-from sslbook.nn.clustering import check_clusters, kmeans
-from sslbook.nn.memory import MemoryBank
+from sslbook.nn.kmeans import check_clusters, kmeans
+from sslbook.nn.memory_bank import MemoryBank
 
 
 class OnlineClusters(nn.Module):
-    """A feature and a cluster for every picture, and the centroids of the clusters.
+    """A feature and a cluster for every image, and the centroids of the clusters.
 
-    Everything is the same in all processes and computed alike in each of them. A picture that cannot be read has the
+    Everything is the same in all processes and computed alike in each of them. An image that cannot be read has the
     cluster -1. Nearness is the inner product with the plain mean of a cluster's features, as in the authors' code.
 
     Args:
         num_clusters: how many clusters.
         dim: width of the features.
-        momentum: how much of itself a feature keeps when its picture is seen.
-        min_cluster: clusters with fewer pictures are dissolved.
+        momentum: how much of itself a feature keeps when its image is seen.
+        min_cluster: clusters with fewer images are dissolved.
     """
 
     assignment: Tensor
@@ -38,21 +38,21 @@ class OnlineClusters(nn.Module):
         self.register_buffer("assignment", torch.empty(0, dtype=torch.int64))
         self.register_buffer("centroids", torch.zeros(num_clusters, dim))
 
-    def allocate(self, pictures: int) -> None:
-        """Makes room for so many pictures, in clusters by chance; a `UserError` if they are too few."""
-        check_clusters(self.num_clusters, pictures)
-        if self.num_clusters * self.min_cluster > pictures:
+    def allocate(self, images: int) -> None:
+        """Makes room for so many images, in clusters at random; a `UserError` if they are too few."""
+        check_clusters(self.num_clusters, images)
+        if self.num_clusters * self.min_cluster > images:
             raise UserError(
-                f"{self.num_clusters} clusters of at least {self.min_cluster} pictures need more than {pictures}: "
+                f"{self.num_clusters} clusters of at least {self.min_cluster} images need more than {images}: "
                 "lower --method.num_clusters or --method.min_cluster"
             )
-        self.memory.allocate(pictures)
-        self.assignment = (chance.permutation(0, 0, pictures) % self.num_clusters).to(self.assignment.device)
+        self.memory.allocate(images)
+        self.assignment = (rng.permutation(0, 0, images) % self.num_clusters).to(self.assignment.device)
         self.move_centroids()
 
     @torch.no_grad()
     def begin(self, features: Float[Tensor, "n dim"], index: Int[Tensor, "n"], seed: int, iterations: int = 20) -> None:
-        """The first features of all readable pictures, and their clusters by k-means."""
+        """The first features of all readable images, and their clusters by k-means."""
         x = F.normalize(features, dim=1)
         _, clusters = kmeans(x, self.num_clusters, iterations, seed)
         self.assignment.fill_(-1)
@@ -61,14 +61,14 @@ class OnlineClusters(nn.Module):
         self.deal_with_small_clusters()
 
     def sizes(self) -> Int[Tensor, "clusters"]:
-        """Pictures in every cluster."""
+        """Images in every cluster."""
         return self.assignment[self.assignment >= 0].bincount(minlength=self.num_clusters)
 
     @torch.no_grad()
     def move_samples(self, index: Int[Tensor, "n"], x: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
         """The batch's rows follow its features and go to the nearest centroid; returns the part that changed over."""
         self.memory.update(index, F.normalize(x, dim=1), self.momentum)
-        index = distributed.gather(index)
+        index = distributed.all_gather(index)
         old = self.assignment[index]
         self.assignment[index] = (self.memory.rows[index] @ self.centroids.T).argmax(dim=1)
         return (self.assignment[index] != old).float().mean()
@@ -96,11 +96,11 @@ class OnlineClusters(nn.Module):
             self.assignment[lost] = large[(self.memory.rows[lost] @ self.centroids[large].T).argmax(dim=1)]
         for empty in small:
             if self.sizes()[empty]:
-                continue  # all clusters were small: those that have pictures stay
+                continue  # all clusters were small: those that have images stay
             self.split(int(self.sizes().argmax()), int(empty))
 
     def split(self, largest: int, empty: int) -> None:
-        """Half of one cluster's pictures go to another, which has none."""
+        """Half of one cluster's images go to another, which has none."""
         members = (self.assignment == largest).nonzero()[:, 0]
         rows = self.memory.rows[members]
         _, half = kmeans(rows, 2, 20, 0)

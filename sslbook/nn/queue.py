@@ -32,7 +32,7 @@ class Queue(nn.Module):
     @torch.no_grad()
     def push(self, x: Float[Tensor, "n dim"]) -> None:
         """Puts the rows of all processes in place of the oldest; wraps around where they do not fit evenly."""
-        x = distributed.gather(x.float())
+        x = distributed.all_gather(x.float())
         size = len(self.rows)
         place = (self.pointer + torch.arange(len(x), device=x.device)) % size
         # Of more rows than the ring holds only the last remain: two writes to one place would race.

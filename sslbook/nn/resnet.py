@@ -1,8 +1,8 @@
-"""Residual networks: torchvision's blocks and parameter names, with what small pictures need.
+"""Residual networks: torchvision's blocks and parameter names, with what small images need.
 
 He, Zhang, Ren and Sun, 2016, "Deep residual learning for image recognition" (arXiv:1512.03385). State dicts are those
 of `torchvision.models.resnet*` and `wide_resnet*` without `fc`, so weights go in and out unchanged. The stem for small
-pictures is the one of SimCLR's CIFAR-10 experiments (arXiv:2002.05709, appendix B.9). What is called wide here are the
+images is the one of SimCLR's CIFAR-10 experiments (arXiv:2002.05709, appendix B.9). What is called wide here are the
 networks of Zagoruyko and Komodakis, 2016 (arXiv:1605.07146): only the bottlenecks' inner convolutions are wider.
 """
 
@@ -25,13 +25,13 @@ _BLOCKS = {
 
 
 class ResNet(nn.Module):
-    """A residual network without classifier: pictures to average-pooled features.
+    """A residual network without classifier: images to average-pooled features.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         width: channels of the first stage; the following stages double them.
         stem: `imagenet`: 7x7 convolution of stride 2 and max-pooling, a quarter of the resolution remains;
-            `small`: 3x3 convolution of stride 1, for pictures of up to about 64 pixels.
+            `small`: 3x3 convolution of stride 1, for images of up to about 64 pixels.
         zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
         inner_width: channels of the 3x3 convolutions of bottlenecks in units of the usual; 2 in `wide_resnet50_2`.
     """

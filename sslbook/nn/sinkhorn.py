@@ -27,5 +27,5 @@ def _log_sum_over_rows(x: Float[Tensor, "n clusters"]) -> Float[Tensor, "cluster
     """The logarithm of the sum of exp(x) over the rows of all processes."""
     # A process without rows has no maximum of its own.
     own = x.amax(dim=0) if len(x) else x.new_full((x.shape[1],), -torch.inf)
-    greatest = distributed.maximum(own)
-    return greatest + distributed.total((x - greatest).exp().sum(dim=0)).log()
+    greatest = distributed.all_reduce_max(own)
+    return greatest + distributed.all_reduce_sum((x - greatest).exp().sum(dim=0)).log()

@@ -12,13 +12,13 @@ from sslbook.nn.backbones import backbone_dim
 
 
 class Sobel(nn.Module):
-    """A backbone that sees a picture's gray edges: its horizontal and vertical Sobel gradients.
+    """A backbone that sees an image's gray edges: its horizontal and vertical Sobel gradients.
 
     They take the places of red and green; blue is zero, and the weights for it stay what they were. (DeepCluster's
     networks have two input channels instead, which is the same function.)
 
     Args:
-        backbone: a network for pictures of three channels.
+        backbone: a network for images of three channels.
     """
 
     filters: Tensor

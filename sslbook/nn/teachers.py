@@ -1,4 +1,4 @@
-"""Frozen networks that say what is in every patch of a picture: the targets of MILAN and EVA.
+"""Frozen networks that say what is in every patch of an image: the targets of MILAN and EVA.
 
 A teacher is one of our own runs or exported backbones, a model of timm, open_clip or transformers by name, or any module
 whose result, or whose `forward_map`, is a map of features `(n, dim, rows, columns)`. It is never trained, and stays in
@@ -28,7 +28,7 @@ HOW = (
 
 
 class Seen(NamedTuple):
-    """What a teacher says of pictures."""
+    """What a teacher says of images."""
 
     patches: Float[Tensor, "batch patches dim"]
     attention: Float[Tensor, "batch patches"]
@@ -39,15 +39,15 @@ class Seen(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen network, given the pictures that a student sees in the normalization and size that it wants.
+    """A frozen network, given the images that a student sees in the normalization and size that it wants.
 
     Its attention is that of the class token in the last layer, averaged over heads. A network without class token is
     read by its average pooling: a patch counts as much as it contributes to the length of the mean feature.
 
     Args:
-        model: one of the above, as a name or a module; a module gets pictures normalized as the student's.
-        view: what the student's pictures are like.
-        size: the side to which the pictures are brought; null leaves them as they are.
+        model: one of the above, as a name or a module; a module gets images normalized as the student's.
+        view: what the student's images are like.
+        size: the side to which the images are brought; null leaves them as they are.
 
     Raises:
         UserError: there is no such teacher, or it makes no map of features.
@@ -69,7 +69,7 @@ class Teacher(nn.Module):
             self.name = type(model).__name__
         self.model = model.requires_grad_(False)
         self.size = size
-        # (x * std_of_view + mean_of_view - mean) / std, for the pictures that arrive normalized by the view.
+        # (x * std_of_view + mean_of_view - mean) / std, for the images that arrive normalized by the view.
         own_mean, own_std, mean_, std_ = (torch.tensor(v).view(3, 1, 1) for v in (view.mean, view.std, mean, std))
         self.register_buffer("scale", own_std / std_, persistent=False)
         self.register_buffer("shift", (own_mean - mean_) / std_, persistent=False)
@@ -87,7 +87,7 @@ class Teacher(nn.Module):
         if self.grid != grid:
             raise UserError(
                 f"the teacher {self.name} sees a grid of {self.grid[0]}x{self.grid[1]} patches and the student one of "
-                f"{grid[0]}x{grid[1]}: give the teacher pictures of {grid[0] * self.cell} pixels "
+                f"{grid[0]}x{grid[1]}: give the teacher images of {grid[0] * self.cell} pixels "
                 f"(--method.teacher_size {grid[0] * self.cell}), or choose another patch_size of the backbone"
             )
 
@@ -116,7 +116,7 @@ Numbers = tuple[float, ...]
 
 
 def open_model(name: str, size: int, normalization: tuple[Numbers, Numbers]) -> tuple[nn.Module, Numbers, Numbers]:
-    """The model of a name, and mean and deviation of its pictures: those given, if it does not say."""
+    """The model of a name, and mean and deviation of its images: those given, if it does not say."""
     library, _, rest = name.partition("/")
     if library == "timm":
         model: Any = timm_model(rest, pretrained=True)
@@ -128,7 +128,7 @@ def open_model(name: str, size: int, normalization: tuple[Numbers, Numbers]) -> 
     if library == "transformers":
         return _transformers(rest, normalization)
     if not Path(name).exists():
-        known = "; `python -m sslbook.train` makes runs/simclr-world" if name == "runs/simclr-world" else ""
+        known = "; `python -m sslbook.train` makes runs/simclr-shapes" if name == "runs/simclr-shapes" else ""
         raise UserError(f"teacher {name}: no such run folder or exported backbone{known}; a teacher is {HOW}")
     model, facts = checkpoint.load_backbone(name)
     view = facts.get("view", {})
@@ -160,7 +160,7 @@ def _transformers(name: str, normalization: tuple[Numbers, Numbers]) -> tuple[nn
 
 
 class _OpenCLIP(nn.Module):
-    """The picture's side of a model of open_clip with a class token: patches after the last norm."""
+    """The image's side of a model of open_clip with a class token: patches after the last norm."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def _of_ours(model: VisionTransformer, x: Float[Tensor, "batch 3 height width"])
     *_, before, last = [model.start(tokens := model.embed(x)), *model.layers(tokens)]
     block = model.blocks[-1]
     bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
-    weights = attention_of_cls(block.attn.qkv(block.norm1(before)), block.attn.heads, bias)  # pyrefly: ignore
+    weights = attention_of_cls(block.attn.qkv(block.norm1(before)), block.attn.num_heads, bias)  # pyrefly: ignore
     tokens = model.norm(last)
     return Seen(tokens[:, 1:], _shares(weights[:, 1:]), tokens[:, 0], grid)
 
@@ -247,10 +247,12 @@ def _of_timm(model: Any, x: Float[Tensor, "batch 3 height width"]) -> Seen:
 
 
 def attention_of_cls(
-    qkv: Float[Tensor, "batch tokens three_dims"], heads: int, bias: Float[Tensor, "heads tokens tokens"] | None = None
+    qkv: Float[Tensor, "batch tokens three_dims"],
+    num_heads: int,
+    bias: Float[Tensor, "heads tokens tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """How much the first token attends to each, averaged over heads."""
-    q, k, _ = rearrange(qkv.float(), "b n (three h d) -> three b h n d", three=3, h=heads)
+    q, k, _ = rearrange(qkv.float(), "b n (three h d) -> three b h n d", three=3, h=num_heads)
     scores = (q[:, :, :1] @ k.mT)[:, :, 0] / q.shape[-1] ** 0.5
     return (scores if bias is None else scores + bias[:, 0].float()).softmax(dim=-1).mean(dim=1)
 

@@ -1,4 +1,4 @@
-"""Networks that say a picture in words: one of a fixed number of codes for every patch.
+"""Networks that say an image in words: one of a fixed number of codes for every patch.
 
 `DiscreteEncoder` with `DiscreteDecoder` is the discrete variational autoencoder of DALL-E (Ramesh et al., 2021,
 arXiv:2102.12092, section 2.1 and appendix A), of smaller networks; `VQTokenizer` is a transformer with a codebook (BEiT
@@ -15,13 +15,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import chance, checkpoint, distributed
+from sslbook import checkpoint, distributed, rng
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.nn.vit import VisionTransformer
 
-STREAM = chance.METHOD + 900  # the row of chance that the noise of the codes is drawn from
+STREAM = rng.METHOD + 900  # the row of random numbers that the noise of the codes is drawn from
 
 
 class Residual(nn.Module):
@@ -40,27 +40,27 @@ class DiscreteEncoder(nn.Module):
 
     Args:
         patch_size: side of a patch, a power of two.
-        codes: size of the vocabulary.
+        num_codes: size of the vocabulary.
         dim: width of the network.
         depth: residual blocks behind the last halving.
     """
 
-    def __init__(self, patch_size: int = 8, codes: int = 8192, dim: int = 256, depth: int = 2) -> None:
+    def __init__(self, patch_size: int = 8, num_codes: int = 8192, dim: int = 256, depth: int = 2) -> None:
         super().__init__()
         if patch_size < 2 or patch_size & (patch_size - 1):
             near = 2 ** max(1, round(math.log2(max(2, patch_size))))
             raise UserError(f"patches of {patch_size} pixels are not made by halving: use patch_size {near}")
-        if codes < 2:
-            raise UserError(f"{codes} code(s) say nothing: use at least 2, such as 8192")
-        self.init_args = {"patch_size": patch_size, "codes": codes, "dim": dim, "depth": depth}
-        self.patch_size, self.codes, self.dim = patch_size, codes, dim
+        if num_codes < 2:
+            raise UserError(f"{num_codes} code(s) say nothing: use at least 2, such as 8192")
+        self.init_args = {"patch_size": patch_size, "num_codes": num_codes, "dim": dim, "depth": depth}
+        self.patch_size, self.num_codes, self.dim = patch_size, num_codes, dim
         halvings = round(math.log2(patch_size))
         layers: list[nn.Module] = []
         for i in range(halvings):
             layers += [nn.Conv2d(3 if i == 0 else dim, dim, 4, stride=2, padding=1)]
             layers += [nn.ReLU()] if i < halvings - 1 else []
         self.layers = nn.Sequential(*layers, *[Residual(dim) for _ in range(depth)], nn.ReLU())
-        self.head = nn.Conv2d(dim, codes, 1)
+        self.head = nn.Conv2d(dim, num_codes, 1)
 
     def scores(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches codes"]:
         """Logits of the codes, patch by patch, row by row."""
@@ -77,9 +77,9 @@ class DiscreteEncoder(nn.Module):
 class DiscreteDecoder(nn.Module):
     """The half that draws: codes, or mixtures of them, to pixels; the encoder in reverse."""
 
-    def __init__(self, patch_size: int, codes: int, dim: int, depth: int) -> None:
+    def __init__(self, patch_size: int, num_codes: int, dim: int, depth: int) -> None:
         super().__init__()
-        self.codebook = nn.Linear(codes, dim, bias=False)
+        self.codebook = nn.Linear(num_codes, dim, bias=False)
         nn.init.normal_(self.codebook.weight)  # a mixture of a few codes shall have the size of one
         layers: list[nn.Module] = [Residual(dim) for _ in range(depth)]
         for _ in range(round(math.log2(patch_size))):
@@ -93,12 +93,12 @@ class DiscreteDecoder(nn.Module):
 
 
 def gumbel_noise(
-    index: Int[Tensor, "batch"], patches: int, codes: int, seed: int, epoch: int
-) -> Float[Tensor, "batch {patches} {codes}"]:
+    index: Int[Tensor, "batch"], patches: int, num_codes: int, seed: int, epoch: int
+) -> Float[Tensor, "batch {patches} {num_codes}"]:
     """Keyed noise of the Gumbel distribution: the code with the greatest score plus noise is drawn from the softmax."""
     # Chance may be 0 but never 1; to move it up by a rounding error instead would make its greatest value 1.
-    u = chance.uniform(seed, epoch, index, STREAM, patches * codes).clamp_min(2.0**-25)
-    return -(-u.log()).log().unflatten(1, (patches, codes))
+    u = rng.uniform(seed, epoch, index, STREAM, patches * num_codes).clamp_min(2.0**-25)
+    return -(-u.log()).log().unflatten(1, (patches, num_codes))
 
 
 def gumbel_softmax(
@@ -127,7 +127,7 @@ def discrete_losses(
     temperature: float,
     scores: Float[Tensor, "batch patches codes"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The squared error of the drawn picture per value, and the divergence of the codes per patch."""
+    """The squared error of the drawn image per value, and the divergence of the codes per patch."""
     drawn = decoder(gumbel_softmax(scores, noise, temperature), images.shape[2] // encoder.patch_size)
     return (drawn.float() - images.float()).square().mean(), kl_to_uniform(scores)
 
@@ -136,12 +136,12 @@ class VQTokenizer(nn.Module):
     """A transformer whose patch tokens, mapped to a sphere of few dimensions, are named by the nearest of many codes.
 
     Args:
-        image_size: side of the pictures.
+        image_size: side of the images.
         patch_size: side of a patch.
         dim: width of a token, and of the feature.
         depth: number of blocks.
         heads: number of attention heads.
-        codes: size of the vocabulary.
+        num_codes: size of the vocabulary.
         code_dim: dimensions of the sphere on which the codes lie.
     """
 
@@ -153,27 +153,27 @@ class VQTokenizer(nn.Module):
         patch_size: int = 16,
         dim: int = 768,
         depth: int = 12,
-        heads: int = 12,
-        codes: int = 8192,
+        num_heads: int = 12,
+        num_codes: int = 8192,
         code_dim: int = 32,
     ) -> None:
         super().__init__()
-        if codes < 2:
-            raise UserError(f"{codes} code(s) say nothing: use at least 2, such as 8192")
+        if num_codes < 2:
+            raise UserError(f"{num_codes} code(s) say nothing: use at least 2, such as 8192")
         self.init_args = {
             "image_size": image_size,
             "patch_size": patch_size,
             "dim": dim,
             "depth": depth,
-            "heads": heads,
-            "codes": codes,
+            "num_heads": num_heads,
+            "num_codes": num_codes,
             "code_dim": code_dim,
         }
-        self.patch_size, self.codes, self.dim, self.code_dim = patch_size, codes, dim, code_dim
-        self.vit = VisionTransformer(image_size, patch_size, dim, depth, heads, pool="mean")
+        self.patch_size, self.num_codes, self.dim, self.code_dim = patch_size, num_codes, dim, code_dim
+        self.vit = VisionTransformer(image_size, patch_size, dim, depth, num_heads, pool="mean")
         self.grid = self.vit.grid
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, code_dim))
-        self.register_buffer("codebook", F.normalize(torch.randn(codes, code_dim), dim=1))
+        self.register_buffer("codebook", F.normalize(torch.randn(num_codes, code_dim), dim=1))
 
     def places(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches code_dim"]:
         """Where on the sphere each patch lies, row by row."""
@@ -196,15 +196,15 @@ class VQTokenizer(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """A trained encoder, frozen, for pictures that another view has normalized.
+    """A trained encoder, frozen, for images that another view has normalized.
 
-    Pictures are resized so that one code falls on every patch of the student.
+    Images are resized so that one code falls on every patch of the student.
 
     Args:
         encoder: a module with `patch_size`, `codes` and `tokens(x)`.
-        view: what the student's pictures are like.
+        view: what the student's images are like.
         rows: patches of the student along a side.
-        normalization: mean and deviation of the pictures that the encoder wants; those of the view if left out.
+        normalization: mean and deviation of the images that the encoder wants; those of the view if left out.
     """
 
     scale: Tensor
@@ -219,7 +219,7 @@ class Tokenizer(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        self.codes = int(encoder.codes)  # pyrefly: ignore
+        self.num_codes = int(encoder.num_codes)  # pyrefly: ignore
         self.size = rows * int(encoder.patch_size)  # pyrefly: ignore
         mean, std = normalization or (view.mean, view.std)
         own_mean, own_std, mean_, std_ = (torch.tensor(v).view(3, 1, 1) for v in (view.mean, view.std, mean, std))
@@ -242,7 +242,7 @@ class Tokenizer(nn.Module):
 
 
 def load_tokenizer(path: str | Path, kind: type[nn.Module], made_by: str) -> tuple[nn.Module, tuple, int]:
-    """A trained encoder, the mean and deviation of its pictures, and their size.
+    """A trained encoder, the mean and deviation of its images, and their size.
 
     Raises:
         UserError: nothing usable is there, or it is no tokenizer of this kind.
@@ -261,14 +261,14 @@ def load_tokenizer(path: str | Path, kind: type[nn.Module], made_by: str) -> tup
     return encoder, (tuple(view.get("mean", plain.mean)), tuple(view.get("std", plain.std))), size
 
 
-def small_encoder(patch_size: int, codes: int) -> DiscreteEncoder:
+def small_encoder(patch_size: int, num_codes: int) -> DiscreteEncoder:
     """The encoder that a method trains by itself: patches as the student's, of 8 pixels if that cannot be."""
     fits = patch_size in (2, 4, 8)
-    return DiscreteEncoder(patch_size if fits else 8, codes, dim=64, depth=1)
+    return DiscreteEncoder(patch_size if fits else 8, num_codes, dim=64, depth=1)
 
 
 def train_discrete(tokenizer: Tokenizer, data: Data, view: View, steps: int, method: str) -> None:
-    """Train the tokenizer's encoder for so many steps on the pictures that the method will see, with 64 in each.
+    """Train the tokenizer's encoder for so many steps on the images that the method will see, with 64 in each.
 
     The main process trains, the others get its weights. Neither torch's generator nor the run's seed play a part, so
     the same data and view give the same codes.
@@ -276,7 +276,7 @@ def train_discrete(tokenizer: Tokenizer, data: Data, view: View, steps: int, met
     weights = None
     if distributed.is_main():
         print(
-            f"{method}: no tokenizer given, so one is trained first, {steps} steps on the same pictures",
+            f"{method}: no tokenizer given, so one is trained first, {steps} steps on the same images",
             file=sys.stderr,
         )
         device = tokenizer.scale.device
@@ -290,15 +290,13 @@ def train_discrete(tokenizer: Tokenizer, data: Data, view: View, steps: int, met
                 f"{method}: the loss of the tokenizer became {error}; train one with python -m sslbook.train dvae and "
                 "give it as --method.tokenizer"
             )
-        used = f"{len(tokens.unique())} of {encoder.codes} codes in use"
-        print(f"{method}: the tokenizer is done; squared error of pictures {error:.3f}, {used}", file=sys.stderr)
+        used = f"{len(tokens.unique())} of {encoder.num_codes} codes in use"
+        print(f"{method}: the tokenizer is done; squared error of images {error:.3f}, {used}", file=sys.stderr)
         if len(tokens) > 1 and (tokens == tokens[0]).all():
-            cure = "use more tokenizer_steps, or pictures that differ"
-            print(
-                f"{method}: warning: all pictures have the same codes, nothing to learn from; {cure}", file=sys.stderr
-            )
+            cure = "use more tokenizer_steps, or images that differ"
+            print(f"{method}: warning: all images have the same codes, nothing to learn from; {cure}", file=sys.stderr)
         weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    tokenizer.encoder.load_state_dict(distributed.from_main(weights) or {})
+    tokenizer.encoder.load_state_dict(distributed.broadcast(weights) or {})
 
 
 def _fit(

@@ -56,32 +56,34 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     if height % patch_size or width % patch_size:
         near = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
         raise UserError(
-            f"pictures of {height}x{width} pixels cannot be cut into patches of {patch_size}x{patch_size}: "
+            f"images of {height}x{width} pixels cannot be cut into patches of {patch_size}x{patch_size}: "
             f"the nearest size that works is {near[0]}x{near[1]}"
         )
     return height // patch_size, width // patch_size
 
 
-def require_heads(dim: int, heads: int) -> None:
+def require_heads(dim: int, num_heads: int) -> None:
     """A `UserError` if the dimension cannot be shared among the heads of attention."""
-    if heads < 1 or dim % heads:
-        raise UserError(f"a transformer of dimension {dim} cannot be split over {heads} heads: use a divisor of {dim}")
+    if num_heads < 1 or dim % num_heads:
+        raise UserError(
+            f"a transformer of dimension {dim} cannot be split over {num_heads} heads: use a divisor of {dim}"
+        )
 
 
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        require_heads(dim, heads)
-        self.heads = heads
+        require_heads(dim, num_heads)
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "*heads tokens tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
@@ -118,12 +120,12 @@ class RelativePositions(nn.Module):
 
     index: Tensor
 
-    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
         super().__init__()
         self.grid = grid
         height, width = grid
         offsets = (2 * height - 1) * (2 * width - 1)
-        self.table = nn.Parameter(torch.zeros(offsets + 3, heads))
+        self.table = nn.Parameter(torch.zeros(offsets + 3, num_heads))
         row, column = (p.flatten() for p in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
         down, right = row[:, None] - row + height - 1, column[:, None] - column + width - 1
         index = torch.full((1 + len(row), 1 + len(row)), offsets)
@@ -147,21 +149,21 @@ class Block(nn.Module):
     """Attention and feed-forward, each normalized before and added to what came in.
 
     Args:
-        drop_path: probability of leaving out a branch for a picture in training (stochastic depth, arXiv:1603.09382).
+        drop_path: probability of leaving out a branch for an image in training (stochastic depth, arXiv:1603.09382).
         layer_scale: what the learned factors of the branches start at; null leaves them out.
     """
 
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = FeedForward(dim, round(dim * mlp_ratio))
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
@@ -182,7 +184,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts pictures into patches and maps each linearly: a convolution whose stride is its size."""
+    """Cuts images into patches and maps each linearly: a convolution whose stride is its size."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -193,7 +195,7 @@ class PatchEmbedding(nn.Module):
 
 
 def init_transformer(module: nn.Module) -> None:
-    """MAE's initialization: Xavier for linear maps (the patch embedding counts as one), biases at zero."""
+    """MAE's initialization: Xavier for linear layers (the patch embedding counts as one), biases at zero."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -203,10 +205,10 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer without classifier: pictures to one feature each.
+    """A vision transformer without classifier: images to one feature each.
 
     Args:
-        image_size: side of the pictures the table of positions is made for; others are interpolated.
+        image_size: side of the images the table of positions is made for; others are interpolated.
         patch_size: side of a patch.
         dim: width of a token, and of the feature.
         depth: number of blocks.
@@ -225,7 +227,7 @@ class VisionTransformer(nn.Module):
         patch_size: int = 16,
         dim: int = 768,
         depth: int = 12,
-        heads: int = 12,
+        num_heads: int = 12,
         mlp_ratio: float = 4.0,
         positions: Literal["sincos", "learned", "relative"] = "sincos",
         pool: Literal["cls", "mean"] = "cls",
@@ -238,7 +240,7 @@ class VisionTransformer(nn.Module):
             "patch_size": patch_size,
             "dim": dim,
             "depth": depth,
-            "heads": heads,
+            "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
             "positions": positions,
             "pool": pool,
@@ -259,9 +261,9 @@ class VisionTransformer(nn.Module):
             self.register_buffer("pos_embed", table)
         else:
             self.register_buffer("pos_embed", table)  # zeros: what is added to the tokens is nothing
-            self.rel_pos_bias = RelativePositions(self.grid, heads)
+            self.rel_pos_bias = RelativePositions(self.grid, num_heads)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate, layer_scale) for rate in rates])
+        self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, rate, layer_scale) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_transformer(self)
 
@@ -275,7 +277,7 @@ class VisionTransformer(nn.Module):
 
         Where `mask` is true, `mask_token` stands in place of the patch, at the patch's position.
 
-        Raises a `UserError` if the pictures cannot be cut evenly into patches.
+        Raises a `UserError` if the images cannot be cut evenly into patches.
         """
         grid = patch_grid(x.shape[2], x.shape[3], self.patch_size)
         tokens = self.patch_embed(x)
@@ -298,7 +300,7 @@ class VisionTransformer(nn.Module):
             if tokens.shape[1] != self.grid[0] * self.grid[1]:
                 raise UserError(
                     f"relative positions are for all {self.grid[0] * self.grid[1]} patches and {tokens.shape[1]} came: "
-                    "give the backbone the pictures' image_size, or use positions sincos or learned"
+                    "give the backbone the images' image_size, or use positions sincos or learned"
                 )
             bias = self.rel_pos_bias()
         x = self.start(tokens)

@@ -9,16 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sslbook import distributed
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.notebook.checks import Check, exercise
 
 
-def views_of_process(world: World, view: View, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+def views_of_process(shapes: Shapes, view: View, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Indices and views of this process's part of the epoch's first batch; for `sslbook.distributed.launch`."""
     part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    batch = next(iter(Data(world=world).batches((view,), batch_size, seed=seed, epoch=epoch, **part)))
+    batch = next(iter(Data(shapes=shapes).batches((view,), batch_size, seed=seed, epoch=epoch, **part)))
     return batch.index, batch.views[0]
 
 
@@ -148,14 +148,14 @@ def probe_gradient(check: Check, answer: Callable) -> None:
                 "the bias decays too: the last row of w belongs to the appended 1": _probe_gradient(w, z, y, decay, 0),
                 "the penalty has a half in front: its gradient is decay * w": bare + 2 * penalty,
                 "the decay has the wrong sign: it pulls the weights to zero": bare - penalty,
-                "this is the gradient of the sum: the loss is a mean over the pictures": bare * n + penalty,
+                "this is the gradient of the sum: the loss is a mean over the images": bare * n + penalty,
                 "the sign of the loss is turned: it is softmax minus one-hot": penalty - bare,
                 "the one-hot labels are missing: without them the probe only learns to be unsure": z.T
                 @ logits.softmax(1)
                 / n
                 + penalty,
                 "the softmax is missing: logits are not probabilities": z.T @ (logits - target) / n + penalty,
-                "the softmax runs over the pictures: each row is one picture's distribution (dim=1)": z.T
+                "the softmax runs over the images: each row is one image's distribution (dim=1)": z.T
                 @ (logits.softmax(0) - target)
                 / n
                 + penalty,
@@ -177,7 +177,7 @@ def standardize(check: Check, answer: Callable) -> None:
         returned[0],
         (train - mean) / std,
         mistakes={
-            "each picture was standardized by itself: mean and deviation are those of a feature (dim=0)": (
+            "each image was standardized by itself: mean and deviation are those of a feature (dim=0)": (
                 train - train.mean(1, keepdim=True)
             )
             / train.std(1, keepdim=True, correction=0),
@@ -199,9 +199,7 @@ def standardize(check: Check, answer: Callable) -> None:
                 test - test.mean(0)
             )
             / test.std(0, correction=0),
-            "mean and deviation of both splits together: test pictures must not shape the training": (
-                test - both.mean(0)
-            )
+            "mean and deviation of both splits together: test images must not shape the training": (test - both.mean(0))
             / both.std(0, correction=0),
             "the test features are unchanged": test,
         },
@@ -216,17 +214,17 @@ def standardize(check: Check, answer: Callable) -> None:
 
 
 @exercise
-def pictures_needed(check: Check, answer: Callable) -> None:
-    """`answer(accuracy, half_width, z) -> n`: the fewest test pictures for z standard deviations within half_width."""
+def images_needed(check: Check, answer: Callable) -> None:
+    """`answer(accuracy, half_width, z) -> n`: the fewest test images for z standard deviations within half_width."""
     for p, half, z in ((0.5, 0.01, 1.96), (0.9, 0.03, 1.96), (0.7, 0.02, 1.0)):
         n = check.call(answer, p, half, z)
-        check.that(isinstance(n, int), "must return an int: half a picture cannot be tested")
+        check.that(isinstance(n, int), "must return an int: half an image cannot be tested")
         exact = p * (1 - p) * (z / half) ** 2
         check.close(
             n,
             math.ceil(exact),
             mistakes={
-                "rounded down: with one picture less the interval is too wide (math.ceil)": math.floor(exact),
+                "rounded down: with one image less the interval is too wide (math.ceil)": math.floor(exact),
                 "the interval reaches half_width to either side, so its whole width is twice that": math.ceil(
                     4 * exact
                 ),
@@ -237,7 +235,7 @@ def pictures_needed(check: Check, answer: Callable) -> None:
                     math.sqrt(p * (1 - p)) * z / half
                 ),
             },
-            what="pictures",
+            what="images",
             rtol=0,
             atol=0.5,
         )
@@ -245,7 +243,7 @@ def pictures_needed(check: Check, answer: Callable) -> None:
 
 @exercise
 def paired_difference(check: Check, answer: Callable) -> None:
-    """`answer(right_a, right_b) -> (difference, deviation)` of two accuracies on the same pictures, as fractions."""
+    """`answer(right_a, right_b) -> (difference, deviation)` of two accuracies on the same images, as fractions."""
     for n in (40, 300):
         a = check.random(n) > -0.6
         b = (check.random(n) > 1) ^ a
@@ -268,10 +266,10 @@ def paired_difference(check: Check, answer: Callable) -> None:
             returned[1],
             deviation,
             mistakes={
-                "this is the deviation for two different sets of pictures: here the same pictures decide both": (
+                "this is the deviation for two different sets of images: here the same images decide both": (
                     (pa * (1 - pa) + pb * (1 - pb)) / n
                 ).sqrt(),
-                "this is the deviation of one picture: the mean of n has it over sqrt(n)": deviation * math.sqrt(n),
+                "this is the deviation of one image: the mean of n has it over sqrt(n)": deviation * math.sqrt(n),
                 "this is the variance: take its root": deviation.square(),
                 "divided by n: the deviation of a mean falls with sqrt(n)": deviation / math.sqrt(n),
             },

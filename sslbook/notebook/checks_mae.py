@@ -42,7 +42,7 @@ def mask(check: Check, answer: Callable) -> None:
     returned = check.call(answer, u, 3)
     check.that(isinstance(returned, tuple) and len(returned) == 2, "return two tensors: visible, restore")
     visible, restore = returned
-    check.shape(visible, (4, 3), "exactly `keep` places for every picture")
+    check.shape(visible, (4, 3), "exactly `keep` places for every image")
     check.shape(restore, (4, 9), "one position for every patch")
     check.dtype(visible, torch.int64, "places, to index with")
     check.close(

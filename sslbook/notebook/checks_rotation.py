@@ -22,7 +22,7 @@ def rotate_without_rot90(check: Check, answer: Callable) -> None:
         x = check.random(n, c, side, side)
         right = _turned(x)
         turned = check.call(answer, x)
-        check.shape(turned, right.shape, "all four rotations of every picture, stacked along the batch")
+        check.shape(turned, right.shape, "all four rotations of every image, stacked along the batch")
         check.dtype(turned, x.dtype)
         rows = right.unflatten(0, (4, n))
         transposed = torch.cat([x, x.mT, x.flip(2, 3), x.mT.flip(2, 3)])
@@ -34,7 +34,7 @@ def rotate_without_rot90(check: Check, answer: Callable) -> None:
                 "90 and 270 degrees are exchanged: counterclockwise, the right column becomes the top row": _turned(
                     x, sign=-1
                 ),
-                "the rows are grouped by picture: put all pictures at 0 degrees first, then all at 90": rows.transpose(
+                "the rows are grouped by image: put all images at 0 degrees first, then all at 90": rows.transpose(
                     0, 1
                 ).flatten(0, 1),
                 "a transposition alone is a mirror image: flip one axis as well": transposed,
@@ -67,14 +67,14 @@ def logit_gradient(check: Check, answer: Callable) -> None:
             right,
             mistakes={
                 "this is the gradient of the sum: the loss is a mean over 4n rows": right * len(logits),
-                "divided by the number of pictures: the loss is a mean over 4n rows": right * 4,
+                "divided by the number of images: the loss is a mean over 4n rows": right * 4,
                 "the sign is turned: descending on it would raise the loss (softmax minus one-hot)": -right,
                 "the targets run 0 1 2 3 0 1 2 3: rows are grouped by rotation, so repeat_interleave": wrong_order,
                 "the softmax is missing: the logits themselves are not probabilities": (
                     logits - F.one_hot(torch.arange(4).repeat_interleave(n), 4)
                 )
                 / len(logits),
-                "the softmax runs over the batch: each row is one picture's distribution (dim=1)": (
+                "the softmax runs over the batch: each row is one image's distribution (dim=1)": (
                     logits.softmax(0) - F.one_hot(torch.arange(4).repeat_interleave(n), 4)
                 )
                 / len(logits),
@@ -146,7 +146,7 @@ def bayes_accuracy(check: Check, answer: Callable) -> None:
 
 @exercise
 def group_average(check: Check, answer: Callable) -> None:
-    """`answer(f, x) -> (n, d)`: features averaged over the four rotations of every picture."""
+    """`answer(f, x) -> (n, d)`: features averaged over the four rotations of every image."""
     weight = check.random(3 * 6 * 6, 5)
 
     def f(x: Float[Tensor, "m 3 6 6"]) -> Float[Tensor, "m 5"]:
@@ -154,17 +154,17 @@ def group_average(check: Check, answer: Callable) -> None:
 
     x = check.random(4, 3, 6, 6)
     features = check.call(answer, f, x)
-    check.shape(features, (4, 5), "one row for every picture")
+    check.shape(features, (4, 5), "one row for every image")
     each = torch.stack([f(torch.rot90(x, k, dims=(2, 3))) for k in range(4)])
     check.close(
         features,
         each.mean(0),
         mistakes={
-            "the pictures are averaged before f: average the features": f(
+            "the images are averaged before f: average the features": f(
                 torch.stack([torch.rot90(x, k, dims=(2, 3)) for k in range(4)]).mean(0)
             ),
             "the features are summed: divide by four": each.sum(0),
-            "rows of different pictures are mixed: unflatten to (4, n, d), rotation first": f(_turned(x))
+            "rows of different images are mixed: unflatten to (4, n, d), rotation first": f(_turned(x))
             .unflatten(0, (4, 4))
             .mean(1),
             "one rotation is missing: 0, 90, 180 and 270 degrees": each[:3].mean(0),
@@ -172,17 +172,17 @@ def group_average(check: Check, answer: Callable) -> None:
         what="average",
     )
     turned = check.call(answer, f, torch.rot90(x, 1, dims=(2, 3)))
-    check.close(turned, features, what="the same for a turned picture")
+    check.close(turned, features, what="the same for a turned image")
 
 
 @exercise
 def gradient_variance(check: Check, answer: Callable) -> None:
-    """`answer(g) -> (between, within)` from gradients `g` of shape (pictures, 4, parameters)."""
+    """`answer(g) -> (between, within)` from gradients `g` of shape (images, 4, parameters)."""
     g = check.random(40, 4, 7) + 2 * check.random(40, 1, 7) + check.random(1, 4, 7)
     returned = check.call(answer, g)
     check.that(
         isinstance(returned, tuple) and len(returned) == 2,
-        "return two numbers: between pictures, within a picture",
+        "return two numbers: between images, within an image",
     )
     between, within = (torch.as_tensor(v) for v in returned)
     mean = g.mean(1)
@@ -197,20 +197,20 @@ def gradient_variance(check: Check, answer: Callable) -> None:
         right_between,
         mistakes={
             "this is the within part: the answer is (between, within)": right_within,
-            "this is the total variance: first average each picture's four gradients": total,
+            "this is the total variance: first average each image's four gradients": total,
             "averaged over parameters: the variance of a vector is the sum over its components": right_between / 7,
         },
-        what="between pictures",
+        what="between images",
     )
     check.close(
         within,
         right_within,
         mistakes={
-            "this is the total variance: subtract each picture's own mean": total,
-            "these are the differences between the mean gradients of the rotations, not within a picture": per_rotation,
+            "this is the total variance: subtract each image's own mean": total,
+            "these are the differences between the mean gradients of the rotations, not within an image": per_rotation,
             "averaged over parameters: the variance of a vector is the sum over its components": right_within / 7,
         },
-        what="within a picture",
+        what="within an image",
     )
 
 

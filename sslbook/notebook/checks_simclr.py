@@ -29,7 +29,7 @@ def shard_gradients(
         mine_1, mine_2 = (z[own].clone().requires_grad_() for z in (z_1, z_2))
         loss = loss_fn(mine_1, mine_2, temperature)
         (gradient,) = torch.autograd.grad(loss, mine_1)
-        found[name] = distributed.mean(loss.detach()).item(), gradient / processes
+        found[name] = distributed.all_reduce_mean(loss.detach()).item(), gradient / processes
     return found
 
 
@@ -40,9 +40,9 @@ def nt_xent_detached(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], t
     z_1, z_2 = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
     loss = z_1.new_zeros(())
     for anchor, partner in ((z_1, z_2), (z_2, z_1)):
-        s_same = anchor @ distributed.gather(anchor.detach()).T
+        s_same = anchor @ distributed.all_gather(anchor.detach()).T
         s_same = s_same.diagonal_scatter(torch.full_like(s_same[:, 0], -torch.inf), offset=first)
-        s_other = anchor @ distributed.gather(partner.detach()).T
+        s_other = anchor @ distributed.all_gather(partner.detach()).T
         loss = loss + F.cross_entropy(torch.cat([s_other, s_same], dim=1) / temperature, positive)
     return loss
 
@@ -201,7 +201,7 @@ def information_bound(check: Check, answer: Callable) -> None:
 
 @exercise
 def same_class_share(check: Check, answer: Callable) -> None:
-    """`answer(z, label, temperature) -> share`: the part of all repulsion that hits pictures of the anchor's class."""
+    """`answer(z, label, temperature) -> share`: the part of all repulsion that hits images of the anchor's class."""
     n, tau = 12, 0.3
     z, label = check.random(2 * n, 6), check.integers(3, n).repeat(2)
     given = check.call(answer, z, label, tau)

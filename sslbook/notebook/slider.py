@@ -2,7 +2,7 @@
 
 `sweep` draws one frame per value beforehand and stores them all in the notebook; moving the slider only chooses which
 one is visible. So it works in the built site, opened from a local file, in JupyterLab, VS Code and Colab. Without
-scripts (GitHub's preview) the default frame stands there as an ordinary picture.
+scripts (GitHub's preview) the default frame stands there as an ordinary image.
 
 >>> sweep(draw, tau=[0.03, 0.1, 0.3, 1.0], default=0.1, alt="Weights of the negatives at temperature {tau}.")
 """

@@ -47,7 +47,7 @@ RC: dict[str, Any] = {
     "ytick.color": GRAY,
 }
 
-DPI = 144  # pixels per inch of the stored picture; shown at 96, so 1.5 pixels to one of the page's
+DPI = 144  # pixels per inch of the stored image; shown at 96, so 1.5 pixels to one of the page's
 
 
 class Figure(matplotlib.figure.Figure):
@@ -56,7 +56,7 @@ class Figure(matplotlib.figure.Figure):
     Made without pyplot: nothing is left open, nothing is shown twice.
 
     Args:
-        alt: what the picture shows, for a reader who does not see it: the finding, not the axes.
+        alt: what the image shows, for a reader who does not see it: the finding, not the axes.
     """
 
     def __init__(self, *args: Any, alt: str, **kwargs: Any):
@@ -99,10 +99,10 @@ def encode(fig: matplotlib.figure.Figure, dpi: float = DPI) -> str:
     with mpl.rc_context(RC):
         canvas.draw()
     width, height = canvas.get_width_height()
-    picture = Image.frombytes("RGBA", (width, height), bytes(canvas.buffer_rgba()))
+    image = Image.frombytes("RGBA", (width, height), bytes(canvas.buffer_rgba()))
     coded = []
     for options in ({"lossless": True}, {"quality": 85}):
         file = io.BytesIO()
-        picture.save(file, "WEBP", **options)
+        image.save(file, "WEBP", **options)
         coded.append(file.getvalue())
     return "data:image/webp;base64," + base64.b64encode(min(coded, key=len)).decode()

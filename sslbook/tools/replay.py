@@ -28,7 +28,7 @@ def replay(failure: str) -> None:
     parser, config, _ = configuration.resolve(["--config", str(written)], pretrain)
     made = parser.construct(config)
     method = made.method
-    method.prepare(made.data)
+    method.setup(made.data)
     method.load_state_dict(state["method"])
     method.train()
     bad = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]

@@ -1,4 +1,4 @@
-"""Workers, processes and restarts change no view; broken pictures stop nothing, or everything."""
+"""Workers, processes and restarts change no view; broken images stop nothing, or everything."""
 
 import os
 import pickle
@@ -15,22 +15,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.errors import UserError
 
 VIEWS = (
     View(size=16, color_jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2, blur=0.5),
     View(size=12, crop=(0.3, 0.6), solarize=0.5),
 )
-SMALL = World(pictures=50, test_pictures=13, size=16)
+SMALL = Shapes(num_train=50, num_test=13, size=16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """46 pictures of three classes and many sizes: 40 to learn from, 6 to be judged on."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """46 images of three classes and many sizes: 40 to learn from, 6 to be judged on."""
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(46):
         path = folder / "abc"[i % 3] / f"{i:02}.png"
@@ -56,11 +56,11 @@ def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
 
 
 def make(kind: str, folder: Path, **options: object) -> Data:
-    return Data(world=SMALL, **options) if kind == "world" else Data(folder=folder, **{"workers": 0} | options)
+    return Data(shapes=SMALL, **options) if kind == "shapes" else Data(folder=folder, **{"workers": 0} | options)
 
 
-@pytest.mark.parametrize("kind", ["world", "files"])
-def test_an_epoch_shows_every_picture_once(kind, folder) -> None:
+@pytest.mark.parametrize("kind", ["shapes", "files"])
+def test_an_epoch_shows_every_image_once(kind, folder) -> None:
     data = make(kind, folder)
     batches = epoch(data)
     assert len(batches) == data.steps_per_epoch(8) == data.num_train // 8
@@ -113,7 +113,7 @@ def test_two_passes_at_once_do_not_meet(folder) -> None:
     assert_same([pair[1] for pair in pairs], epoch(alone, epoch=2))
 
 
-@pytest.mark.parametrize("kind", ["world", "files"])
+@pytest.mark.parametrize("kind", ["shapes", "files"])
 def test_processes_change_no_view(kind, folder) -> None:
     data = make(kind, folder)
     parts = [epoch(data, rank=rank, world_size=2) for rank in range(2)]
@@ -130,7 +130,7 @@ def test_processes_change_no_view(kind, folder) -> None:
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["world", "files"])
+@pytest.mark.parametrize("kind", ["shapes", "files"])
 @pytest.mark.parametrize("start", [1, 4])
 def test_a_restart_changes_no_view(kind, folder, start) -> None:
     data = make(kind, folder)
@@ -138,24 +138,24 @@ def test_a_restart_changes_no_view(kind, folder, start) -> None:
 
 
 def test_the_state_of_torchs_generator_is_left_alone(folder) -> None:
-    for data in (make("world", folder), make("files", folder), make("files", folder, workers=1)):
+    for data in (make("shapes", folder), make("files", folder), make("files", folder, workers=1)):
         before = torch.get_rng_state()
         epoch(data)
         list(data.evaluation_batches("test"))
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_resident_pictures_take_either_way() -> None:
+def test_resident_images_take_either_way() -> None:
     """Through workers or not, the views agree but for the rounding to bytes."""
-    here = epoch(Data(world=SMALL))
-    workers = epoch(Data(world=SMALL, augment="workers", workers=1))
+    here = epoch(Data(shapes=SMALL))
+    workers = epoch(Data(shapes=SMALL, augment="workers", workers=1))
     for a, b in zip(here, workers):
         assert a.index.tolist() == b.index.tolist()
         assert (a.views[1] - b.views[1]).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("kind", ["world", "files"])
-def test_evaluation_shows_every_picture_in_order(kind, folder) -> None:
+@pytest.mark.parametrize("kind", ["shapes", "files"])
+def test_evaluation_shows_every_image_in_order(kind, folder) -> None:
     data = make(kind, folder, workers=2)
     for split, count in (("train", data.num_train), ("test", data.num_test)):
         batches = list(data.evaluation_batches(split, View.center(16), batch_size=6))
@@ -164,8 +164,8 @@ def test_evaluation_shows_every_picture_in_order(kind, folder) -> None:
     assert batches[0].views[0].shape == (min(6, count), 3, 16, 16)
 
 
-def test_evaluation_of_the_world_shows_it_as_it_is() -> None:
-    data = Data(world=SMALL)
+def test_evaluation_of_shapes_shows_it_as_it_is() -> None:
+    data = Data(shapes=SMALL)
     view = View.center(16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     images, factors = SMALL.render("test")
     shown = torch.cat([batch.views[0] for batch in data.evaluation_batches("test", view, 4)])
@@ -173,26 +173,26 @@ def test_evaluation_of_the_world_shows_it_as_it_is() -> None:
     assert data.factors("test").keys() == factors.keys()
     assert torch.equal(data.labels("test"), factors["shape"])
     assert data.size == 16
-    assert np.array_equal(np.asarray(data.picture("test", 3)), images[3].permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(data.image("test", 3)), images[3].permute(1, 2, 0).numpy())
 
 
-def test_limit_keeps_some_pictures_always_the_same() -> None:
-    data, whole = Data(world=SMALL, limit=20), Data(world=SMALL)
+def test_limit_keeps_some_images_always_the_same() -> None:
+    data, whole = Data(shapes=SMALL, limit=20), Data(shapes=SMALL)
     assert (data.num_train, data.num_test) == (20, 13)
     kept = data.factors("train")["x"]
-    assert torch.equal(kept, Data(world=SMALL, limit=20).factors("train")["x"])
+    assert torch.equal(kept, Data(shapes=SMALL, limit=20).factors("train")["x"])
     assert torch.isin(kept, whole.factors("train")["x"]).all()
     assert torch.equal(data.factors("train")["shape"], data.labels("train"))
     assert len(data.labels("train").unique()) > 3
-    assert Data(world=SMALL, limit=99).num_train == 50
+    assert Data(shapes=SMALL, limit=99).num_train == 50
     assert sum(len(batch.index) for batch in epoch(data)) == 16
 
 
 def test_description(folder) -> None:
-    assert Data(world=SMALL).describe() == "world: 50 training pictures, 10 classes, 13 test pictures"
+    assert Data(shapes=SMALL).describe() == "shapes: 50 training images, 10 classes, 13 test images"
     data = make("files", folder)
-    assert data.describe() == f"{folder.name}: 40 training pictures, 3 classes, 6 test pictures"
-    assert make("files", folder / "a").describe() == "a: 16 training pictures, no labels, no test pictures"
+    assert data.describe() == f"{folder.name}: 40 training images, 3 classes, 6 test images"
+    assert make("files", folder / "a").describe() == "a: 16 training images, no labels, no test images"
 
 
 def test_data_can_be_sent_to_another_process(folder) -> None:
@@ -201,12 +201,12 @@ def test_data_can_be_sent_to_another_process(folder) -> None:
     assert_same(epoch(pickle.loads(pickle.dumps(data))), expected)
 
 
-# Broken pictures -----------------------------------------------------------------------------------------------------
+# Broken images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken(tmp_path) -> Path:
-    """16 pictures, each of one color, of which 3, 8 and 9 are broken."""
+    """16 images, each of one color, of which 3, 8 and 9 are broken."""
     for i in range(16):
         path = tmp_path / "train" / "ab"[i // 8] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,9 +225,9 @@ def colors(batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_readable_picture_stands_in(broken, workers) -> None:
+def test_the_next_readable_image_stands_in(broken, workers) -> None:
     data = Data(folder=broken, workers=workers)
-    with pytest.warns(UserWarning, match=r"skipped the unreadable picture .*\.png") as caught:
+    with pytest.warns(UserWarning, match=r"skipped the unreadable image .*\.png") as caught:
         batches = list(data.batches((PLAIN,), 4, seed=0, epoch=0))
     assert len([w for w in caught if "unreadable" in str(w.message)]) == 1
     shown = torch.cat([batch.index for batch in batches])
@@ -257,21 +257,21 @@ def test_evaluation_leaves_the_unreadable_out(broken, workers) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_strict_names_the_picture_and_stops(broken, workers) -> None:
+def test_strict_names_the_image_and_stops(broken, workers) -> None:
     data = Data(folder=broken, workers=workers, strict=True)
-    with pytest.raises(UserError, match=r"cannot read the picture .*(03|08|09)\.png \(.+\)") as caught:
+    with pytest.raises(UserError, match=r"cannot read the image .*(03|08|09)\.png \(.+\)") as caught:
         list(data.batches((PLAIN,), 4, seed=0, epoch=0))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_without_one_readable_picture_ends(tmp_path, workers) -> None:
+def test_a_folder_without_one_readable_image_ends(tmp_path, workers) -> None:
     for i in range(5):
-        (tmp_path / f"{i}.jpg").write_text("no picture")
+        (tmp_path / f"{i}.jpg").write_text("no image")
     data = Data(folder=tmp_path, workers=workers)
     with (
-        pytest.warns(UserWarning, match="no picture|identify"),
-        pytest.raises(UserError, match="5 pictures in a row cannot be read, the last is"),
+        pytest.warns(UserWarning, match="no image|identify"),
+        pytest.raises(UserError, match="5 images in a row cannot be read, the last is"),
     ):
         list(data.batches((PLAIN,), 2, seed=0, epoch=0))
 
@@ -280,8 +280,8 @@ def test_a_folder_without_one_readable_picture_ends(tmp_path, workers) -> None:
 
 
 def test_impossible_requests_are_refused() -> None:
-    data = Data(world=SMALL)
-    with pytest.raises(UserError, match="a batch of 51 is more than the 50 pictures"):
+    data = Data(shapes=SMALL)
+    with pytest.raises(UserError, match="a batch of 51 is more than the 50 images"):
         data.steps_per_epoch(51)
     with pytest.raises(UserError, match="give at least 1"):
         data.steps_per_epoch(0)
@@ -293,7 +293,7 @@ def test_impossible_requests_are_refused() -> None:
 
 
 class Deadly:
-    """Kills the process that opens picture 11."""
+    """Kills the process that opens image 11."""
 
     def __len__(self) -> int:
         return 16
@@ -320,7 +320,7 @@ def test_a_dead_worker_is_reported_in_one_line(deadly) -> None:
 
 
 class Faulty(Deadly):
-    """Raises an error of its own, and only when a worker opens a picture."""
+    """Raises an error of its own, and only when a worker opens an image."""
 
     targets = (0,) * 16
 

@@ -34,7 +34,7 @@ def test_exactly_so_many() -> None:
     assert (loose.sum(dim=1) < 75).any()
 
 
-def test_a_number_for_every_picture() -> None:
+def test_a_number_for_every_image() -> None:
     wanted = torch.arange(100) % 30
     mask = block_mask(torch.arange(100), (7, 9), wanted, Clock(), min_block=4)
     assert (mask.sum(dim=1) <= wanted).all()
@@ -44,7 +44,7 @@ def test_a_number_for_every_picture() -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_masks_depend_on_picture_and_epoch_alone(exact: bool) -> None:
+def test_masks_depend_on_image_and_epoch_alone(exact: bool) -> None:
     index = torch.tensor([5, 900, 5, 31])
     clock = Clock(step=3, steps_per_epoch=2, seed=7)
     mask = block_mask(index, (6, 6), 14, clock, min_block=4, exact=exact)
@@ -95,7 +95,7 @@ def test_one_number_sets_area_and_aspect() -> None:
     assert block_size(0.0, (2, 2), (0.15, 0.2), (0.75, 1.5)) == (1, 1)
 
 
-def test_targets_depend_on_picture_epoch_and_step_alone() -> None:
+def test_targets_depend_on_image_epoch_and_step_alone() -> None:
     index, clock = torch.tensor([5, 900, 5, 31]), Clock(step=3, steps_per_epoch=2, seed=7)
     context, targets = multi_block_mask(index, (8, 8), clock)
     assert torch.equal(targets[0], targets[2])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.patches import STREAM, check_patches, cut_patches
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -13,7 +13,7 @@ def test_patches_pixel_by_pixel(side: int, cell: int, patch: int) -> None:
     images, index, clock = torch.rand(2, 3, side, side + 2), torch.tensor([4, 9]), Clock(5, 9, 2, seed=3)
     patches = cut_patches(images, index, cell, patch, clock)
     assert patches.shape == (2, 9, 3, patch, patch)
-    u = chance.uniform(3, 2, index, STREAM, 18)
+    u = rng.uniform(3, 2, index, STREAM, 18)
     for i in range(2):
         for row in range(3):
             for column in range(3):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from sslbook.data.views import View, apply_batch, apply_color, apply_one, cut_one, draw, draw_one
+from sslbook.data.views import View, apply_batch, apply_color, apply_one, crop_one, sample_params, sample_params_one
 from sslbook.errors import UserError
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -31,7 +31,7 @@ def sizes(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(32, 32), (20, 25), (110, 90), (30, 300)], ids=str)
 @pytest.mark.parametrize("cut", [{}, {"crop": None}, {"crop": None, "resize": 37}], ids=["crop", "center", "resize"])
-def test_both_executors_give_the_same_picture(interpolation, shape, cut) -> None:
+def test_both_executors_give_the_same_image(interpolation, shape, cut) -> None:
     view = View(size=32, interpolation=interpolation, **cut, **PLAIN)
     images, index = photographs(12, *shape), torch.arange(12) + 5
     batched = apply_batch(view, images, 3, 2, index, 1)
@@ -43,7 +43,7 @@ def test_both_executors_give_the_same_picture(interpolation, shape, cut) -> None
 
 
 def test_both_executors_agree_on_every_change_of_color() -> None:
-    """At the pictures' own size there is no rounding, so colors must agree to the last digits of a float."""
+    """At the images' own size there is no rounding, so colors must agree to the last digits of a float."""
     view = View(size=32, crop=None, **STRONG)
     images, index = photographs(64, 32, 32), torch.arange(64)
     images[:4] = 0  # black, white and gray have no hue
@@ -59,8 +59,8 @@ def test_colors_on_the_device_finish_what_workers_cut() -> None:
     images, index = photographs(16, 40, 50), torch.arange(16)
     cuts = []
     for image, i in zip(images, index):
-        picture = v2.functional.to_pil_image(image)
-        cuts.append(cut_one(view, picture, draw_one(view, 1, 2, int(i), 3, 40, 50).cut))
+        image = v2.functional.to_pil_image(image)
+        cuts.append(crop_one(view, image, sample_params_one(view, 1, 2, int(i), 3, 40, 50).cut))
     finished = apply_color(view, torch.stack(cuts), 1, 2, index, 3)
     single = torch.stack([apply_one(view, image, 1, 2, int(i), 3) for image, i in zip(images, index)])
     torch.testing.assert_close(finished, single, atol=2e-4, rtol=0)
@@ -78,7 +78,7 @@ def test_center_is_torchvisions_resize_and_center_crop(shape) -> None:
 def test_a_crop_is_torchvisions_resized_crop(interpolation) -> None:
     view = View(size=32, interpolation=interpolation, flip=0.0, **PLAIN)
     images, index = photographs(8, 70, 50), torch.arange(8)
-    boxes = draw(view, 0, 0, index, 0, *sizes(8, 70, 50)).cut.box.tolist()
+    boxes = sample_params(view, 0, 0, index, 0, *sizes(8, 70, 50)).cut.box.tolist()
     mode = v2.InterpolationMode(interpolation)
     expected = [
         F.resized_crop(image.float() / 255, *box, [32, 32], interpolation=mode, antialias=True).clamp(0, 1)
@@ -108,7 +108,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def test_boxes_are_distributed_as_torchvisions(shape) -> None:
     count = 4000
     view = View(size=32, crop=(0.2, 0.9))
-    ours = draw(view, 0, 0, torch.arange(count), 0, *sizes(count, *shape)).cut.box
+    ours = sample_params(view, 0, 0, torch.arange(count), 0, *sizes(count, *shape)).cut.box
     image = torch.empty(3, *shape)
     torch.manual_seed(0)
     crop = v2.RandomResizedCrop(32, scale=(0.2, 0.9))
@@ -116,14 +116,14 @@ def test_boxes_are_distributed_as_torchvisions(shape) -> None:
     assert ours[:, :2].min() >= 0
     assert (ours[:, 0] + ours[:, 2]).max() <= shape[0]
     assert (ours[:, 1] + ours[:, 3]).max() <= shape[1]
-    for column in range(4):  # 2 sqrt(2 / count) = 0.045 happens by chance once in a thousand
+    for column in range(4):  # 2 sqrt(2 / count) = 0.045 happens at random once in a thousand
         assert distance(ours[:, column].float(), theirs[:, column].float()) < 0.045
 
 
 def test_color_factors_are_distributed_as_torchvisions() -> None:
     count, amounts = 4000, (0.4, 0.6, 1.5, 0.1)
     view = View(color_jitter=amounts, color_jitter_p=0.7)
-    ours = draw(view, 0, 0, torch.arange(count), 0, *sizes(count, 9, 9)).color
+    ours = sample_params(view, 0, 0, torch.arange(count), 0, *sizes(count, 9, 9)).color
     torch.manual_seed(0)
     jitter = v2.ColorJitter(*amounts)
     drawn = [jitter.make_params([]) for _ in range(count)]
@@ -141,7 +141,7 @@ def test_color_factors_are_distributed_as_torchvisions() -> None:
 def test_probabilities_are_kept() -> None:
     count = 20000
     view = View(flip=0.3, grayscale=0.2, blur=0.6, solarize=0.1, blur_sigma=(0.5, 1.5))
-    cut, color = draw(view, 1, 0, torch.arange(count), 0, *sizes(count, 32, 32))
+    cut, color = sample_params(view, 1, 0, torch.arange(count), 0, *sizes(count, 32, 32))
     for mask, expected in ((cut.flip, 0.3), (color.grayscale, 0.2), (color.blur, 0.6), (color.solarize, 0.1)):
         assert abs(mask.float().mean().item() - expected) < 0.015
     assert not color.jitter.any()
@@ -165,14 +165,15 @@ def test_a_field_does_not_shift_the_draws_of_others() -> None:
     more = replace(view, **STRONG)
     index = torch.arange(50)
     assert torch.equal(
-        draw(view, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box, draw(more, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box
+        sample_params(view, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box,
+        sample_params(more, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box,
     )
 
 
 def test_these_draws_never_change() -> None:
     """A resumed run, and a figure printed in the book, rely on it."""
     view = View(size=16, **STRONG)
-    cut, color = draw(view, 0, 0, torch.arange(3), 0, *sizes(3, 40, 60))
+    cut, color = sample_params(view, 0, 0, torch.arange(3), 0, *sizes(3, 40, 60))
     assert cut.box.tolist() == [[3, 23, 31, 28], [4, 14, 20, 23], [16, 26, 20, 18]]
     assert color.order.tolist() == [[2, 1, 0, 3], [3, 2, 1, 0], [2, 3, 0, 1]]
 

@@ -1,4 +1,4 @@
-"""data_scripts/cifar10.py on a release of forty pictures, from a loopback server."""
+"""data_scripts/cifar10.py on a release of forty images, from a loopback server."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 import cifar10
 import numpy as np
 import pytest
-from _fetch import Source
+from _fetch import ImageSource
 from loopback import File, Server
 from PIL import Image
 
@@ -61,26 +61,26 @@ def release(server: Server, files: dict[str, bytes], **faults: object) -> cifar1
     data = stream.getvalue()
     url = server.put("/cifar-10-python.tar.gz", File(data, **faults))
     return cifar10.Release(
-        Source("cifar-10-python.tar.gz", (url,), len(data), f"sha256:{hashlib.sha256(data).hexdigest()}"),
+        ImageSource("cifar-10-python.tar.gz", (url,), len(data), f"sha256:{hashlib.sha256(data).hexdigest()}"),
         "cifar-10-batches-py",
         {name: hashlib.md5(data).hexdigest() for name, data in files.items()},
     )
 
 
-def test_fetches_verifies_and_writes_pictures(
+def test_fetches_verifies_and_writes_images(
     server: Server, tmp_path: Path, batches: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = release(server, batches, cuts=[5000])
     out = ["--out", str(tmp_path / "data")]
     cifar10.main([*out, "--folder"], small)
     assert sorted(os.listdir(tmp_path / "data")) == ["cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar10-png"]
-    pictures = sorted(str(p.relative_to(tmp_path / "data/cifar10-png")) for p in tmp_path.rglob("*.png"))
-    assert len(pictures) == 24
-    assert pictures[:3] == [f"test/airplane/0000{i}.png" for i in (0, 3)] + ["test/automobile/00001.png"]
-    assert pictures[-1] == "train/automobile/00018.png"
-    with Image.open(tmp_path / "data/cifar10-png/train/automobile/00005.png") as picture:
+    images = sorted(str(p.relative_to(tmp_path / "data/cifar10-png")) for p in tmp_path.rglob("*.png"))
+    assert len(images) == 24
+    assert images[:3] == [f"test/airplane/0000{i}.png" for i in (0, 3)] + ["test/automobile/00001.png"]
+    assert images[-1] == "train/automobile/00018.png"
+    with Image.open(tmp_path / "data/cifar10-png/train/automobile/00005.png") as image:
         data = cifar10.read(tmp_path / "data/cifar-10-batches-py/data_batch_2")["data"]
-        np.testing.assert_array_equal(np.asarray(picture).transpose(2, 0, 1).ravel(), data[1])
+        np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1).ravel(), data[1])
 
     asked = len(server.files["/cifar-10-python.tar.gz"].asked)
     cifar10.main([*out, "--folder"], small)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import _fetch
 import pytest
-from _fetch import Patience, Source, fetch, unpack
+from _fetch import ImageSource, Patience, fetch, unpack
 from loopback import File, Server
 
 from sslbook.errors import UserError
@@ -23,8 +23,8 @@ DATA = random.Random(0).randbytes(300_000)
 QUICK = Patience(pause=0.0, timeout=5.0, slowest=0.0)
 
 
-def source(*urls: str, data: bytes = DATA) -> Source:
-    return Source("set.bin", urls, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+def source(*urls: str, data: bytes = DATA) -> ImageSource:
+    return ImageSource("set.bin", urls, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
 
 
 def names(folder: Path) -> set[str]:

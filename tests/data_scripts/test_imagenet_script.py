@@ -1,4 +1,4 @@
-"""data_scripts/imagenet.py on a miniature of the ILSVRC 2012 archives: three classes, forty-one pictures."""
+"""data_scripts/imagenet.py on a miniature of the ILSVRC 2012 archives: three classes, forty-one images."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from scipy.io import savemat
 
 from sslbook.errors import UserError
 
-COUNTS = {"n01440764": 20, "n01443537": 10, "n02007558": 5}  # training pictures
+COUNTS = {"n01440764": 20, "n01443537": 10, "n02007558": 5}  # training images
 TRUTH = [3, 1, 1, 2, 3, 2]  # in the kit's own numbers, which follow no order of the names
 IDS = {1: "n02007558", 2: "n01440764", 3: "n01443537"}
 
@@ -30,7 +30,7 @@ def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
     return stream.getvalue()
 
 
-def picture(shade: int) -> bytes:
+def image(shade: int) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (4, 4), (shade, 0, 0)).save(stream, "JPEG")
     return stream.getvalue()
@@ -65,9 +65,9 @@ def edition(folder: Path, files: dict[str, bytes]) -> imagenet.Edition:
 @pytest.fixture
 def files() -> dict[str, bytes]:
     classes = {
-        f"{wnid}.tar": tar({f"{wnid}_{7 * i}.JPEG": picture(i) for i in range(count)}) for wnid, count in COUNTS.items()
+        f"{wnid}.tar": tar({f"{wnid}_{7 * i}.JPEG": image(i) for i in range(count)}) for wnid, count in COUNTS.items()
     }
-    val = {f"ILSVRC2012_val_{i:08d}.JPEG": picture(i) for i in reversed(range(1, len(TRUTH) + 1))}
+    val = {f"ILSVRC2012_val_{i:08d}.JPEG": image(i) for i in reversed(range(1, len(TRUTH) + 1))}
     return {"devkit": devkit(TRUTH), "train": tar(classes), "val": tar(val)}
 
 
@@ -80,7 +80,7 @@ def test_unpacks_sorts_and_lists(tmp_path: Path, files: dict[str, bytes], capsys
     assert sorted(os.listdir(out)) == ["meta.bin", "train", *lists, "val"]
     assert {wnid: len(os.listdir(out / "train" / wnid)) for wnid in os.listdir(out / "train")} == COUNTS
     for number, label in enumerate(TRUTH, start=1):
-        assert (out / "val" / IDS[label] / f"ILSVRC2012_val_{number:08d}.JPEG").read_bytes() == picture(number)
+        assert (out / "val" / IDS[label] / f"ILSVRC2012_val_{number:08d}.JPEG").read_bytes() == image(number)
 
     from torchvision.datasets import ImageNet
 
@@ -96,10 +96,10 @@ def test_unpacks_sorts_and_lists(tmp_path: Path, files: dict[str, bytes], capsys
     imagenet.main(call, mini)
     imagenet.main([*call, "--verify"], mini)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert capsys.readouterr().out.count("train: 3 classes, 35 pictures") == 3
+    assert capsys.readouterr().out.count("train: 3 classes, 35 images") == 3
 
     (out / "train/n01443537/n01443537_7.JPEG").unlink()
-    with pytest.raises(UserError, match=r"34 pictures.*n01443537 holds 9, not 10"):
+    with pytest.raises(UserError, match=r"34 images.*n01443537 holds 9, not 10"):
         imagenet.main(call, mini)
 
 
@@ -150,7 +150,7 @@ def test_published_list(tmp_path: Path, files: dict[str, bytes]) -> None:
     assert written.read_text() == "n02007558/n02007558_7.JPEG\nn01440764/n01440764_21.JPEG\n"
     for text, message in (
         ("n02007558_7.JPEG\n", "other contents"),
-        ("n02007558_7.JPEG\nn02007558_8.JPEG\n", "line 2: 'n02007558_8.JPEG' is no training picture"),
+        ("n02007558_7.JPEG\nn02007558_8.JPEG\n", "line 2: 'n02007558_8.JPEG' is no training image"),
         ("../../etc/passwd\n", "line 1"),
         ("n02007558_7.JPEG\n" * 2, "twice"),
         ("\n", "empty"),

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.evaluation import controls, knn
 from sslbook.evaluation.table import measure
 
-EASY = World(
-    pictures=200,
-    test_pictures=60,
+EASY = Shapes(
+    num_train=200,
+    num_test=60,
     position=0.0,
     scale=0.0,
     orientation=0.0,
@@ -34,17 +34,17 @@ def network() -> nn.Module:
     )
 
 
-def test_pixels_are_the_raw_pictures() -> None:
-    data = Data(world=World(pictures=60, test_pictures=20))
+def test_pixels_are_the_raw_images() -> None:
+    data = Data(shapes=Shapes(num_train=60, num_test=20))
     row = controls.pixels(data, View.center(16), protocols=("knn",), progress=False)
-    (train, train_f), (test, test_f) = data.world.render("train"), data.world.render("test")
+    (train, train_f), (test, test_f) = data.shapes.render("train"), data.shapes.render("test")
     expected = knn.accuracy(train.flatten(1).float(), train_f["shape"], test.flatten(1).float(), test_f["shape"])
     assert row.name == "pixels"
     assert row.knn == pytest.approx(expected)
     assert row.linear is None
 
 
-def test_large_pictures_are_compared_small() -> None:
+def test_large_images_are_compared_small() -> None:
     seen = []
     original = controls.measure
 
@@ -54,7 +54,7 @@ def test_large_pictures_are_compared_small() -> None:
 
     controls.measure = spy
     try:
-        data = Data(world=World(pictures=20, test_pictures=10, size=40))
+        data = Data(shapes=Shapes(num_train=20, num_test=10, size=40))
         controls.pixels(data, View.center(224, resize=256), protocols=("knn",), progress=False)
     finally:
         controls.measure = original
@@ -62,14 +62,14 @@ def test_large_pictures_are_compared_small() -> None:
 
 
 def test_random_weights_are_measured_like_a_method() -> None:
-    data = Data(world=EASY)
+    data = Data(shapes=EASY)
     row = controls.random_weights(network(), data, VIEW, progress=False)
     expected = measure("random weights", network(), data, VIEW, progress=False)
     assert (row.name, row.knn, row.linear) == (expected.name, expected.knn, expected.linear)
 
 
 def test_supervision_helps_and_is_repeatable() -> None:
-    data, view = Data(world=EASY), View(16, crop=(0.9, 1.0), flip=0.0)
+    data, view = Data(shapes=EASY), View(16, crop=(0.9, 1.0), flip=0.0)
     start = network()
     options = {"evaluation_view": VIEW, "lr": 0.02, "progress": False}
     state = torch.random.get_rng_state()
@@ -100,7 +100,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path) -> None:
 
 
 def test_a_diverging_control_stops() -> None:
-    data = Data(world=World(pictures=60, test_pictures=20))
+    data = Data(shapes=Shapes(num_train=60, num_test=20))
     backbone = network()
     nn.init.constant_(backbone[0].weight, float("nan"))
     with pytest.raises(UserError, match="loss became nan at step 0"):

@@ -66,7 +66,7 @@ def test_ridge_is_that_of_scikit_learn() -> None:
     assert expected < 0.99  # the penalty is felt
 
 
-def test_features_and_factors_of_different_pictures_are_refused() -> None:
+def test_features_and_factors_of_different_images_are_refused() -> None:
     train_x, train_f = made_up(50, seed=1)
-    with pytest.raises(UserError, match="50 values for 49 pictures"):
+    with pytest.raises(UserError, match="50 values for 49 images"):
         factors.probe(train_x[:49], train_f, train_x, train_f)

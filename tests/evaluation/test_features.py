@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.evaluation.features import center_view, extract_features, extract_with_index, frozen
 
-TINY = World(pictures=40, test_pictures=15)
+TINY = Shapes(num_train=40, num_test=15)
 VIEW = View.center(16)
 
 
@@ -25,7 +25,7 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("batch_size", [7, 40, 256])
 def test_in_order_and_independent_of_the_batch(batch_size: int) -> None:
-    data, backbone = Data(world=TINY), network()
+    data, backbone = Data(shapes=TINY), network()
     features, labels = extract_features(backbone, data, "train", VIEW, batch_size=batch_size, progress=False)
     assert (features.shape, features.dtype) == ((40, 16), torch.float32)
     assert torch.equal(labels, data.labels("train"))
@@ -42,7 +42,7 @@ def test_the_network_is_left_as_it_was() -> None:
     backbone[0][1].eval()  # a batch norm that somebody froze
     modes = [part.training for part in backbone.modules()]
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    extract_features(backbone, Data(world=TINY), "test", VIEW, progress=False)
+    extract_features(backbone, Data(shapes=TINY), "test", VIEW, progress=False)
     assert [part.training for part in backbone.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     with frozen(backbone):
@@ -54,13 +54,13 @@ def test_the_network_is_left_as_it_was() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
-def test_unreadable_pictures_take_their_labels_with_them(tmp_path: Path) -> None:
+def test_unreadable_images_take_their_labels_with_them(tmp_path: Path) -> None:
     for label, name in enumerate(("dark", "light")):
         for i in range(6):
             path = tmp_path / split_of(i) / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (20 + i, 30), 200 * label + 10).save(path)
-    (tmp_path / "train" / "dark" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "dark" / "1.png").write_bytes(b"no image")
     data = Data(folder=tmp_path, workers=0)
     mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     features, labels, index = extract_with_index(mean, data, "train", View.center(8), batch_size=3, progress=False)
@@ -69,8 +69,8 @@ def test_unreadable_pictures_take_their_labels_with_them(tmp_path: Path) -> None
     assert torch.equal(features[:, 0] > 0, labels == 1)  # features and labels still belong together
     (tmp_path / "test" / "dark" / "4.png").write_bytes(b"")
     for path in (tmp_path / "test").rglob("*.png"):
-        path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="no readable picture"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no readable image"):
         extract_features(mean, Data(folder=tmp_path, workers=0), "test", View.center(8), progress=False)
 
 
@@ -90,7 +90,7 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(("kind", "message"), [("map", "must return"), ("scalar", "must return"), ("nan", "NaN")])
 def test_useless_features_are_refused(kind: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        extract_features(Broken(kind), Data(world=TINY), "test", VIEW, progress=False)
+        extract_features(Broken(kind), Data(shapes=TINY), "test", VIEW, progress=False)
 
 
 def test_center_view() -> None:

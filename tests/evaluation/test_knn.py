@@ -13,7 +13,7 @@ from sslbook.evaluation import knn
 
 
 def literal_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int, temperature: float) -> list[int]:
-    """The protocol, one picture and one neighbor at a time."""
+    """The protocol, one image and one neighbor at a time."""
     unit = [x / x.norm() for x in train_x.double()]
     predictions = []
     for q in test_x.double():
@@ -74,7 +74,7 @@ def test_chunks_change_nothing(query_chunk: int, bank_chunk: int) -> None:
 
 @pytest.mark.parametrize("bank_chunk", [1, 4, 10, 100])
 def test_of_equals_the_first_come_first(bank_chunk: int) -> None:
-    """Forty copies of three pictures: the nearest are the first copies, in order, however the bank is cut."""
+    """Forty copies of three images: the nearest are the first copies, in order, however the bank is cut."""
     train_x = torch.eye(3).repeat(40, 1)
     similarities, indices = knn.neighbors(train_x, torch.eye(3), 5, bank_chunk=bank_chunk)
     assert indices.tolist() == [[0, 3, 6, 9, 12], [1, 4, 7, 10, 13], [2, 5, 8, 11, 14]]
@@ -107,7 +107,7 @@ def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_and_awkward_data() -> None:
     x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.tensor([7, 3, 3])
     assert knn.accuracy(x[:2], y[:2], x[:2], y[:2], k=1) == 100
-    # Fewer pictures than neighbors asked for; classes that are not 0, 1, 2; one test picture; a zero vector.
+    # Fewer images than neighbors asked for; classes that are not 0, 1, 2; one test image; a zero vector.
     assert knn.predict(x, y, torch.tensor([[2.0, 0.1]]), k=20).tolist() == [7]
     assert knn.predict(x, y, torch.zeros(1, 2), k=20).tolist() == [3]
     # One class only.

@@ -68,7 +68,7 @@ def test_validation_part_is_stratified_and_keyed() -> None:
 
 
 def test_awkward_data() -> None:
-    x, y = torch.eye(4), torch.tensor([5, 9, 2, 7])  # one picture of each class: nothing to validate on
+    x, y = torch.eye(4), torch.tensor([5, 9, 2, 7])  # one image of each class: nothing to validate on
     assert linear.probe(x, y, x, y).accuracy == 100
     constant = torch.cat([torch.eye(4).repeat(5, 1), torch.full((20, 1), 0.1)], dim=1)  # a dead feature
     assert linear.probe(constant, y.repeat(5), constant, y.repeat(5)).accuracy == 100

@@ -1,7 +1,7 @@
 """The table that a person reads and the form that a file keeps."""
 
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
-from sslbook.data.world import World
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
 
 ROWS = [Row("SimCLR", knn=68.123, linear=70.0), Row("supervised", knn=90.0, linear=100.0, head=91.26, seconds=3.0)]
@@ -46,7 +46,7 @@ def test_factors_side_by_side() -> None:
 
 
 def test_chance_is_the_most_frequent_training_label() -> None:
-    data = Data(world=World(pictures=100, test_pictures=50))
+    data = Data(shapes=Shapes(num_train=100, num_test=50))
     counts = data.labels("train").bincount()
     expected = 100 * (data.labels("test") == counts.argmax()).double().mean().item()
     assert chance_row(data).knn == expected

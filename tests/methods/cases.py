@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslbook import distributed
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.methods import METHODS, load
 from sslbook.methods.base import Method
 from sslbook.nn import VisionTransformer, convert_batch_norm
@@ -21,13 +21,13 @@ from sslbook.schedules import Clock
 
 SIZE = 16
 VIEW = View(size=SIZE)
-PICTURES = 64
-WORLD = World(pictures=PICTURES, test_pictures=16, size=SIZE)  # what memories are sized by
+NUM_IMAGES = 64
+TINY_SHAPES = Shapes(num_train=NUM_IMAGES, num_test=16, size=SIZE)  # what memories are sized by
 CONVNET = '{"class_path": "sslbook.nn.ResNet", "init_args": {"depth": 18, "width": 4, "stem": "small"}}'
 TRANSFORMER = json.dumps(
     {
         "class_path": "sslbook.nn.VisionTransformer",
-        "init_args": {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2},
+        "init_args": {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2},
     }
 )
 NAMES = list(METHODS)
@@ -40,15 +40,15 @@ class Case:
     Args:
         options: of the constructor, besides the backbone.
         command: the same on the command line, the backbone included.
-        learned: whether the method, given what it says of a batch of 32 pictures, has learned these by heart.
+        learned: whether the method, given what it says of a batch of 32 images, has learned these by heart.
         backbone: makes the network.
         full_scale: the name in `sslbook.nn` of a network that the defaults are for.
         full_options: makes what the constructor needs besides, such as a teacher.
-        overfit: options with which it learns 32 pictures by heart ...
+        overfit: options with which it learns 32 images by heart ...
         overfit_lr: ... and the rate.
         lr: rate at which two processes are compared with one.
         corners: further sizes, rates and options for that comparison.
-        order_free: options with which the order of the pictures in a batch does not matter.
+        order_free: options with which the order of the images in a batch does not matter.
         other_backbones: further networks it must work with.
     """
 
@@ -98,21 +98,21 @@ def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options)
     this = case(name)  # before the seed: importing it may draw
     torch.manual_seed(seed)
     method = load(name)(this.backbone() if backbone is None else backbone, **{**this.options, **options})
-    method.prepare(Data(world=WORLD))
+    method.setup(Data(shapes=TINY_SHAPES))
     if hasattr(method, "tokenizer_steps"):  # what they predict is made here
-        method.before_epoch(Data(world=WORLD), Clock())
+        method.before_epoch(Data(shapes=TINY_SHAPES), Clock())
     return method
 
 
 def make_batch(method: Method, size: int, seed: int = 0) -> Batch:
-    """Random pictures, whose further views are the first with noise, each at the size that the method asks for."""
+    """Random images, whose further views are the first with noise, each at the size that the method asks for."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(size, 3, SIZE, SIZE, generator=generator)
     views = []
     for i, view in enumerate(method.views()):
         noisy = first + 0.5 * i * torch.randn(first.shape, generator=generator)
         views.append(noisy if view.size == SIZE else F.interpolate(noisy, view.size, mode="bilinear"))
-    index = torch.randint(PICTURES, (size,), generator=generator)
+    index = torch.randint(NUM_IMAGES, (size,), generator=generator)
     return Batch(tuple(views), index, torch.full((size,), -1))
 
 
@@ -138,7 +138,7 @@ def train(name: str, size: int = 8, lr: float = 0.05, options: dict | None = Non
         out = model(batch, clock)
         optimizer.zero_grad()
         out["loss"].backward()
-        logged.append({key: float(distributed.mean(value.detach())) for key, value in out.items()})
+        logged.append({key: float(distributed.all_reduce_mean(value.detach())) for key, value in out.items()})
         gradients.append(gradient(method))
         optimizer.step()
         clock = Clock(step + 1, steps, steps_per_epoch=2)

@@ -66,7 +66,7 @@ def _correlation(z: Tensor) -> Tensor:
 
 
 def test_the_correlation_is_of_the_global_batch(pool) -> None:
-    for z in (torch.randn(2, 6, 3), torch.randn(2, 2, 3)):  # the second: one picture in each process
+    for z in (torch.randn(2, 6, 3), torch.randn(2, 2, 3)):  # the second: one image in each process
         for got in pool.run(_correlation, z):
             torch.testing.assert_close(got, _correlation(z))
 

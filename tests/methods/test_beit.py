@@ -14,16 +14,16 @@ from sslbook.methods import beit, load
 from sslbook.methods.beit import token_loss
 from sslbook.nn import DiscreteEncoder, ResNet, VisionTransformer
 from sslbook.schedules import Clock
-from tests.methods.cases import SIZE, TRANSFORMER, VIEW, WORLD, Case, case, make, make_batch
+from tests.methods.cases import SIZE, TINY_SHAPES, TRANSFORMER, VIEW, Case, case, make, make_batch
 
 RELATIVE = {**json.loads(TRANSFORMER)["init_args"], "positions": "relative", "layer_scale": 0.1}
 CASE = Case(
-    options={"view": VIEW, "num_masked": 6, "min_block": 2, "codes": 8, "tokenizer_steps": 2},
+    options={"view": VIEW, "num_masked": 6, "min_block": 2, "num_codes": 8, "tokenizer_steps": 2},
     command={
         "method.backbone": TRANSFORMER,
         "method.num_masked": 6,
         "method.min_block": 2,
-        "method.codes": 8,
+        "method.num_codes": 8,
         "method.tokenizer_steps": 2,
     },
     learned=lambda method, batch, out: bool(out["token_accuracy"] > 95),
@@ -89,11 +89,11 @@ def test_a_tokenizer_is_trained_once(name: str, tmp_path: Path, capsys) -> None:
     method = make(name)
     had = method.tokenizer.encoder.head.weight.clone()
     capsys.readouterr()
-    method.before_epoch(Data(world=WORLD), Clock(2, 4, 2))  # a later epoch, or a run that was resumed
+    method.before_epoch(Data(shapes=TINY_SHAPES), Clock(2, 4, 2))  # a later epoch, or a run that was resumed
     torch.save(method.state_dict(), tmp_path / "state.pt")
     other = load(name)(case(name).backbone(), **case(name).options)
-    other.after_weights(checkpoint.load_weights(other, tmp_path / "state.pt").taken)
-    other.before_epoch(Data(world=WORLD), Clock())
+    other.on_weights_loaded(checkpoint.load_weights(other, tmp_path / "state.pt").taken)
+    other.before_epoch(Data(shapes=TINY_SHAPES), Clock())
     assert torch.equal(other.tokenizer.encoder.head.weight, had)
     assert not capsys.readouterr().err
 
@@ -112,7 +112,7 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path, capsys) -> None:
     method = make("beit", tokenizer=tmp_path)
     assert method.head.out_features == 32
     assert torch.equal(method.tokenizer.encoder.head.weight, encoder.head.weight)
-    assert method.tokenizer(make_batch(method, 2).views[0]).shape == (2, 16)  # patches of 8: the picture is enlarged
+    assert method.tokenizer(make_batch(method, 2).views[0]).shape == (2, 16)  # patches of 8: the image is enlarged
     assert not capsys.readouterr().err
     checkpoint.export_backbone(tmp_path / "other.safetensors", ResNet(18, 4), facts)
     with pytest.raises(UserError, match=r"makes no codes: train one with python -m sslbook.train dvae"):
@@ -120,7 +120,7 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path, capsys) -> None:
 
 
 def after_training(constant: bool) -> tuple[float, float]:
-    """The loss after training, with the right pictures and with those of others: flat ones, of four colors."""
+    """The loss after training, with the right images and with those of others: flat ones, of four colors."""
     torch.manual_seed(0)
     method = make("beit", backbone=VisionTransformer(SIZE, 4, 32, 2, 4))
     colors = torch.tensor([[2.0, 2, 2], [2, -2, -2], [-2, 2, -2], [-2, -2, 2]])
@@ -152,7 +152,7 @@ def after_training(constant: bool) -> tuple[float, float]:
 def test_with_a_constant_tokenizer_nothing_is_learned() -> None:
     right, wrong = after_training(constant=False)
     assert right < 0.2
-    assert wrong > 10 * right  # the network looks at the picture
+    assert wrong > 10 * right  # the network looks at the image
     right, wrong = after_training(constant=True)
     assert wrong == pytest.approx(right, abs=0.02), "it need not look: the answer is always the same"
     assert right < 0.1
@@ -177,6 +177,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="nearest size that works is 20x20"):
         make("beit", view=View(size=19))
     with pytest.raises(UserError, match="say nothing: use at least 2"):
-        beit.BEiT(VisionTransformer(**RELATIVE), view=VIEW, num_masked=6, min_block=2, codes=1).before_epoch(
-            Data(world=WORLD), Clock()
+        beit.BEiT(VisionTransformer(**RELATIVE), view=VIEW, num_masked=6, min_block=2, num_codes=1).before_epoch(
+            Data(shapes=TINY_SHAPES), Clock()
         )

@@ -14,7 +14,7 @@ from sslbook.nn import DiscreteEncoder, ResNet, VisionTransformer, VQTokenizer
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
-SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 1, "heads": 2, "codes": 8, "code_dim": 4}
+SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 1, "num_heads": 2, "num_codes": 8, "code_dim": 4}
 
 
 def seeded_tokenizer() -> VQTokenizer:
@@ -88,7 +88,7 @@ def test_the_gradient_is_of_both_predictions() -> None:
     torch.testing.assert_close(torch.autograd.grad(method(batch, clock)["loss"], weights), expected)
 
 
-def test_every_picture_hides_as_many_patches() -> None:
+def test_every_image_hides_as_many_patches() -> None:
     method, seen = make("beit_v2", num_masked=7, min_block=4), []
     predict = method.predict
     method.predict = lambda images, hidden: seen.append(hidden) or predict(images, hidden)

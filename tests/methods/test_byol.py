@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from sslbook.methods.byol import regression_loss, spread, target_momentum
+from sslbook.methods.byol import regression_loss, target_momentum
+from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
     options={"view_1": VIEW, "view_2": VIEW, "hidden_dim": 32, "projector_dim": 16},
     command={"method.backbone": CONVNET, "method.hidden_dim": 16, "method.projector_dim": 8},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.2 and out["feature_spread"] > 0.5),
+    learned=lambda method, batch, out: bool(out["loss"] < 0.2 and out["feature_std"] > 0.5),
     overfit={"momentum": 0.9},
     other_backbones=[transformer],
 )
@@ -62,9 +63,9 @@ def test_the_target_follows() -> None:
 
 
 def test_spread() -> None:
-    assert spread(torch.ones(6, 4)) < 1e-6
-    assert spread(torch.randn(4000, 64)) == pytest.approx(1.0, abs=0.01)
-    assert spread(torch.ones(1, 4)) == 0
+    assert feature_std(torch.ones(6, 4)) < 1e-6
+    assert feature_std(torch.randn(4000, 64)) == pytest.approx(1.0, abs=0.01)
+    assert feature_std(torch.ones(1, 4)) == 0
 
 
 def spread_after_training(predictor: bool) -> float:
@@ -78,7 +79,7 @@ def spread_after_training(predictor: bool) -> float:
         out["loss"].backward()
         optimizer.step()
         method.after_step(Clock(0, 80))
-    return float(out["feature_spread"])
+    return float(out["feature_std"])
 
 
 def test_without_its_predictor_it_collapses() -> None:

@@ -127,7 +127,7 @@ def test_the_method_puts_it_together() -> None:
     assert loss == pytest.approx(literal(logits, ab, method.bins, frequency, 20.0, 0.5), rel=1e-4)
 
 
-def test_frequencies_are_those_of_all_pictures_so_far() -> None:
+def test_frequencies_are_those_of_all_images_so_far() -> None:
     method = make("colorization")
     method.count(torch.tensor([0, 0, 1, 2]))
     method.count(torch.tensor([1, 1, 1, 1]))
@@ -172,7 +172,7 @@ def test_the_network_never_sees_color() -> None:
 
 
 def share_of_red(rebalance: float) -> float:
-    """Its probability for pictures of the same lightness, of which four of five are gray and one is red."""
+    """Its probability for images of the same lightness, of which four of five are gray and one is red."""
     method = make("colorization", rebalance=rebalance)
     optimizer = torch.optim.AdamW(method.parameters(), lr=2e-2)
     pixel = lab_to_rgb(torch.tensor([[55.0, 0.0, 0.0], [55.0, 40.0, 40.0]]))
@@ -209,7 +209,7 @@ def test_sizes_of_the_paper() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="stride 5 does not divide pictures of 16 pixels"):
+    with pytest.raises(UserError, match="stride 5 does not divide images of 16 pixels"):
         make("colorization", stride=5)
     with pytest.raises(UserError, match="rebalance is 0"):
         make("colorization", rebalance=0.0)
@@ -225,6 +225,6 @@ def test_weights_of_another_network_become_blind_too() -> None:
     (first, *_) = (m for m in method.backbone.modules() if isinstance(m, torch.nn.Conv2d))
     torch.nn.init.normal_(first.weight)
     gray = first.weight.mean(dim=1)
-    method.after_weights(["backbone.conv1.weight"])
+    method.on_weights_loaded(["backbone.conv1.weight"])
     for color in range(3):
         torch.testing.assert_close(first.weight[:, color], gray)

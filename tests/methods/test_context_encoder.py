@@ -19,7 +19,7 @@ from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch
 CASE = Case(
     options={"view": VIEW, "mask_grid": 4, "overlap": 1, "decoder_dim": 16},
     command={"method.backbone": CONVNET, "method.mask_grid": 4, "method.overlap": 1, "method.decoder_dim": 16},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 1 for who knows nothing: the pictures are noise
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 1 for who knows nothing: the images are noise
     backbone=lambda: ConvNet(4),
     overfit={"backbone": ConvNet(16), "decoder_dim": 64, "overlap": 0},
     corners=[(2, 0.05, {}), (8, 0.05, {"mask": "center"})],
@@ -115,7 +115,7 @@ class Cells(nn.Module):
 
 
 def loss_after_training() -> float:
-    """On pictures whose cells have nothing to do with each other: only who sees one can paint it."""
+    """On images whose cells have nothing to do with each other: only who sees one can paint it."""
     torch.manual_seed(0)
     method = make("context_encoder", backbone=Cells(), view=View(size=8), mask_grid=2, overlap=0)
     optimizer = torch.optim.AdamW(method.parameters(), lr=2e-2)

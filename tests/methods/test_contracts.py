@@ -153,7 +153,7 @@ def test_first_loss_is_as_ever(name: str) -> None:
 
 @methods
 def test_chance_is_keyed(name: str) -> None:
-    """The same pictures in another order, whatever torch's own generator does, give the same loss."""
+    """The same images in another order, whatever torch's own generator does, give the same loss."""
     method = make(name, **case(name).order_free)
     batch, clock = make_batch(method, 8), Clock(seed=3)
     order = torch.randperm(8)
@@ -172,7 +172,7 @@ def test_other_backbones_will_do(name: str, backbone: Callable[[], nn.Module]) -
 
 
 @methods
-def test_it_learns_32_pictures_by_heart(name: str) -> None:
+def test_it_learns_32_images_by_heart(name: str) -> None:
     method = make(name, **deepcopy(case(name).overfit))
     batch = make_batch(method, 32)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=case(name).overfit_lr)

@@ -16,7 +16,7 @@ from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch,
 CASE = Case(
     options={"view": VIEW, "min_block": 2, "top_layers": 2},
     command={"method.backbone": TRANSFORMER, "method.view.size": 16, "method.min_block": 2, "method.top_layers": 1},
-    # The loss of who predicts 0 is about 0.25; a teacher that has collapsed would say the same of all pictures.
+    # The loss of who predicts 0 is about 0.25; a teacher that has collapsed would say the same of all images.
     learned=lambda method, batch, out: bool(out["loss"] < 0.1 and out["target_deviation"] > 0.3),
     backbone=transformer,
     full_scale="vit_base",
@@ -58,7 +58,7 @@ def _loss(counts: list[int]) -> float:
     x = torch.arange(float(sum(counts)))[:, None].expand(-1, 2)
     start = sum(counts[:rank]) if processes > 1 else 0
     own = x[start : start + counts[rank]] if processes > 1 else x
-    return float(distributed.mean(regression_loss(own, torch.zeros_like(own), 2.0)))
+    return float(distributed.all_reduce_mean(regression_loss(own, torch.zeros_like(own), 2.0)))
 
 
 @pytest.mark.parametrize("counts", [[3, 5], [0, 4]])
@@ -112,7 +112,7 @@ def test_without_normalization_one_layer_decides() -> None:
 
 
 def loss_after_training() -> float:
-    """On pictures whose patches have nothing to do with each other: only who sees one can say what the teacher says."""
+    """On images whose patches have nothing to do with each other: only who sees one can say what the teacher says."""
     backbone = VisionTransformer(SIZE, 4, 32, 1, 4)
     method = make("data2vec", backbone=backbone, top_layers=1, momentum=1.0, momentum_end=1.0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)

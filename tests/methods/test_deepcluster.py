@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from sslbook import nn as nets
+from sslbook.data.datasets.shapes import KNOBS, Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import KNOBS, World
 from sslbook.errors import UserError
 from sslbook.methods.deepcluster import DeepCluster, uniform_order
-from sslbook.nn import ConvNet, clustering
+from sslbook.nn import ConvNet, kmeans
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
 
 VIEW_WITHOUT_CHANCE = View.center(SIZE)
 
@@ -26,7 +26,7 @@ CASE = Case(
         "method.pca_dim": 8,
         "method.recluster_every": 1,
     },
-    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn by chance
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn at random
     overfit={"backbone": ConvNet(16), "sobel": False},
     corners=[(2, 0.05, {}), (6, 0.05, {"sobel": False})],
     other_backbones=[transformer],
@@ -40,8 +40,8 @@ def test_the_loss_is_the_cross_entropy_of_the_clusters() -> None:
         logits = method.classifier(method.backbone(batch.views[0])).double().tolist()
         loss = method(batch, Clock())["loss"]
     expected = 0.0
-    for row, picture in zip(logits, batch.index.tolist()):
-        expected += math.log(sum(math.exp(v) for v in row)) - row[int(method.assignment[picture])]
+    for row, image in zip(logits, batch.index.tolist()):
+        expected += math.log(sum(math.exp(v) for v in row)) - row[int(method.assignment[image])]
     assert float(loss) == pytest.approx(expected / 5, rel=1e-5)
 
 
@@ -56,24 +56,24 @@ def test_every_cluster_is_shown_alike(sizes: list[int]) -> None:
     assert shown.unique().tolist() == filled  # nothing of cluster -1
     share = len(assignment) // len(filled) + 1
     for i in filled:
-        pictures = order[shown == i]
-        assert share - len(filled) <= len(pictures) <= share  # what is over the number of pictures is cut off
+        images = order[shown == i]
+        assert share - len(filled) <= len(images) <= share  # what is over the number of images is cut off
         if sizes[i] > share:
-            assert len(pictures.unique()) == len(pictures)  # a large cluster repeats nothing
+            assert len(images.unique()) == len(images)  # a large cluster repeats nothing
     assert torch.equal(order, uniform_order(assignment, len(sizes), 0, 3))
     if len(assignment) > 10:
         assert not torch.equal(order, uniform_order(assignment, len(sizes), 0, 4))
 
 
 def test_a_round_clusters_whitened_features_of_centers() -> None:
-    method, data, clock = make("deepcluster"), Data(world=WORLD), Clock(4, 10, 2, seed=1)
+    method, data, clock = make("deepcluster"), Data(shapes=TINY_SHAPES), Clock(4, 10, 2, seed=1)
     old = method.classifier.weight.detach().clone()
     method.before_epoch(data, clock)
-    (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, PICTURES)
+    (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, NUM_IMAGES)
     with torch.no_grad():
         features = method.eval().backbone(batch.views[0])
-    x = clustering.pca_whiten(features, 8)
-    _, expected = clustering.kmeans(x, 6, 20, 100003 + 2)
+    x = kmeans.pca_whiten(features, 8)
+    _, expected = kmeans.kmeans(x, 6, 20, 100003 + 2)
     assert torch.equal(method.assignment, expected)
     assert not torch.allclose(method.classifier.weight, old)
     assert float(method.classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.3)
@@ -81,7 +81,7 @@ def test_a_round_clusters_whitened_features_of_centers() -> None:
 
 
 def test_between_clusterings_nothing_changes() -> None:
-    method, data = make("deepcluster", recluster_every=3), Data(world=WORLD)
+    method, data = make("deepcluster", recluster_every=3), Data(shapes=TINY_SHAPES)
     method.before_epoch(data, Clock(6, 20, 2))
     before = {key: value.clone() for key, value in method.state_dict().items()}
     method.before_epoch(data, Clock(8, 20, 2))
@@ -89,9 +89,9 @@ def test_between_clusterings_nothing_changes() -> None:
 
 
 def _round() -> tuple[Tensor, Tensor, Tensor]:
-    method, data = make("deepcluster"), Data(world=WORLD)
+    method, data = make("deepcluster"), Data(shapes=TINY_SHAPES)
     method.before_epoch(data, Clock(seed=4))
-    order = method.order(data, Clock(seed=4))
+    order = method.sample_order(data, Clock(seed=4))
     assert order is not None
     return method.assignment, method.classifier.weight.detach(), order
 
@@ -104,18 +104,18 @@ def test_processes_agree_about_clusters_classifier_and_order(pool) -> None:
 
 
 def clusters_made() -> int:
-    """In five rounds of clustering and training; eight in each would be 40, of ten pictures twelve times each."""
+    """In five rounds of clustering and training; eight in each would be 40, of ten images twelve times each."""
     knobs = dict.fromkeys(KNOBS, 0.0)
-    data = Data(world=World(pictures=120, test_pictures=4, size=SIZE, **knobs))
+    data = Data(shapes=Shapes(num_train=120, num_test=4, size=SIZE, **knobs))
     method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False, num_clusters=8)
-    method.prepare(data)
+    method.setup(data)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     made = 0
     for epoch in range(5):
         clock = Clock(3 * epoch, 15, 3, seed=3)
         method.before_epoch(data, clock)
         made += len(method.assignment.unique())
-        for batch in data.batches(method.views(), 40, seed=0, epoch=epoch, order=method.order(data, clock)):
+        for batch in data.batches(method.views(), 40, seed=0, epoch=epoch, order=method.sample_order(data, clock)):
             optimizer.zero_grad()
             method(batch, clock)["loss"].backward()
             optimizer.step()
@@ -124,22 +124,22 @@ def clusters_made() -> int:
 
 def test_without_filling_empty_clusters_rounds_make_fewer(monkeypatch) -> None:
     assert clusters_made() > 38
-    monkeypatch.setattr(clustering, "split_largest", lambda centroids, sizes: centroids)
+    monkeypatch.setattr(kmeans, "split_largest", lambda centroids, sizes: centroids)
     assert clusters_made() < 35
 
 
 def told_apart(epochs: int = 16) -> tuple[float, int]:
-    """Where one of five clusters has nearly all pictures: the part of the others' pictures that training recognizes,
+    """Where one of five clusters has nearly all images: the part of the others' images that training recognizes,
     and how many clusters the network ever names.
     """
-    data = Data(world=World(pictures=160, test_pictures=4, size=SIZE))
+    data = Data(shapes=Shapes(num_train=160, num_test=4, size=SIZE))
     method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False)
-    method.prepare(data)
-    method.assignment.copy_((torch.arange(160) - 135).clamp(min=0) // 5)  # 140 pictures, and five times 5 or less
+    method.setup(data)
+    method.assignment.copy_((torch.arange(160) - 135).clamp(min=0) // 5)  # 140 images, and five times 5 or less
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(epochs):
         clock = Clock(5 * epoch, 5 * epochs, 5)
-        for batch in data.batches(method.views(), 32, seed=0, epoch=epoch, order=method.order(data, clock)):
+        for batch in data.batches(method.views(), 32, seed=0, epoch=epoch, order=method.sample_order(data, clock)):
             optimizer.zero_grad()
             method(batch, clock)["loss"].backward()
             optimizer.step()
@@ -149,11 +149,11 @@ def told_apart(epochs: int = 16) -> tuple[float, int]:
     return float((said == method.assignment)[method.assignment > 0].float().mean()), len(said.unique())
 
 
-def test_without_uniform_sampling_all_pictures_become_the_largest_cluster(monkeypatch) -> None:
+def test_without_uniform_sampling_all_images_become_the_largest_cluster(monkeypatch) -> None:
     found, named = told_apart()
     assert found > 0.4
     assert named > 3
-    monkeypatch.setattr(DeepCluster, "order", lambda self, data, clock: None)
+    monkeypatch.setattr(DeepCluster, "sample_order", lambda self, data, clock: None)
     found, named = told_apart()
     assert found < 0.2
     assert named < 3
@@ -162,7 +162,7 @@ def test_without_uniform_sampling_all_pictures_become_the_largest_cluster(monkey
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"17 principal components of 16 features: set --method.pca_dim to 16 or less"):
         make("deepcluster", pca_dim=17)
-    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+    with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("deepcluster", num_clusters=65)
 
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from sslbook import distributed
 from sslbook import nn as nets
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.methods.deepcluster_v2 import DeepClusterV2, cluster_loss
-from sslbook.nn import clustering, convert_batch_norm
+from sslbook.nn import convert_batch_norm, kmeans
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, transformer
 
 CASE = Case(
     options={
@@ -36,7 +36,7 @@ CASE = Case(
         "method.num_prototypes": 6,
         "method.num_heads": 2,
     },
-    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn by chance
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn at random
     overfit={"hidden_dim": 64},
     lr=0.01,
     corners=[(2, 0.005, {"num_small": 0}), (6, 0.005, {"temperature": 0.05})],
@@ -62,7 +62,7 @@ def test_the_loss_term_by_term(crops: int, n: int, temperature: float) -> None:
     assert float(cluster_loss(z, prototypes, label, temperature)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_nothing_but_unseen_pictures_is_no_loss() -> None:
+def test_nothing_but_unseen_images_is_no_loss() -> None:
     z = torch.randn(2, 3, 4, requires_grad=True)
     loss = cluster_loss(z, torch.randn(1, 5, 4), torch.full((1, 3), -1), 0.1)
     loss.backward()
@@ -76,10 +76,10 @@ def _loss(z: Tensor, label: Tensor) -> tuple[float, Tensor]:
     prototypes = torch.eye(4)[None]
     loss = cluster_loss(mine, prototypes, label[:, r * n : (r + 1) * n], 0.1)
     loss.backward()
-    return float(distributed.mean(loss.detach())), mine.grad / distributed.world_size()
+    return float(distributed.all_reduce_mean(loss.detach())), mine.grad / distributed.world_size()
 
 
-def test_pictures_left_out_are_counted_over_all_processes(pool) -> None:
+def test_images_left_out_are_counted_over_all_processes(pool) -> None:
     z, label = torch.randn(2, 6, 4), torch.tensor([[1, -1, -1, 2, 3, 0]])
     loss, gradient = _loss(z, label)
     got = pool.run(_loss, z, label)
@@ -88,12 +88,10 @@ def test_pictures_left_out_are_counted_over_all_processes(pool) -> None:
 
 
 def test_the_memory_is_the_last_epochs_and_becomes_the_prototypes() -> None:
-    method, data = make("deepcluster_v2"), Data(world=WORLD)
+    method, data = make("deepcluster_v2"), Data(shapes=TINY_SHAPES)
     first = Clock(0, 4, 2, seed=3)
-    views, index = clustering.embed_views(
-        torch.nn.Sequential(method.backbone, method.projector), data, (VIEW, VIEW), first
-    )
-    assert index.tolist() == list(range(PICTURES))
+    views, index = kmeans.embed_views(torch.nn.Sequential(method.backbone, method.projector), data, (VIEW, VIEW), first)
+    assert index.tolist() == list(range(NUM_IMAGES))
     method = make("deepcluster_v2")
     method.before_epoch(data, first)
     torch.testing.assert_close(method.memory_1.rows, F.normalize(views[0], dim=1))
@@ -108,19 +106,19 @@ def test_the_memory_is_the_last_epochs_and_becomes_the_prototypes() -> None:
     method.before_epoch(data, Clock(2, 4, 2, seed=3))  # no further pass: the memory alone
     for head in range(2):
         seed = (100003 * 3 + 1) * 2 + head
-        prototypes, assignment = clustering.kmeans(rows[head], 6, 10, seed, spherical=True)
+        prototypes, assignment = kmeans.kmeans(rows[head], 6, 10, seed, spherical=True)
         assert torch.equal(method.prototypes[head], prototypes)
         assert torch.equal(method.assignment[head], assignment)
         torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(6))
 
 
-def test_pictures_never_seen_have_no_cluster() -> None:
-    data = Data(world=World(pictures=70, test_pictures=4, size=SIZE))
+def test_images_never_seen_have_no_cluster() -> None:
+    data = Data(shapes=Shapes(num_train=70, num_test=4, size=SIZE))
     method = make("deepcluster_v2")
-    method.prepare(data)
+    method.setup(data)
     method.before_epoch(data, Clock(1, 4, 2))
     assert (method.assignment >= 0).all()  # 70 are a batch
-    method.prepare(data)
+    method.setup(data)
     method.memory_1.rows[:20], method.memory_2.rows[:20] = 1.0, 1.0
     method.before_epoch(data, Clock(2, 4, 2))
     assert (method.assignment[:, :20] >= 0).all()
@@ -130,7 +128,7 @@ def test_pictures_never_seen_have_no_cluster() -> None:
 def _round() -> tuple[Tensor, Tensor]:
     method = make("deepcluster_v2")
     convert_batch_norm(method)
-    method.before_epoch(Data(world=WORLD), Clock(seed=4))
+    method.before_epoch(Data(shapes=TINY_SHAPES), Clock(seed=4))
     return method.prototypes, method.assignment
 
 
@@ -142,10 +140,10 @@ def test_processes_agree_about_prototypes(pool) -> None:
 
 
 def agreement_of_crops(clustered: bool) -> float:
-    """How much more alike two crops of a picture are than crops of different pictures, after training."""
-    data = Data(world=World(pictures=96, test_pictures=4, size=SIZE))
+    """How much more alike two crops of an image are than crops of different images, after training."""
+    data = Data(shapes=Shapes(num_train=96, num_test=4, size=SIZE))
     method = make("deepcluster_v2", num_prototypes=24)
-    method.prepare(data)
+    method.setup(data)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(6):
         if clustered:
@@ -166,7 +164,7 @@ def test_clusters_that_never_come_from_features_teach_less() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+    with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("deepcluster_v2", num_prototypes=65)
 
 

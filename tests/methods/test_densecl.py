@@ -66,12 +66,12 @@ def test_correspondence_is_equation_4() -> None:
 
 
 def test_correspondence_finds_a_known_translation() -> None:
-    """The second picture is the first moved by two places of the feature map."""
+    """The second image is the first moved by two places of the feature map."""
     torch.manual_seed(0)
     backbone = ConvNet(16).eval()
-    picture = torch.randn(2, 3, 48, 56)
+    image = torch.randn(2, 3, 48, 56)
     with torch.no_grad():
-        (_, f_q), (_, f_k) = (feature_map(backbone, x) for x in (picture[..., :48], picture[..., 8:]))
+        (_, f_q), (_, f_k) = (feature_map(backbone, x) for x in (image[..., :48], image[..., 8:]))
     match = correspondence(f_q, f_k).view(2, 12, 12)[:, 3:9, 5:9]  # far from the borders, which zeros have reached
     expected = (torch.arange(144).view(12, 12) - 2)[3:9, 5:9].expand_as(match)
     assert (match == expected).float().mean() > 0.95
@@ -145,7 +145,7 @@ def test_keys_follow_slowly_and_without_gradient() -> None:
 
 
 def places_found(dense_weight: float) -> float:
-    """How many places of a picture the dense projections tell from its other places, in another view."""
+    """How many places of an image the dense projections tell from its other places, in another view."""
     method = make("densecl", dense_weight=dense_weight, momentum=0.9, queue_size=256, batch_norm_groups=1)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     for step in range(60):

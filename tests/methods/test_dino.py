@@ -32,7 +32,7 @@ CASE = Case(
         "method.bottleneck_dim": 8,
         "method.num_outputs": 16,
     },
-    # A name for every two pictures or so, and all crops agree about it.
+    # A name for every two images or so, and all crops agree about it.
     learned=lambda method, batch, out: bool(out["loss"] < 1.0 and out["average_entropy"] > 2.0),
     overfit={"momentum": 0.9, "num_outputs": 64, "teacher_temperature": 0.04, "head_batch_norm": True},
     overfit_lr=3e-3,
@@ -151,7 +151,7 @@ def test_centering_and_sharpening_hold_each_other() -> None:
     one, average = entropies(**sharp)
     assert average > 1.4
     assert one < 1.4
-    assert average - one > 0.6  # what an output tells of its picture, in nats
+    assert average - one > 0.6  # what an output tells of its image, in nats
     _, average = entropies(**sharp, center_momentum=1.0)
     assert average < 1.0
     one, _ = entropies(teacher_temperature_start=0.1, teacher_temperature=0.1)  # the student's

@@ -9,7 +9,7 @@ from sslbook.schedules import Clock
 from tests.methods.cases import VIEW, Case, make, make_batch
 
 ENCODER = (
-    '{"class_path": "sslbook.nn.DiscreteEncoder", "init_args": {"patch_size": 4, "codes": 8, "dim": 8, "depth": 1}}'
+    '{"class_path": "sslbook.nn.DiscreteEncoder", "init_args": {"patch_size": 4, "num_codes": 8, "dim": 8, "depth": 1}}'
 )
 CASE = Case(
     options={"view": VIEW},
@@ -60,7 +60,7 @@ def test_how_many_codes_are_in_use() -> None:
 
 
 def worse_with_codes_alone(temperature: float, last: float) -> float:
-    """Trains on 32 flat pictures with 8 codes; by how much the error grows when codes take the place of mixtures."""
+    """Trains on 32 flat images with 8 codes; by how much the error grows when codes take the place of mixtures."""
     torch.manual_seed(0)
     method = make(
         "dvae",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.masks import block_mask
 from sslbook.errors import UserError
 from sslbook.methods.eva import EVA, cosine_loss
@@ -67,20 +67,20 @@ def test_only_hidden_patches_are_asked_for() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(rows, weights))
 
 
-def test_patches_are_hidden_in_blocks_of_every_pictures_own() -> None:
+def test_patches_are_hidden_in_blocks_of_every_images_own() -> None:
     method, index, clock = make("eva", min_block=16), torch.arange(100), Clock(seed=1)
     mask = method.mask(index, (14, 14), clock)
     assert mask.sum(dim=1).tolist() == [80] * 100  # 0.41 of 196
     assert len(mask.unique(dim=0)) == 100
     assert torch.equal(method.mask(index[7:8], (14, 14), clock)[0], mask[7])
-    assert torch.equal(mask, block_mask(index, (14, 14), 80, clock, 16, exact=True, stream=chance.METHOD + 1))
+    assert torch.equal(mask, block_mask(index, (14, 14), 80, clock, 16, exact=True, stream=rng.METHOD + 1))
     grid = mask.view(100, 14, 14)
     beside = (grid[:, :, 1:] & grid[:, :, :-1]).sum() / grid[:, :, 1:].sum()
-    assert beside > 0.7  # neighbors are hidden together: by chance 0.41
+    assert beside > 0.7  # neighbors are hidden together: at random 0.41
 
 
 def loss_after_training() -> float:
-    """On pictures whose patches have nothing to do with each other, with a teacher that sees each by itself."""
+    """On images whose patches have nothing to do with each other, with a teacher that sees each by itself."""
     torch.manual_seed(0)
     teacher = nn.Conv2d(3, 8, 4, stride=4)
     method = make("eva", backbone=VisionTransformer(SIZE, 4, 32, 1, 4), teacher=teacher)

@@ -6,17 +6,17 @@ from torch import Tensor
 
 from sslbook import distributed
 from sslbook import nn as nets
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.methods.exemplar import Exemplar, surrogate_loss
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, transformer
 
 CASE = Case(
-    options={"view": VIEW, "num_exemplars": PICTURES},
+    options={"view": VIEW, "num_exemplars": NUM_IMAGES},
     command={"method.backbone": CONVNET, "method.view.size": SIZE, "method.num_exemplars": 16},
-    learned=lambda method, batch, out: bool(out["exemplar_accuracy"] > 75),  # some pictures share a number
+    learned=lambda method, batch, out: bool(out["exemplar_accuracy"] > 75),  # some images share a number
     corners=[(2, 0.05, {}), (6, 0.05, {"num_exemplars": 40}), (2, 0.05, {"num_exemplars": 3})],
     other_backbones=[transformer],
 )
@@ -46,7 +46,7 @@ def _loss(logits: Tensor, label: Tensor) -> tuple[float, Tensor]:
     mine = logits[r * n : (r + 1) * n].clone().requires_grad_()
     loss = surrogate_loss(mine, label[r * n : (r + 1) * n])
     loss.backward()
-    return float(distributed.mean(loss.detach())), mine.grad / distributed.world_size()
+    return float(distributed.all_reduce_mean(loss.detach())), mine.grad / distributed.world_size()
 
 
 @pytest.mark.parametrize("label", [[0, -1, -1, 1, 2, 0], [-1, -1, -1, 1, -1, -1]])
@@ -58,35 +58,35 @@ def test_exemplars_are_counted_over_all_processes(label: list[int], pool) -> Non
     assert got[0][0] == pytest.approx(loss, rel=1e-5)
 
 
-def test_so_many_pictures_are_classes_and_alone_are_shown() -> None:
-    method, data = make("exemplar", num_exemplars=10), Data(world=WORLD)
+def test_so_many_images_are_classes_and_alone_are_shown() -> None:
+    method, data = make("exemplar", num_exemplars=10), Data(shapes=TINY_SHAPES)
     exemplars = (method.label >= 0).nonzero()[:, 0]
     assert method.label[exemplars].tolist() == list(range(10))
     assert torch.equal(make("exemplar", seed=1, num_exemplars=10).label, method.label)
     assert exemplars.tolist() != list(range(10))
-    order = method.order(data, Clock(seed=3))
+    order = method.sample_order(data, Clock(seed=3))
     assert order is not None
-    assert len(order) == PICTURES
+    assert len(order) == NUM_IMAGES
     for i in range(6):  # each once before any comes again
         assert torch.equal(order[10 * i : 10 * i + 10].sort().values, exemplars)
     assert not torch.equal(order[:10], order[10:20])
-    assert not torch.equal(order, method.order(data, Clock(5, steps_per_epoch=4, seed=3)))
+    assert not torch.equal(order, method.sample_order(data, Clock(5, steps_per_epoch=4, seed=3)))
 
 
-def test_all_pictures_may_be_classes() -> None:
+def test_all_images_may_be_classes() -> None:
     method = make("exemplar", num_exemplars=0)
-    assert method.classifier.out_features == PICTURES
-    assert method.label.tolist() == list(range(PICTURES))
-    assert sorted(method.order(Data(world=WORLD), Clock()).tolist()) == list(range(PICTURES))
+    assert method.classifier.out_features == NUM_IMAGES
+    assert method.label.tolist() == list(range(NUM_IMAGES))
+    assert sorted(method.sample_order(Data(shapes=TINY_SHAPES), Clock()).tolist()) == list(range(NUM_IMAGES))
 
 
 def recognized(distorted: bool) -> float:
-    """The part of new distortions, in percent, whose picture is told after training.
+    """The part of new distortions, in percent, whose image is told after training.
 
-    A distortion gives a picture, which is a pattern, another loud color.
+    A distortion gives an image, which is a pattern, another loud color.
     """
     method = make("exemplar", num_exemplars=0)
-    method.prepare(Data(world=World(pictures=32, test_pictures=4, size=SIZE)))
+    method.setup(Data(shapes=Shapes(num_train=32, num_test=4, size=SIZE)))
     generator, index = torch.Generator().manual_seed(0), torch.arange(32)
     patterns = torch.randn(32, 3, 4, 4, generator=generator).repeat(1, 1, 4, 4)
 
@@ -111,7 +111,7 @@ def test_without_distortions_it_learns_what_they_change() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"65 exemplars of 64 pictures: set --method.num_exemplars to 64 or 0"):
+    with pytest.raises(UserError, match=r"65 exemplars of 64 images: set --method.num_exemplars to 64 or 0"):
         make("exemplar", num_exemplars=65)
 
 

@@ -92,7 +92,7 @@ def test_koleo_is_equation_2() -> None:
     assert float(koleo(x)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_koleo_of_the_same_picture_twice() -> None:
+def test_koleo_of_the_same_image_twice() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))[[0, 1, 2, 2]].requires_grad_()
     loss = koleo(x)
     loss.backward()
@@ -111,7 +111,7 @@ def _koleo(x: Tensor) -> tuple[float, Tensor]:
     loss = koleo(own)
     loss.backward()
     assert own.grad is not None
-    return float(distributed.mean(loss.detach())), own.grad / distributed.world_size()
+    return float(distributed.all_reduce_mean(loss.detach())), own.grad / distributed.world_size()
 
 
 def test_koleo_looks_at_the_whole_batch(pool) -> None:
@@ -286,7 +286,7 @@ def test_sinkhorn_uses_all_outputs_alike() -> None:
 def entropies(**options: float) -> list[tuple[float, float]]:
     """Of one teacher output and of their average, of 0 to log 24 = 3.18: for cls tokens and for hidden patches.
 
-    After training on pictures of one color and noise each.
+    After training on images of one color and noise each.
     """
     method = make("ibot", momentum=0.9, mask_probability=1.0, num_local=0, **options)
     answers, targets = [], method.targets
@@ -309,7 +309,7 @@ def test_centering_and_sharpening_hold_each_other() -> None:
     sharp = {"teacher_temperature_start": 0.04, "teacher_temperature": 0.04}
     for one, average in entropies(**sharp):
         assert average > 1.0
-        assert average - one > 0.3  # what an output tells of its picture, in nats
+        assert average - one > 0.3  # what an output tells of its image, in nats
     for _, average in entropies(**sharp, center_momentum=1.0):
         assert average < 0.8
     for one, average in entropies(teacher_temperature_start=0.1, teacher_temperature=0.1):  # the student's
@@ -318,7 +318,7 @@ def test_centering_and_sharpening_hold_each_other() -> None:
 
 
 def closest(koleo_weight: float) -> float:
-    """The distance of a picture's feature to the nearest other one, after training."""
+    """The distance of an image's feature to the nearest other one, after training."""
     method = make("ibot", koleo_weight=koleo_weight, mask_probability=0.0, num_local=0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(20):

@@ -10,19 +10,19 @@ from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
-    options={"view": VIEW, "num_targets": 2, "predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 2},
+    options={"view": VIEW, "num_targets": 2, "predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2},
     command={
         "method.backbone": TRANSFORMER,
         "method.num_targets": 2,
         "method.predictor_dim": 16,
         "method.predictor_depth": 1,
-        "method.predictor_heads": 2,
+        "method.predictor_num_heads": 2,
     },
-    # The loss of who predicts 0 is about 0.4; a teacher that has collapsed would say the same of all pictures.
+    # The loss of who predicts 0 is about 0.4; a teacher that has collapsed would say the same of all images.
     learned=lambda method, batch, out: bool(out["loss"] < 0.1 and out["target_deviation"] > 0.3),
     backbone=transformer,
     full_scale="vit_huge",
-    overfit={"backbone": VisionTransformer(SIZE, 4, 32, 2, 4), "predictor_dim": 32, "predictor_heads": 4},
+    overfit={"backbone": VisionTransformer(SIZE, 4, 32, 2, 4), "predictor_dim": 32, "predictor_num_heads": 4},
     overfit_lr=3e-3,
     corners=[(2, 0.05, {})],
 )
@@ -39,7 +39,7 @@ def test_the_loss_is_smooth_l1(n: int) -> None:
 
 
 def literal(method: IJEPA, images: Tensor, index: Tensor, clock: Clock) -> float:
-    """Picture by picture and block by block, with the targets normalized by hand."""
+    """Image by image and block by block, with the targets normalized by hand."""
     context, targets = multi_block_mask(index, (4, 4), clock, method.num_targets)
     losses = []
     teacher = method.teacher.module
@@ -71,7 +71,7 @@ def test_the_encoder_sees_the_context_only() -> None:
     batch = make_batch(method, 2)
     context, _ = multi_block_mask(batch.index, (4, 4), clock, method.num_targets)
     features = method.features(batch.views[0])
-    method.features = lambda images: features  # the same targets, whatever becomes of the pictures
+    method.features = lambda images: features  # the same targets, whatever becomes of the images
     seen = torch.zeros(2, 16).scatter(1, context, 1.0).unflatten(1, (4, 4))
     seen = seen.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)[:, None] > 0
     blind = torch.where(seen, batch.views[0], 99.0)
@@ -93,7 +93,7 @@ def test_without_positions_all_targets_get_one_answer() -> None:
     torch.testing.assert_close(untold, untold[:, :1].expand_as(untold), rtol=0, atol=1e-5)
 
 
-def test_targets_are_normalized_and_of_the_whole_picture() -> None:
+def test_targets_are_normalized_and_of_the_whole_image() -> None:
     method = make("ijepa")
     h = method.features(torch.randn(3, 3, 16, 16))
     assert h.shape == (3, 16, 16)
@@ -113,7 +113,7 @@ def test_the_teacher_follows_in_a_straight_line() -> None:
 
 
 def loss_after_training(positions: bool) -> float:
-    """Pictures whose patches are black or white by row: only who knows where a target is can say which it is."""
+    """Images whose patches are black or white by row: only who knows where a target is can say which it is."""
     method = make("ijepa", momentum=1.0, num_targets=2)
     if not positions:
         method.predictor.positions.zero_()

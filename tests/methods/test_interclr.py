@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook import nn as nets
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.interclr import InterCLR, draw_positive, draw_semihard, info_nce
-from sslbook.nn import clustering
+from sslbook.nn import kmeans
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
 
 
 def finds_keys(method: InterCLR, batch: Batch, out: dict[str, Tensor]) -> bool:
@@ -91,12 +91,12 @@ def test_wrong_answers_come_from_the_most_similar() -> None:
         assert own.bincount()[nearest].min() > 40
 
 
-def test_the_loss_between_pictures_term_by_term() -> None:
+def test_the_loss_between_images_term_by_term() -> None:
     method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
     method.clusters.assignment[10:30] = 4
     q, index = F.normalize(torch.randn(4, 16), dim=1).requires_grad_(), torch.tensor([12, 50, 12, 0])
     rows, assignment = method.clusters.memory.rows.double(), method.clusters.assignment
-    u = chance.uniform(clock.seed, clock.epoch, index, chance.METHOD + 1, 10)
+    u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + 1, 10)
     right = draw_positive(assignment[index], assignment, method.clusters.sizes(), u[:, 0])
     wrong = draw_semihard(q @ rows.float().T, 20, u[:, 1:])
     expected, rows = torch.zeros(()), rows.float()
@@ -129,7 +129,7 @@ def test_keys_follow_slowly_and_without_gradient(groups: int) -> None:
     torch.testing.assert_close(method.keys(batch.views[1], batch, Clock()), expected)
 
 
-def test_pictures_of_no_cluster_are_left_out() -> None:
+def test_images_of_no_cluster_are_left_out() -> None:
     """One that could not be read when the clusters began has no right answers; the others are compared as always."""
     method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
     q, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([12, 50, 13, 0])
@@ -150,10 +150,10 @@ def _inter(positive: Tensor, negatives: Tensor, known: Tensor) -> float:
     r, n = distributed.rank(), len(positive) // distributed.world_size()
     mine = slice(r * n, (r + 1) * n)
     loss, _ = info_nce(positive[mine], negatives[mine], 0.2, known=known[mine])
-    return float(distributed.mean(loss))
+    return float(distributed.all_reduce_mean(loss))
 
 
-def test_pictures_left_out_are_counted_over_all_processes(pool) -> None:
+def test_images_left_out_are_counted_over_all_processes(pool) -> None:
     args = torch.randn(6), torch.randn(6, 3), torch.tensor([True, False, False, True, True, True])
     assert pool.run(_inter, *args) == pytest.approx([_inter(*args)] * 2, rel=1e-5)
 
@@ -162,7 +162,7 @@ def test_clusters_follow_the_steps() -> None:
     """All centroids move every `centroids_every` steps, and small clusters are dealt with after each."""
     method = make("interclr", centroids_every=3)
     clusters = method.clusters
-    clusters.assignment.copy_(torch.arange(PICTURES) % 6)
+    clusters.assignment.copy_(torch.arange(NUM_IMAGES) % 6)
     old = clusters.centroids.clone()
     for step in (1, 2):
         method.after_step(Clock(step, 10))
@@ -193,10 +193,10 @@ def test_three_quarters_within_and_one_between() -> None:
 def similarity_within_clusters(inter_weight: float) -> float:
     """How much more alike features of one cluster are than all, after training on clusters that do not move."""
     method = make("interclr", inter_weight=inter_weight, momentum=0.9, batch_norm_groups=1, min_cluster=0)
-    pictures = make_batch(method, PICTURES)
-    clusters = torch.arange(PICTURES) % 6
-    shared = pictures.views[0][:6][clusters]
-    pictures = pictures._replace(views=tuple(view + 0.5 * shared for view in pictures.views))
+    images = make_batch(method, NUM_IMAGES)
+    clusters = torch.arange(NUM_IMAGES) % 6
+    shared = images.views[0][:6][clusters]
+    images = images._replace(views=tuple(view + 0.5 * shared for view in images.views))
     method.clusters.move_samples = lambda index, x: (  # pyrefly: ignore
         method.clusters.memory.update(index, x, 0.0) or torch.zeros(())
     )
@@ -204,14 +204,14 @@ def similarity_within_clusters(inter_weight: float) -> float:
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     for step in range(40):
         mine = torch.arange(16) + 16 * (step % 4)
-        batch = Batch(tuple(view[mine] for view in pictures.views), mine, pictures.label[mine])
+        batch = Batch(tuple(view[mine] for view in images.views), mine, images.label[mine])
         optimizer.zero_grad()
         method(batch, Clock(step, 40, steps_per_epoch=4))["loss"].backward()
         optimizer.step()
         method.after_step(Clock(step + 1, 40, steps_per_epoch=4))
     rows = method.clusters.memory.rows
     similarity, same = rows @ rows.T, clusters[:, None] == clusters
-    other = ~torch.eye(PICTURES, dtype=torch.bool)
+    other = ~torch.eye(NUM_IMAGES, dtype=torch.bool)
     return float(similarity[same & other].mean() - similarity[~same].mean())
 
 
@@ -219,19 +219,19 @@ def test_without_the_inter_image_loss_clusters_do_not_come_together() -> None:
     assert similarity_within_clusters(1.0) > similarity_within_clusters(0.0) + 0.1
 
 
-def test_it_begins_with_clusters_of_all_pictures() -> None:
-    method, data = make("interclr", cluster_resize=20), Data(world=WORLD)
+def test_it_begins_with_clusters_of_all_images() -> None:
+    method, data = make("interclr", cluster_resize=20), Data(shapes=TINY_SHAPES)
     network = torch.nn.Sequential(method.backbone, method.projector)
-    features, _ = clustering.embed(network, data, View.center(SIZE, 20))
+    features, _ = kmeans.embed(network, data, View.center(SIZE, 20))
     method.before_epoch(data, Clock(seed=4))
     torch.testing.assert_close(method.clusters.memory.rows, F.normalize(features, dim=1))
     assert (method.clusters.sizes() > 0).all()
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"the 65 most similar of 64 pictures: lower --method.pool_size, such as to 6"):
+    with pytest.raises(UserError, match=r"the 65 most similar of 64 images: lower --method.pool_size, such as to 6"):
         make("interclr", pool_size=65)
-    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+    with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("interclr", num_clusters=65)
 
 

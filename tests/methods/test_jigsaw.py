@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import chance
 from sslbook import nn as nets
+from sslbook import rng
 from sslbook.data.patches import cut_patches
 from sslbook.errors import UserError
 from sslbook.methods.jigsaw import Jigsaw, permutation_set, shuffle
@@ -24,7 +24,7 @@ CASE = Case(
     },
     learned=lambda method, batch, out: bool(out["jigsaw_accuracy"] > 95),
     overfit={"patch_dim": 32},
-    corners=[(2, 0.05, {})],  # one picture in each process
+    corners=[(2, 0.05, {})],  # one image in each process
     other_backbones=[transformer],
 )
 
@@ -47,7 +47,7 @@ def test_the_set_keeps_its_distance() -> None:
 
 def test_the_set_is_chosen_greedily() -> None:
     """Against the definition, one candidate at a time."""
-    pool = chance.uniform(0, 0, torch.arange(40), chance.METHOD, 9).argsort(dim=1, stable=True).tolist()
+    pool = rng.uniform(0, 0, torch.arange(40), rng.METHOD, 9).argsort(dim=1, stable=True).tolist()
     chosen = [pool[0]]
     for _ in range(9):
 
@@ -61,7 +61,7 @@ def test_the_set_is_chosen_greedily() -> None:
     assert all(a >= b for a, b in pairwise(nearest))  # a later one is never farther from the rest
 
 
-def test_patches_are_shuffled_picture_by_picture() -> None:
+def test_patches_are_shuffled_image_by_image() -> None:
     patches = torch.arange(18.0).view(2, 9, 1, 1, 1)
     order = torch.stack([torch.arange(9).flip(0), torch.arange(9).roll(1)])
     got = shuffle(patches, order).flatten(1).tolist()
@@ -77,7 +77,7 @@ def test_the_loss_is_the_cross_entropy_of_the_permutations(n: int) -> None:
     patches = cut_patches(batch.views[0], batch.index, 5, 4, Clock())
     loss = 0.0
     for i in range(n):
-        u = float(chance.uniform(0, 0, batch.index[i : i + 1], chance.METHOD, 1))
+        u = float(rng.uniform(0, 0, batch.index[i : i + 1], rng.METHOD, 1))
         which = int(8 * u)
         parts = []
         for place in range(9):

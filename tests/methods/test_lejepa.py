@@ -31,7 +31,7 @@ CASE = Case(
         "method.hidden_dim": 16,
         "method.projector_dim": 8,
     },
-    learned=lambda method, batch, out: bool(out["prediction"] < 0.15 and out["feature_spread"] > 0.7),
+    learned=lambda method, batch, out: bool(out["prediction"] < 0.15 and out["feature_std"] > 0.7),
     lr=5e-3,
     corners=[(6, 1e-3, {"lambda_": 0.9, "num_local": 0})],
     other_backbones=[transformer],
@@ -86,7 +86,7 @@ def _statistic(x: Tensor) -> tuple[Tensor, Tensor]:
     mine = x[:, distributed.rank() * n :][:, :n].clone().requires_grad_()
     value = epps_pulley(mine)
     value.sum().backward()
-    gradient = distributed.gather(mine.grad.transpose(0, 1)) / distributed.world_size()
+    gradient = distributed.all_gather(mine.grad.transpose(0, 1)) / distributed.world_size()
     return value.detach(), gradient
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import mae
@@ -20,12 +20,12 @@ from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
-    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_heads": 2},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the pictures are noise
+    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_num_heads": 2},
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the images are noise
     backbone=transformer,
     full_scale="vit_base",
-    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_heads": 4},
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_num_heads": 4},
     overfit_lr=3e-3,
     corners=[(2, 0.05, {})],
 )
@@ -51,7 +51,7 @@ def test_masks_are_keyed_and_fair() -> None:
     seen = visible.flatten().bincount(minlength=16) / 4000
     torch.testing.assert_close(seen, torch.full((16,), 0.25), rtol=0, atol=0.03)
     # The definition: the places of the smallest numbers.
-    noise = chance.uniform(5, 3, index[:1], chance.METHOD, 16)[0].tolist()
+    noise = rng.uniform(5, 3, index[:1], rng.METHOD, 16)[0].tolist()
     assert visible[0].tolist() == sorted(range(16), key=noise.__getitem__)[:4]
     alone, _ = random_mask(index[37:38], 16, 0.75, clock)
     assert torch.equal(alone[0], visible[37])
@@ -120,7 +120,7 @@ def test_reconstructions_keep_what_was_visible() -> None:
         assert (drawn - images)[hidden].abs().max() > 0
 
 
-def test_a_perfect_prediction_reconstructs_the_picture(monkeypatch) -> None:
+def test_a_perfect_prediction_reconstructs_the_image(monkeypatch) -> None:
     method = make("mae")
     images = torch.randn(2, 3, 16, 16)
     monkeypatch.setattr(
@@ -146,7 +146,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def loss_after_training() -> float:
-    """On pictures of which one quarter has a color and the others none: 1 for who has to guess the color, or more."""
+    """On images of which one quarter has a color and the others none: 1 for who has to guess the color, or more."""
     method = make(
         "mae",
         backbone=VisionTransformer(8, 4, 32, 1, 4),
@@ -154,7 +154,7 @@ def loss_after_training() -> float:
         mask_ratio=0.5,
         norm_pix_loss=False,
         decoder_dim=32,
-        decoder_heads=4,
+        decoder_num_heads=4,
     )
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from sslbook.methods.maskfeat import hidden_mse, hog
 from sslbook.nn import ResNet, VisionTransformer, vit_base
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
-from tests.nn.test_masked import swin
+from tests.nn.test_mask_tokens import swin
 
 CASE = Case(
     options={"view": VIEW, "cell_size": 4, "min_block": 2},
@@ -27,7 +27,7 @@ CASE = Case(
 
 
 def literal_hog(image: Tensor, row: int, column: int, cell: int) -> list[float]:
-    """One cell of one picture: a pixel at a time, from the definition."""
+    """One cell of one image: a pixel at a time, from the definition."""
     _, height, width = image.shape
 
     def at(c: int, y: int, x: int) -> float:
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def loss_after_training() -> float:
-    """Stripes of any direction in every quarter of the picture, of any color and strength."""
+    """Stripes of any direction in every quarter of the image, of any color and strength."""
     torch.manual_seed(0)
     method = make("maskfeat", backbone=VisionTransformer(16, 8, 32, 2, 4), cell_size=8, mask_ratio=0.5, min_block=1)
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)

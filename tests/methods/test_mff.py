@@ -9,22 +9,22 @@ from sslbook.errors import UserError
 from sslbook.methods import mff
 from sslbook.methods.mff import Fusion
 from sslbook.nn import ResNet, VisionTransformer, vit_base
-from sslbook.nn.pixel_decoder import patchify, random_mask, take
+from sslbook.nn.decoders import patchify, random_mask, take
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
-    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "layers": (0,)},
+    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "layers": (0,)},
     command={
         "method.backbone": TRANSFORMER,
         "method.decoder_dim": 16,
-        "method.decoder_heads": 2,
+        "method.decoder_num_heads": 2,
         "method.layers": "[0]",
     },
-    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the pictures are noise
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the images are noise
     backbone=transformer,
     full_scale="vit_base",
-    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_heads": 4},
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_num_heads": 4},
     overfit_lr=3e-3,
     corners=[(2, 0.05, {})],
 )
@@ -105,7 +105,7 @@ def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
             mask_ratio=0.5,
             norm_pix_loss=False,
             decoder_dim=32,
-            decoder_heads=4,
+            decoder_num_heads=4,
         )
         forget = method.backbone.blocks[-1]
         monkeypatch.setattr(forget, "forward", lambda x, bias=None: torch.zeros_like(x))

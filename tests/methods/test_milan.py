@@ -23,12 +23,12 @@ def seeded_teacher() -> VisionTransformer:
 
 TEACHER = seeded_teacher()
 CASE = Case(
-    options={"view": VIEW, "teacher": TEACHER, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    options={"view": VIEW, "teacher": TEACHER, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     command={
         "method.backbone": TRANSFORMER,
         "method.teacher": json.dumps({"class_path": "sslbook.nn.ConvNet", "init_args": {"width": 4}}),
         "method.decoder_dim": 16,
-        "method.decoder_heads": 2,
+        "method.decoder_num_heads": 2,
     },
     learned=lambda method, batch, out: bool(out["loss"] < 0.25),
     backbone=transformer,
@@ -38,7 +38,7 @@ CASE = Case(
         "backbone": VisionTransformer(SIZE, 4, 64, 2, 4),
         "teacher": ConvNet(8),
         "decoder_dim": 64,
-        "decoder_heads": 4,
+        "decoder_num_heads": 4,
     },
     overfit_lr=3e-3,
     corners=[(2, 0.05, {}), (8, 0.05, {"teacher": ConvNet(4)})],
@@ -105,8 +105,8 @@ def visible_of_spots(monkeypatch=None) -> float:
     method = make("milan", teacher=Spot())
     batch = make_batch(method, 32)
     bright = torch.rand(32, 16).argsort(dim=1) < 4
-    pictures = (0.1 + bright.float()).view(32, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    images = pictures.expand(-1, 3, -1, -1)
+    images = (0.1 + bright.float()).view(32, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = images.expand(-1, 3, -1, -1)
     _, visible, _ = method.predict(images, method.teacher(images), batch.index, Clock())
     return float(bright.gather(1, visible).float().mean())
 

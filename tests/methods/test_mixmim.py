@@ -10,12 +10,12 @@ from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
-    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_heads": 2},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the pictures are noise
+    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_num_heads": 2},
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the images are noise
     backbone=transformer,
     full_scale="vit_base",
-    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_heads": 4},
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_num_heads": 4},
     overfit_lr=3e-3,
     corners=[(2, 0.05, {}), (6, 0.05, {}), (8, 0.05, {"partner_groups": 4})],
 )
@@ -28,7 +28,7 @@ def test_the_loss_is_the_papers(normalize: bool) -> None:
     errors = []
     for i in range(3):
         for j in range(5):
-            which = 0 if mask[i, j] else 1  # where the mask is true, the first picture is hidden
+            which = 0 if mask[i, j] else 1  # where the mask is true, the first image is hidden
             values = target[which, i, j].tolist()
             if normalize:
                 mean = sum(values) / 12
@@ -38,7 +38,7 @@ def test_the_loss_is_the_papers(normalize: bool) -> None:
     assert float(dual_loss(prediction, target, mask, normalize)) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
-def test_the_methods_loss_is_of_both_pictures() -> None:
+def test_the_methods_loss_is_of_both_images() -> None:
     method = make("mixmim")
     batch, clock = make_batch(method, 5), Clock(seed=2)
     images = batch.views[0]
@@ -59,13 +59,13 @@ def test_partners_are_mutual_keyed_and_in_the_same_group(count: int, groups: int
     size = count // groups
     assert torch.equal(found // size, torch.arange(count) // size)
     assert int((found == torch.arange(count)).sum()) == groups * (size % 2)
-    if groups == 1:  # who is with whom depends on the pictures and not on their order
+    if groups == 1:  # who is with whom depends on the images and not on their order
         order = torch.randperm(count)
         again = partners(index[order], 1, Clock(seed=1))
         assert torch.equal(index[order][again], index[found][order])
     if count == 12:
         assert not torch.equal(partners(index, groups, Clock(seed=2)), found)
-    # A group by itself has the same partners, so that a process needs only its own pictures.
+    # A group by itself has the same partners, so that a process needs only its own images.
     alone = partners(index[:size], 1, Clock(seed=1))
     assert torch.equal(alone, found[:size])
 
@@ -80,7 +80,7 @@ def test_masks_are_keyed_and_fair() -> None:
 
 
 def noticed() -> float:
-    """How much the drawing of a picture's hidden patches changes with its partner, beside the partner's own."""
+    """How much the drawing of an image's hidden patches changes with its partner, beside the partner's own."""
     method = make("mixmim")
     batch = make_batch(method, 4)
     images, others = batch.views[0], batch.views[0].flip(0)
@@ -92,14 +92,14 @@ def noticed() -> float:
     return own / partner
 
 
-def test_attention_keeps_the_two_pictures_apart(monkeypatch) -> None:
+def test_attention_keeps_the_two_images_apart(monkeypatch) -> None:
     assert noticed() < 1e-5
     real = mixmim.apart
     monkeypatch.setattr(mixmim, "apart", lambda mask: torch.zeros_like(real(mask)))
     assert noticed() > 1e-2  # without it each leaks into the other
 
 
-def test_each_picture_is_encoded_as_if_it_were_alone() -> None:
+def test_each_image_is_encoded_as_if_it_were_alone() -> None:
     method = make("mixmim")
     images, others = torch.randn(2, 3, 3, SIZE, SIZE)
     mask = partner_mask(torch.arange(3), 16, 6, Clock())
@@ -107,21 +107,21 @@ def test_each_picture_is_encoded_as_if_it_were_alone() -> None:
     encoded = method.encode(torch.where(place, others, images), mask)
     backbone = method.backbone
     for i in range(3):
-        for pictures, cls, seen in ((images, 0, ~mask[i]), (others, 1, mask[i])):
-            alone = backbone.encode(backbone.embed(pictures[i : i + 1])[:, seen])[0]
+        for own, cls, seen in ((images, 0, ~mask[i]), (others, 1, mask[i])):
+            alone = backbone.encode(backbone.embed(own[i : i + 1])[:, seen])[0]
             together = torch.cat([encoded[i, cls : cls + 1], encoded[i, 2:][seen]])
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_each_picture_is_drawn_from_its_own_patches_and_mask_tokens() -> None:
+def test_each_image_is_drawn_from_its_own_patches_and_mask_tokens() -> None:
     method = make("mixmim")
     images, others, weight = torch.randn(3, 3, 3, SIZE, SIZE)
     mask = partner_mask(torch.arange(3), 16, 6, Clock())
     backbone, literal = method.backbone, torch.empty(2, 3, 16, 48)
     torch.nn.init.normal_(method.mask_token)
     for i in range(3):
-        for which, pictures, seen in ((0, images, ~mask[i]), (1, others, mask[i])):
-            encoded = method.decoder_embed(backbone.encode(backbone.embed(pictures[i : i + 1])[:, seen]))[0]
+        for which, own, seen in ((0, images, ~mask[i]), (1, others, mask[i])):
+            encoded = method.decoder_embed(backbone.encode(backbone.embed(own[i : i + 1])[:, seen]))[0]
             patches = method.mask_token.repeat(16, 1)
             patches[seen] = encoded[1:]
             x = method.decoder(torch.cat([encoded[:1], patches + method.positions])[None])[0, 1:]

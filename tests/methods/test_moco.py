@@ -98,7 +98,7 @@ def test_version_1_is_linear() -> None:
 
 
 def agreement_of_the_queue(momentum: float) -> float:
-    """How similar the keys in the queue are to those the key encoder makes of the same pictures now."""
+    """How similar the keys in the queue are to those the key encoder makes of the same images now."""
     method = make("moco", momentum=momentum, queue_size=80, batch_norm_groups=1)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     for step in range(10):

@@ -19,7 +19,7 @@ CASE = Case(
     learned=lambda method, batch, out: bool(out["contrastive_accuracy"] > 95),
     overfit={"momentum": 0.9},
     lr=5e-3,
-    corners=[(6, 1e-4, {"temperature": 0.01}), (6, 1e-3, {"projector_layers": 3, "predictor_batch_norm": True})],
+    corners=[(6, 1e-4, {"temperature": 0.01}), (6, 1e-3, {"projector_num_layers": 3, "predictor_batch_norm": True})],
     other_backbones=[transformer],
 )
 
@@ -39,15 +39,15 @@ def test_the_loss_is_equation_1(n: int, temperature: float) -> None:
 
 def _loss(x: Tensor) -> float:
     n = x.shape[1] // distributed.world_size()
-    return float(distributed.mean(contrastive_loss(*x[:, distributed.rank() * n :][:, :n], 0.2)[0]))
+    return float(distributed.all_reduce_mean(contrastive_loss(*x[:, distributed.rank() * n :][:, :n], 0.2)[0]))
 
 
-def test_one_picture_in_each_process(pool) -> None:
+def test_one_image_in_each_process(pool) -> None:
     x = torch.randn(2, 2, 4)
     assert pool.run(_loss, x) == pytest.approx([_loss(x)] * 2)
 
 
-def test_repeated_pictures_share_the_answer() -> None:
+def test_repeated_images_share_the_answer() -> None:
     q = torch.randn(1, 4).repeat(3, 1)
     assert float(contrastive_loss(q, q, 0.5)[0]) == pytest.approx(math.log(3), rel=1e-5)
 
@@ -104,7 +104,7 @@ def spread_after_training() -> float:
         out["loss"].backward()
         optimizer.step()
         method.after_step(Clock(0, 100))
-    return float(out["feature_spread"])
+    return float(out["feature_std"])
 
 
 def test_without_wrong_answers_it_collapses(monkeypatch) -> None:
@@ -119,8 +119,8 @@ def test_the_papers_sizes() -> None:
         method = MoCoV3(resnet50())
         z = method.projector(method.backbone(torch.zeros(2, 3, 224, 224)))
         assert method.predictor(z).shape == (2, 256)
-        vit = VisionTransformer(dim=384, heads=12)
-        method_vit = MoCoV3(vit, projector_layers=3, predictor_batch_norm=True)
+        vit = VisionTransformer(dim=384, num_heads=12)
+        method_vit = MoCoV3(vit, projector_num_layers=3, predictor_batch_norm=True)
     widths = [
         [m.out_features for m in head if isinstance(m, nn.Linear)] for head in (method.projector, method.predictor)
     ]

@@ -33,7 +33,7 @@ CASE = Case(
         "method.num_prototypes": 8,
     },
     learned=lambda method, batch, out: bool(out["assignment"] < 0.5 and out["average_entropy"] > 2.0),
-    # Cls tokens hardly differ between pictures in the beginning, and batch norm magnifies their rounding.
+    # Cls tokens hardly differ between images in the beginning, and batch norm magnifies their rounding.
     backbone=lambda: VisionTransformer(SIZE, 4, 16, 2, 2, pool="mean"),
     full_scale="vit_small",
     overfit={"momentum": 0.9, "num_prototypes": 16},
@@ -114,7 +114,7 @@ def test_forward_from_its_parts() -> None:
     torch.testing.assert_close(method(batch, clock)["loss"], expected)
 
 
-def test_other_patches_are_dropped_from_every_picture_and_epoch() -> None:
+def test_other_patches_are_dropped_from_every_image_and_epoch() -> None:
     method = make("msn", patch_drop=0.5)
     tokens = torch.arange(16.0)[None, :, None].expand(300, -1, 2)
     index = torch.arange(300)
@@ -138,7 +138,7 @@ def test_the_teacher_follows_in_a_straight_line() -> None:
 
 
 def entropy_of_the_mean(**options: object) -> float:
-    """Of the targets' mean after training: 0 if all pictures are assigned to one prototype; at most log 12 = 2.48."""
+    """Of the targets' mean after training: 0 if all images are assigned to one prototype; at most log 12 = 2.48."""
     method = make("msn", momentum=0.9, **options)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
     out: dict[str, Tensor] = {}

@@ -49,7 +49,7 @@ def test_info_nce_is_equation_3(n: int, temperature: float) -> None:
     assert logits.shape == (n, n)
 
 
-def test_repeated_pictures() -> None:
+def test_repeated_images() -> None:
     neighbors, p = F.normalize(torch.randn(2, 2, 4, dtype=torch.float64), dim=2).repeat(1, 3, 1)
     assert float(info_nce(neighbors, p, 0.01)[0]) == pytest.approx(literal(neighbors, p, 0.01), rel=1e-10)
 
@@ -64,10 +64,10 @@ def test_nearest_neighbors_are_equation_4() -> None:
 
 def _loss(x: Tensor) -> float:
     n = x.shape[1] // distributed.world_size()
-    return float(distributed.mean(info_nce(*x[:, distributed.rank() * n :][:, :n], 0.1)[0]))
+    return float(distributed.all_reduce_mean(info_nce(*x[:, distributed.rank() * n :][:, :n], 0.1)[0]))
 
 
-def test_one_picture_in_each_process(pool) -> None:
+def test_one_image_in_each_process(pool) -> None:
     x = F.normalize(torch.randn(2, 2, 4), dim=2)
     assert pool.run(_loss, x) == pytest.approx([_loss(x)] * 2)
 
@@ -119,12 +119,12 @@ def closeness(cls: type[NNCLR]) -> float:
     return float((p * nearest_neighbors(F.normalize(z_1, dim=1), rows)).sum(dim=1).mean())
 
 
-def test_what_is_predicted_is_another_pictures_feature() -> None:
+def test_what_is_predicted_is_another_images_feature() -> None:
     assert closeness(NNCLR) > closeness(OwnView) + 0.08
 
 
 def distance_within_kinds(cls: type[NNCLR]) -> float:
-    """Of two pictures of a kind, as 1 less the cosine, after training on ever new pictures of eight kinds."""
+    """Of two images of a kind, as 1 less the cosine, after training on ever new images of eight kinds."""
     torch.manual_seed(0)
     method = cls(CASE.backbone(), **{**SMALL, "queue_size": 64})
     generator = torch.Generator().manual_seed(0)
@@ -133,8 +133,8 @@ def distance_within_kinds(cls: type[NNCLR]) -> float:
 
     def shown(n: int) -> Batch:
         index = torch.arange(n)
-        pictures = kinds[index % 8] + 0.7 * torch.randn(n, 3, 16, 16, generator=generator)
-        views = [pictures + 0.3 * torch.randn(pictures.shape, generator=generator) for _ in range(2)]
+        images = kinds[index % 8] + 0.7 * torch.randn(n, 3, 16, 16, generator=generator)
+        views = [images + 0.3 * torch.randn(images.shape, generator=generator) for _ in range(2)]
         return Batch(tuple(views), index, torch.full((n,), -1))
 
     for step in range(60):

@@ -5,16 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook import nn as nets
 from sslbook.data.loader import Batch
 from sslbook.methods.npid import NPID, draw_negatives, nce
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, VIEW, Case, make, make_batch, transformer
 
 
 def finds_itself(method: NPID, batch: Batch, out: dict[str, Tensor]) -> bool:
-    """Of the rows of the batch's pictures, the nearest one is the picture's own."""
+    """Of the rows of the batch's images, the nearest one is the image's own."""
     v = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
     own = batch.index.unique()
     found = own[(v @ method.memory.rows[own].T).argmax(dim=1)]
@@ -32,15 +32,15 @@ CASE = Case(
 )
 
 
-@pytest.mark.parametrize(("n", "negatives", "pictures"), [(5, 7, 64), (1, 1, 2), (3, 40, 10)])
-def test_nce_is_equation_7(n: int, negatives: int, pictures: int) -> None:
+@pytest.mark.parametrize(("n", "negatives", "images"), [(5, 7, 64), (1, 1, 2), (3, 40, 10)])
+def test_nce_is_equation_7(n: int, negatives: int, images: int) -> None:
     log_p = 3 * torch.randn(n, 1 + negatives, dtype=torch.float64) - 5
     expected = 0.0
     for row in log_p.tolist():
-        noise = negatives / pictures
+        noise = negatives / images
         h = [math.exp(v) / (math.exp(v) + noise) for v in row]
         expected -= (math.log(h[0]) + sum(math.log(1 - v) for v in h[1:])) / n
-    assert float(nce(log_p, pictures)) == pytest.approx(expected, rel=1e-10)
+    assert float(nce(log_p, images)) == pytest.approx(expected, rel=1e-10)
 
 
 def literal(method: NPID, v: Tensor, index: Tensor, columns: Tensor) -> list[list[float]]:
@@ -55,10 +55,10 @@ def literal(method: NPID, v: Tensor, index: Tensor, columns: Tensor) -> list[lis
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
 def test_the_full_softmax_is_equation_2(temperature: float) -> None:
     method = make("npid", num_negatives=0, temperature=temperature)
-    v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 3])  # a picture thrice
+    v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 3])  # an image thrice
     loss, _, _ = method.contrast(v, index, Clock())
     expected = 0.0
-    for row, own in zip(literal(method, v.double(), index, torch.arange(PICTURES).expand(5, -1)), index.tolist()):
+    for row, own in zip(literal(method, v.double(), index, torch.arange(NUM_IMAGES).expand(5, -1)), index.tolist()):
         expected += (max(row) + math.log(sum(math.exp(s - max(row)) for s in row)) - row[own]) / 5
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -67,14 +67,14 @@ def test_the_partition_is_estimated_by_the_first_batch_alone() -> None:
     method = make("npid", temperature=0.3)
     clock = Clock(seed=2)
     v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 9])
-    columns = torch.cat([index[:, None], draw_negatives(index, 20, PICTURES, clock)], dim=1)
+    columns = torch.cat([index[:, None], draw_negatives(index, 20, NUM_IMAGES, clock)], dim=1)
     logits = literal(method, v.double(), index, columns)
-    partition = PICTURES * sum(math.exp(s) for row in logits for s in row) / (5 * 21)  # equation 8
+    partition = NUM_IMAGES * sum(math.exp(s) for row in logits for s in row) / (5 * 21)  # equation 8
     loss, _, _ = method.contrast(v, index, clock)
     assert math.exp(method.log_partition) == pytest.approx(partition, rel=1e-5)
     expected = 0.0
     for row in logits:
-        h = [(p := math.exp(s) / partition) / (p + 20 / PICTURES) for s in row]
+        h = [(p := math.exp(s) / partition) / (p + 20 / NUM_IMAGES) for s in row]
         expected -= (math.log(h[0]) + sum(math.log(1 - x) for x in h[1:])) / 5
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     method.contrast(-v, index, clock)
@@ -86,15 +86,15 @@ def test_the_partition_may_exceed_float32() -> None:
     method = make("npid", temperature=0.01, projector_dim=2)
     clock = Clock(seed=2)
     v, index = F.normalize(torch.randn(5, 2), dim=1), torch.tensor([3, 60, 3, 0, 9])
-    columns = torch.cat([index[:, None], draw_negatives(index, 20, PICTURES, clock)], dim=1)
+    columns = torch.cat([index[:, None], draw_negatives(index, 20, NUM_IMAGES, clock)], dim=1)
     logits = literal(method, v.double(), index, columns)
-    log_partition = math.log(PICTURES * sum(math.exp(s) for row in logits for s in row) / (5 * 21))
+    log_partition = math.log(NUM_IMAGES * sum(math.exp(s) for row in logits for s in row) / (5 * 21))
     assert log_partition > 89  # e^89 is too much for float32
     loss, _, _ = method.contrast(v, index, clock)
     assert float(method.log_partition) == pytest.approx(log_partition, rel=1e-5)
     expected = 0.0
     for row in logits:
-        odds = [s - log_partition - math.log(20 / PICTURES) for s in row]
+        odds = [s - log_partition - math.log(20 / NUM_IMAGES) for s in row]
         expected += (math.log1p(math.exp(-odds[0])) + sum(math.log1p(math.exp(o)) for o in odds[1:])) / 5
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
@@ -116,7 +116,7 @@ def test_negatives_are_keyed_and_fair() -> None:
     clock = Clock(step=5, steps_per_epoch=2, seed=3)
     drawn = draw_negatives(torch.arange(500), 40, 10, clock)
     torch.testing.assert_close(drawn.flatten().bincount() / 20000, torch.full((10,), 0.1), rtol=0.1, atol=0)
-    noise = chance.uniform(3, 2, torch.tensor([7]), chance.METHOD, 40)[0].tolist()
+    noise = rng.uniform(3, 2, torch.tensor([7]), rng.METHOD, 40)[0].tolist()
     assert drawn[7].tolist() == [int(10 * u) for u in noise]
     assert not torch.equal(draw_negatives(torch.arange(500), 40, 10, Clock(seed=3)), drawn)
 
@@ -163,11 +163,11 @@ def test_the_memory_takes_the_features_after_the_loss() -> None:
     assert torch.equal(method.memory.rows[8:], before[8:])
 
 
-def similarity_of_pictures() -> float:
+def similarity_of_images() -> float:
     """How alike the memory's rows are after training, 1 if all are the same."""
     method = make("npid", num_negatives=0)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
-    everything = make_batch(method, PICTURES)
+    everything = make_batch(method, NUM_IMAGES)
     for step in range(80):
         mine = torch.arange(16) + 16 * (step % 4)
         batch = Batch((everything.views[0][mine],), mine, everything.label[mine])
@@ -178,8 +178,8 @@ def similarity_of_pictures() -> float:
     return float((rows @ rows.T).mean())
 
 
-def test_without_other_pictures_all_become_the_same(monkeypatch) -> None:
-    assert similarity_of_pictures() < 0.5
+def test_without_other_images_all_become_the_same(monkeypatch) -> None:
+    assert similarity_of_images() < 0.5
     real = NPID.contrast
 
     def attract_only(self: NPID, v: Tensor, index: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ def test_without_other_pictures_all_become_the_same(monkeypatch) -> None:
         return -logits.gather(1, right[:, None]).mean(), logits, right
 
     monkeypatch.setattr(NPID, "contrast", attract_only)
-    assert similarity_of_pictures() > 0.75
+    assert similarity_of_images() > 0.75
 
 
 def test_the_paper_scale_model() -> None:

@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook import chance, distributed
+from sslbook import distributed, rng
 from sslbook import nn as nets
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
 from sslbook.methods.odc import ODC, Neck, weighted_cross_entropy
-from sslbook.nn import clustering
+from sslbook.nn import kmeans
 from sslbook.nn.online_clusters import OnlineClusters
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, SIZE, VIEW, WORLD, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
     options={
@@ -61,7 +61,7 @@ def _loss(logits: Tensor, label: Tensor) -> tuple[float, Tensor]:
     mine = logits[r * n : (r + 1) * n].clone().requires_grad_()
     loss = weighted_cross_entropy(mine, label[r * n : (r + 1) * n], torch.tensor([1, 10, 100]))
     loss.backward()
-    return float(distributed.mean(loss.detach())), mine.grad / distributed.world_size()
+    return float(distributed.all_reduce_mean(loss.detach())), mine.grad / distributed.world_size()
 
 
 def test_weights_are_summed_over_all_processes(pool) -> None:
@@ -72,7 +72,7 @@ def test_weights_are_summed_over_all_processes(pool) -> None:
     assert got[0][0] == pytest.approx(loss, rel=1e-5)
 
 
-def test_pictures_of_no_cluster_do_not_count() -> None:
+def test_images_of_no_cluster_do_not_count() -> None:
     logits, sizes = torch.randn(4, 3), torch.tensor([1, 10, 100])
     loss = weighted_cross_entropy(logits, torch.tensor([-1, 1, -1, 2]), sizes)
     torch.testing.assert_close(loss, weighted_cross_entropy(logits[[1, 3]], torch.tensor([1, 2]), sizes))
@@ -83,7 +83,7 @@ def test_pictures_of_no_cluster_do_not_count() -> None:
     assert not logits.grad.any()
 
 
-def test_a_picture_that_was_not_readable_at_first_gets_its_cluster_when_it_is_seen() -> None:
+def test_an_image_that_was_not_readable_at_first_gets_its_cluster_when_it_is_seen() -> None:
     method = make("odc")
     batch = make_batch(method, 8)
     method.clusters.assignment[batch.index[:2]] = -1
@@ -97,7 +97,7 @@ def test_what_the_method_weighs_by_are_the_clusters_of_the_memory() -> None:
     method, clock = make("odc"), Clock(seed=3)
     method.clusters.assignment.copy_(torch.tensor([0] * 40 + [1] * 14 + [2] * 4 + [3] * 3 + [4] * 2 + [5]))
     batch = make_batch(method, 8)._replace(index=torch.tensor([0, 39, 41, 55, 58, 61, 62, 63]))
-    kept = chance.uniform(clock.seed, clock.epoch, batch.index, chance.METHOD, 32) < 0.5
+    kept = rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, 32) < 0.5
     with torch.no_grad():
         logits = method.classifier(method.neck(method.backbone(batch.views[0]), kept)).tolist()
         loss = float(method(batch, clock)["loss"])
@@ -123,24 +123,24 @@ def test_samples_move_and_change_over_to_the_nearest_centroid() -> None:
     rows, labels = method.clusters.memory.rows.clone(), method.clusters.assignment.clone()
     index, x = torch.tensor([5, 60, 5]), 7 * torch.rand(3, 16)
     method.clusters.move_samples(index, x)
-    for i, feature in ((60, x[1]), (5, x[2])):  # of a repeated picture the last counts
+    for i, feature in ((60, x[1]), (5, x[2])):  # of a repeated image the last counts
         row = F.normalize(0.25 * rows[i] + 0.75 * F.normalize(feature, dim=0), dim=0)
         torch.testing.assert_close(method.clusters.memory.rows[i], row)
         scores = [float(row @ centroid) for centroid in method.clusters.centroids]
         assert int(method.clusters.assignment[i]) == scores.index(max(scores))
-    others = [i for i in range(PICTURES) if i not in (5, 60)]
+    others = [i for i in range(NUM_IMAGES) if i not in (5, 60)]
     assert torch.equal(method.clusters.assignment[others], labels[others])
     assert torch.equal(method.clusters.memory.rows[others], rows[others])
 
 
 def test_centroids_are_means() -> None:
     method = make("odc")
-    method.clusters.assignment.copy_(torch.arange(PICTURES) % 4)
+    method.clusters.assignment.copy_(torch.arange(NUM_IMAGES) % 4)
     method.clusters.assignment[:8] = -1
     old = method.clusters.centroids.clone()
     method.clusters.move_centroids()
     for cluster in range(4):
-        members = [i for i in range(8, PICTURES) if i % 4 == cluster]
+        members = [i for i in range(8, NUM_IMAGES) if i % 4 == cluster]
         torch.testing.assert_close(method.clusters.centroids[cluster], method.clusters.memory.rows[members].mean(dim=0))
     assert torch.equal(method.clusters.centroids[4:], old[4:])
 
@@ -152,7 +152,7 @@ def test_small_clusters_are_dissolved_and_the_largest_split() -> None:
     method.clusters.move_centroids()
     centroids, rows = method.clusters.centroids.clone(), method.clusters.memory.rows
     method.clusters.deal_with_small_clusters()
-    assert method.clusters.sizes().sum() == PICTURES
+    assert method.clusters.sizes().sum() == NUM_IMAGES
     assert (method.clusters.sizes() > 0).all()
     for i in range(61, 64):  # these went to the nearest of the large ones, or to a half of it
         nearest = int((centroids[:3] @ rows[i]).argmax())
@@ -178,7 +178,7 @@ def test_clusters_follow_the_steps() -> None:
     """All centroids move every `centroids_every` steps, and small clusters are dealt with after each."""
     method = make("odc", centroids_every=3)
     clusters = method.clusters
-    clusters.assignment.copy_(torch.arange(PICTURES) % 6)
+    clusters.assignment.copy_(torch.arange(NUM_IMAGES) % 6)
     old = clusters.centroids.clone()
     for step in (1, 2):
         method.after_step(Clock(step, 10))
@@ -191,10 +191,10 @@ def test_clusters_follow_the_steps() -> None:
     assert clusters.sizes().min() >= 3
 
 
-def test_it_begins_with_clusters_of_all_pictures() -> None:
-    method, data = make("odc"), Data(world=WORLD)
+def test_it_begins_with_clusters_of_all_images() -> None:
+    method, data = make("odc"), Data(shapes=TINY_SHAPES)
     method.before_epoch(data, Clock(seed=4))
-    features, _ = clustering.embed(torch.nn.Sequential(method.backbone, method.neck), data, method.cluster_view)
+    features, _ = kmeans.embed(torch.nn.Sequential(method.backbone, method.neck), data, method.cluster_view)
     torch.testing.assert_close(method.clusters.memory.rows, F.normalize(features, dim=1))
     before = {key: value.clone() for key, value in method.state_dict().items()}
     method.before_epoch(data, Clock(2, 4, 2, seed=4))  # never again
@@ -202,7 +202,7 @@ def test_it_begins_with_clusters_of_all_pictures() -> None:
 
 
 def clusters_after_drifting() -> int:
-    """How many clusters are in use after the features of all pictures have moved for some epochs."""
+    """How many clusters are in use after the features of all images have moved for some epochs."""
     generator = torch.Generator().manual_seed(0)
     clusters = OnlineClusters(32, 4, momentum=0.5, min_cluster=2)
     clusters.allocate(128)
@@ -222,9 +222,9 @@ def test_without_care_for_small_clusters_they_are_lost(monkeypatch) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="65 clusters of 64 pictures: ask for at most 64"):
+    with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("odc", num_clusters=65)
-    with pytest.raises(UserError, match="6 clusters of at least 11 pictures need more than 64: lower"):
+    with pytest.raises(UserError, match="6 clusters of at least 11 images need more than 64: lower"):
         make("odc", min_cluster=11)
 
 

@@ -6,23 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslbook import nn as nets
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.methods.pirl import PIRL, draw_negatives, nce
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, PICTURES, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, NUM_IMAGES, VIEW, Case, make, make_batch, transformer
 
 SMALL = {"cell_size": 5, "patch_size": 4, "projector_dim": 16, "num_negatives": 21}
 
 
-def finds_pictures(method: PIRL, batch: Batch, out: dict[str, Tensor]) -> bool:
-    """Every puzzle is nearest to its own picture of the batch, not to another one's."""
+def finds_images(method: PIRL, batch: Batch, out: dict[str, Tensor]) -> bool:
+    """Every puzzle is nearest to its own image of the batch, not to another one's."""
     return bool(matches(method, batch) > 0.95)
 
 
 def matches(method: PIRL, batch: Batch) -> float:
-    """How often what is said of a puzzle is nearest to what is said of its own picture, among those of the batch."""
+    """How often what is said of a puzzle is nearest to what is said of its own image, among those of the batch."""
     with torch.no_grad():
         f = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
         g = F.normalize(method.puzzle(batch.views[1], batch.index, Clock()), dim=1)
@@ -33,7 +33,7 @@ def matches(method: PIRL, batch: Batch) -> float:
 CASE = Case(
     options={"view": VIEW, "puzzle_view": VIEW, **SMALL},
     command={"method.backbone": CONVNET, "method.cell_size": 5, "method.patch_size": 4, "method.num_negatives": 21},
-    learned=finds_pictures,
+    learned=finds_images,
     overfit={"projector_dim": 32, "temperature": 0.2},
     overfit_lr=5e-3,
     corners=[(2, 0.05, {}), (8, 0.05, {"num_negatives": 1})],
@@ -71,14 +71,14 @@ def test_negatives_are_others_by_keyed_chance() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", [[3], [5, 9, 5]])  # a picture may occur twice
+@pytest.mark.parametrize("index", [[3], [5, 9, 5]])  # an image may occur twice
 def test_both_terms_and_the_memory(index: list[int]) -> None:
     method = make("pirl", puzzle_weight=0.3, momentum=0.8)
     batch = make_batch(method, len(index))._replace(index=torch.tensor(index))
     before = method.memory.rows.clone()
     f = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
     g = F.normalize(method.puzzle(batch.views[1], batch.index, Clock()), dim=1)
-    negatives = draw_negatives(batch.index, 21, PICTURES, Clock())
+    negatives = draw_negatives(batch.index, 21, NUM_IMAGES, Clock())
     terms = []
     for v in (g, f):
         similar = [[math.exp(float(v[i] @ before[j]) / 0.07) for j in negatives[i]] for i in range(len(index))]
@@ -91,7 +91,7 @@ def test_both_terms_and_the_memory(index: list[int]) -> None:
         terms.append(total)
     out = method(batch, Clock())
     assert float(out["loss"]) == pytest.approx(0.3 * terms[0] + 0.7 * terms[1], rel=1e-4)
-    for j in range(PICTURES):
+    for j in range(NUM_IMAGES):
         if j in index:
             last = max(i for i, own in enumerate(index) if own == j)
             expected = F.normalize(0.8 * before[j] + 0.2 * f[last], dim=0)
@@ -137,7 +137,7 @@ def test_without_the_puzzles_term_they_mean_anything() -> None:
 
 
 def test_sizes_of_the_paper() -> None:
-    """Section 3.2: 2048 to 128 for a picture and for every patch, nine times 128 to 128 for the puzzle."""
+    """Section 3.2: 2048 to 128 for an image and for every patch, nine times 128 to 128 for the puzzle."""
     with torch.device("meta"):
         method = PIRL(nets.resnet50())
         heads = (method.projector, method.patch_projector, method.puzzle_projector)
@@ -151,5 +151,5 @@ def test_what_cannot_be_is_refused() -> None:
         make("pirl", num_negatives=0)
     with pytest.raises(UserError, match="give a weight from 0 to 1"):
         make("pirl", puzzle_weight=1.5)
-    with pytest.raises(UserError, match="at least 2 pictures"):
-        make("pirl").prepare(Data(world=World(pictures=1, test_pictures=1)))
+    with pytest.raises(UserError, match="at least 2 images"):
+        make("pirl").setup(Data(shapes=Shapes(num_train=1, num_test=1)))

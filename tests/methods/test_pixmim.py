@@ -5,31 +5,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import pixmim
 from sslbook.methods.pixmim import PixMIM, low_pass, shifted
 from sslbook.nn import ResNet, VisionTransformer, vit_base
-from sslbook.nn.pixel_decoder import patchify, random_mask, take
+from sslbook.nn.decoders import patchify, random_mask, take
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
-    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "shift": 14.0},
-    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_heads": 2},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.7),  # 47/48 for who knows nothing: the pictures are noise
+    options={"view": VIEW, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "shift": 14.0},
+    command={"method.backbone": TRANSFORMER, "method.decoder_dim": 16, "method.decoder_num_heads": 2},
+    learned=lambda method, batch, out: bool(out["loss"] < 0.7),  # 47/48 for who knows nothing: the images are noise
     backbone=transformer,
     full_scale="vit_base",
-    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_heads": 4},
+    overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_num_heads": 4},
     overfit_lr=3e-3,
     corners=[(2, 0.05, {})],
 )
 
 
-def literal_low_pass(picture: Tensor, radius: float) -> Tensor:
+def literal_low_pass(image: Tensor, radius: float) -> Tensor:
     """The discrete Fourier transform and its inverse as sums, one wave at a time."""
-    height, width = picture.shape
+    height, width = image.shape
     result = torch.zeros(height, width, dtype=torch.float64)
     waves = [(k, m) for k in range(-(height // 2), (height + 1) // 2) for m in range(-(width // 2), (width + 1) // 2)]
     points = [(y, x) for y in range(height) for x in range(width)]
@@ -37,7 +37,7 @@ def literal_low_pass(picture: Tensor, radius: float) -> Tensor:
         if math.hypot(k, m) > radius:
             continue
         turn = {(y, x): cmath.exp(2j * math.pi * (k * y / height + m * x / width)) for y, x in points}
-        amount = sum(float(picture[p]) / turn[p] for p in points) / (height * width)
+        amount = sum(float(image[p]) / turn[p] for p in points) / (height * width)
         for p in points:
             result[p] += (amount * turn[p]).real
     return result
@@ -61,14 +61,14 @@ def test_what_the_filter_keeps() -> None:
     torch.testing.assert_close(low_pass(fast, 100.0), fast)
 
 
-def test_the_radius_scales_with_the_picture() -> None:
+def test_the_radius_scales_with_the_image() -> None:
     assert make("pixmim", radius=28.0).radius == pytest.approx(2.0)  # 16 pixels instead of 224
     with torch.device("meta"):
         method = pixmim.PixMIM(vit_base())
     assert (method.radius, method.shift) == (40.0, 4)
 
 
-def test_nearly_all_of_a_picture_is_seen() -> None:
+def test_nearly_all_of_an_image_is_seen() -> None:
     """MAE's random crop may leave the foreground out."""
     (view,) = PixMIM(VisionTransformer(224, 16, 16, 1, 2), decoder_dim=16, decoder_depth=1).views()
     assert view.crop is None
@@ -78,7 +78,7 @@ def test_shifts_bring_in_the_mirror_image() -> None:
     index, clock = torch.arange(200), Clock(step=4, steps_per_epoch=2, seed=1)
     images = torch.randn(200, 3, 6, 7)
     moved = shifted(images, 2, index, clock)
-    u = chance.uniform(1, 2, index, chance.METHOD + 1, 2)
+    u = rng.uniform(1, 2, index, rng.METHOD + 1, 2)
     seen = set()
     for i in range(200):
         down, right = int(u[i, 0] * 5) - 2, int(u[i, 1] * 5) - 2
@@ -136,9 +136,9 @@ def test_what_cannot_be_is_refused() -> None:
         make("pixmim", mask_ratio=0.99)
     with pytest.raises(UserError, match="nearest size that works is 20x20"):
         make("pixmim", view=View(size=19))
-    with pytest.raises(UserError, match=r"radius 0\.0 leaves nothing of the picture"):
+    with pytest.raises(UserError, match=r"radius 0\.0 leaves nothing of the image"):
         make("pixmim", radius=0.0)
-    with pytest.raises(UserError, match="moves a picture by more than its size"):
+    with pytest.raises(UserError, match="moves an image by more than its size"):
         make("pixmim", shift=300.0)
 
 

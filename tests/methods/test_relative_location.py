@@ -17,7 +17,7 @@ CASE = Case(
     command={"method.backbone": CONVNET, "method.cell_size": 5, "method.patch_size": 4, "method.hidden_dim": 16},
     learned=lambda method, batch, out: bool(out["location_accuracy"] > 95),
     overfit={"hidden_dim": 128},
-    corners=[(2, 0.05, {})],  # one picture in each process
+    corners=[(2, 0.05, {})],  # one image in each process
     other_backbones=[transformer],
 )
 

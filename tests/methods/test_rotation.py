@@ -9,7 +9,7 @@ CASE = Case(
     options={"view": VIEW},
     command={"method.backbone": CONVNET},
     learned=lambda method, batch, out: bool(out["rotation_accuracy"] > 95),
-    corners=[(2, 0.05, {})],  # one picture in each process
+    corners=[(2, 0.05, {})],  # one image in each process
     other_backbones=[transformer],
 )
 
@@ -50,7 +50,7 @@ def accuracy_after_training(symmetric: bool) -> float:
     for step in range(60):
         batch = make_batch(method, 16, seed=step)
         x = 0.3 * batch.views[0]
-        x[:, :, :4, 6:10] += 1.0  # a mark at the top of every picture
+        x[:, :, :4, 6:10] += 1.0  # a mark at the top of every image
         if symmetric:
             x = rotate(x).view(4, *x.shape).mean(dim=0)
         out = method(batch._replace(views=(x,)), Clock())

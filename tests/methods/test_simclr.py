@@ -51,7 +51,7 @@ def test_nt_xent_is_equation_1(n: int, temperature: float) -> None:
     assert float(nt_xent(z_1, z_2, temperature)) == pytest.approx(literal(z_1, z_2, temperature), rel=1e-10, abs=1e-12)
 
 
-def test_repeated_pictures() -> None:
+def test_repeated_images() -> None:
     z_1, z_2 = torch.randn(2, 2, 4, dtype=torch.float64).repeat(1, 3, 1)
     assert float(nt_xent(z_1, z_2, 0.01)) == pytest.approx(literal(z_1, z_2, 0.01), rel=1e-10)
 
@@ -61,10 +61,10 @@ def _loss(z: Tensor, temperature: float) -> tuple[float, Tensor]:
     z_1, z_2 = (half.chunk(2)[r].clone().requires_grad_() for half in z)
     loss = nt_xent(z_1, z_2, temperature)
     loss.backward()
-    return float(distributed.mean(loss.detach())), torch.stack([z_1.grad, z_2.grad]) / 2
+    return float(distributed.all_reduce_mean(loss.detach())), torch.stack([z_1.grad, z_2.grad]) / 2
 
 
-@pytest.mark.parametrize(("n", "temperature"), [(2, 0.5), (6, 0.01)])  # the first: one picture in each process
+@pytest.mark.parametrize(("n", "temperature"), [(2, 0.5), (6, 0.01)])  # the first: one image in each process
 def test_over_processes(pool, n: int, temperature: float) -> None:
     z = torch.randn(2, n, 4, dtype=torch.float64, requires_grad=True)
     nt_xent(z[0], z[1], temperature).backward()
@@ -111,4 +111,4 @@ def test_the_projector_is_the_authors() -> None:
     linear = [m for m in method.projector if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(16, 16), (16, 16), (16, 16)]
     assert len([m for m in method.projector if isinstance(m, torch.nn.BatchNorm1d)]) == 3
-    assert len([m for m in make("simclr", projector_layers=2).projector if isinstance(m, torch.nn.Linear)]) == 2
+    assert len([m for m in make("simclr", projector_num_layers=2).projector if isinstance(m, torch.nn.Linear)]) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import simmim
@@ -12,12 +12,12 @@ from sslbook.methods.simmim import enlarge, hidden_l1, num_hidden, random_square
 from sslbook.nn import ResNet, VisionTransformer, timm_model, vit_base
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
-from tests.nn.test_masked import swin
+from tests.nn.test_mask_tokens import swin
 
 CASE = Case(
     options={"view": VIEW, "mask_size": 4},
     command={"method.backbone": TRANSFORMER},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.6),  # 0.8 for who knows nothing: the pictures are noise
+    learned=lambda method, batch, out: bool(out["loss"] < 0.6),  # 0.8 for who knows nothing: the images are noise
     backbone=transformer,
     full_scale="vit_base",
     overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4)},
@@ -37,7 +37,7 @@ def test_masks_are_keyed_and_fair() -> None:
     mask = random_squares(index, 16, 0.5, clock)
     assert torch.equal(mask.sum(dim=1), torch.full((4000,), 8))
     torch.testing.assert_close(mask.float().mean(dim=0), torch.full((16,), 0.5), rtol=0, atol=0.04)
-    noise = chance.uniform(5, 3, index[:1], chance.METHOD, 16)[0].tolist()
+    noise = rng.uniform(5, 3, index[:1], rng.METHOD, 16)[0].tolist()
     assert mask[0].nonzero()[:, 0].tolist() == sorted(sorted(range(16), key=noise.__getitem__)[:8])
     assert torch.equal(random_squares(index[37:38], 16, 0.5, clock)[0], mask[37])
     assert not torch.equal(random_squares(index, 16, 0.5, Clock(step=8, steps_per_epoch=2, seed=5)), mask)

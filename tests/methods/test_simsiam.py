@@ -14,7 +14,7 @@ SMALL = {"view": VIEW, "hidden_dim": 32, "projector_dim": 16, "predictor_dim": 8
 CASE = Case(
     options=SMALL,
     command={"method.backbone": CONVNET, "method.hidden_dim": 16, "method.projector_dim": 8},
-    learned=lambda method, batch, out: bool(out["loss"] < -0.9 and out["feature_spread"] > 0.5),
+    learned=lambda method, batch, out: bool(out["loss"] < -0.9 and out["feature_std"] > 0.5),
     lr=0.01,
     corners=[(6, 1e-3, {})],
     other_backbones=[transformer],
@@ -58,14 +58,14 @@ class WithoutStopGradient(SimSiam):
 def spread_after_training(cls: type[SimSiam]) -> float:
     torch.manual_seed(0)
     # No batch norm at the end of the projector, which keeps up the spread of whatever comes in (paper, table 3).
-    method = cls(CASE.backbone(), **SMALL, projector=MLP(16, 32, 16, layers=3))
+    method = cls(CASE.backbone(), **SMALL, projector=MLP(16, 32, 16, num_layers=3))
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     for step in range(100):
         out = method(make_batch(method, 16, seed=step), Clock())
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
-    return float(out["feature_spread"])
+    return float(out["feature_std"])
 
 
 def test_without_stop_gradient_it_collapses() -> None:

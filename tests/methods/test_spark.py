@@ -21,7 +21,7 @@ def convnext() -> nn.Module:
 CASE = Case(
     options={"view": VIEW, "decoder_dim": 16},
     command={"method.decoder_dim": 16},
-    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the pictures are noise
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the images are noise
     backbone=lambda: ConvNet(4),
     overfit={"backbone": ConvNet(16), "decoder_dim": 64},
     corners=[(2, 0.02, {})],
@@ -64,7 +64,7 @@ def test_masks_are_keyed_and_even() -> None:
     assert not torch.equal(visible_mask(index, (4, 4), 6, Clock(seed=6)), mask)
 
 
-def pictures(mask: Tensor) -> tuple[Tensor, Tensor]:
+def images(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Two batches that differ where nothing is visible."""
     x = torch.randn(len(mask), 3, 16, 16)
     return x, torch.where(at(mask, x), x, 5.0)
@@ -80,7 +80,7 @@ def test_dense_layers_leak_and_sparse_ones_do_not(which: int, monkeypatch) -> No
     network = networks()[which]
     side = 4 if which == 0 else 2
     mask = visible_mask(torch.arange(6), (side, side), side * side // 2, Clock())
-    x, other = pictures(mask)
+    x, other = images(mask)
 
     def leak() -> float:
         """How much visible places notice of what is hidden, batch norm included."""
@@ -102,7 +102,7 @@ def test_the_pattern_of_the_mask_does_not_wear_off(which: int) -> None:
     network = networks()[which]
     side = 4 if which == 0 else 2
     mask = visible_mask(torch.arange(6), (side, side), side * side // 2, Clock())
-    x, _ = pictures(mask)
+    x, _ = images(mask)
     with sparsely(network, mask):
         for maps in feature_maps(network, x):
             assert (maps * ~at(mask, maps)).abs().max() == 0
@@ -114,7 +114,7 @@ def test_the_pattern_of_the_mask_does_not_wear_off(which: int) -> None:
 def test_the_method_encodes_sparsely() -> None:
     method = make("spark")
     mask = visible_mask(torch.arange(6), (4, 4), 6, Clock())
-    x, other = pictures(mask)
+    x, other = images(mask)
     for maps in method.encode(x, mask):
         assert (maps * ~at(mask, maps)).abs().max() == 0
         assert (maps * at(mask, maps)).abs().max() > 0

@@ -35,7 +35,7 @@ CASE = Case(
         "method.queue_size": 16,
         "method.queue_start": "1 steps",
     },
-    # Every crop's assignment is foretold, and the assignments tell the pictures apart (log 12 = 2.5 for one and all).
+    # Every crop's assignment is foretold, and the assignments tell the images apart (log 12 = 2.5 for one and all).
     learned=lambda method, batch, out: bool(out["loss"] < 0.9 and out["used_prototypes"] > 8),
     lr=0.01,
     corners=[(2, 0.005, {}), (6, 0.005, {"num_small": 0, "queue_size": 6, "queue_start": 0})],

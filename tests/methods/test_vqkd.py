@@ -22,9 +22,9 @@ def seeded_teacher() -> VisionTransformer:
         return VisionTransformer(SIZE, 4, 12, 1, 2)
 
 
-SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "codes": 8, "code_dim": 4}
+SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "num_codes": 8, "code_dim": 4}
 CASE = Case(
-    options={"view": VIEW, "teacher": seeded_teacher(), "decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2},
+    options={"view": VIEW, "teacher": seeded_teacher(), "decoder_depth": 1, "decoder_dim": 16, "decoder_num_heads": 2},
     command={
         "method.backbone": json.dumps(
             {"class_path": "sslbook.nn.VQTokenizer", "init_args": {**SMALL, "image_size": 24}}
@@ -32,14 +32,14 @@ CASE = Case(
         "method.teacher": json.dumps({"class_path": "sslbook.nn.ConvNet", "init_args": {"width": 4}}),
         "method.decoder_depth": 1,
         "method.decoder_dim": 16,
-        "method.decoder_heads": 2,
+        "method.decoder_num_heads": 2,
     },
     learned=lambda method, batch, out: bool(out["cosine_loss"] < 0.12),
     backbone=lambda: VQTokenizer(**SMALL),
     full_scale="VQTokenizer",
     full_options=lambda: {"teacher": VisionTransformer()},
     overfit={
-        "backbone": VQTokenizer(**{**SMALL, "dim": 64, "codes": 128, "code_dim": 8}),
+        "backbone": VQTokenizer(**{**SMALL, "dim": 64, "num_codes": 128, "code_dim": 8}),
         "teacher": ConvNet(8),
         "momentum": 0.9,
         "decoder_dim": 64,
@@ -160,9 +160,9 @@ def test_a_code_is_dead_below_a_part_of_the_average() -> None:
 
 
 def codes_used(alive: bool) -> int:
-    """How many of 32 codes are chosen for new pictures after training; if not alive, they begin anywhere."""
+    """How many of 32 codes are chosen for new images after training; if not alive, they begin anywhere."""
     torch.manual_seed(1)
-    backbone = VQTokenizer(**{**SMALL, "codes": 32})
+    backbone = VQTokenizer(**{**SMALL, "num_codes": 32})
     method = make("vqkd", seed=1, backbone=backbone, momentum=0.9, dead_below=0.03 if alive else 0.0)
     method.started.fill_(not alive)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
@@ -196,7 +196,7 @@ def test_codes_start_at_patches() -> None:
 def test_codes_of_weights_are_kept(tmp_path: Path) -> None:
     source, target = make("vqkd"), make("vqkd", seed=1)
     torch.save(source.backbone.state_dict(), tmp_path / "tokenizer.pt")
-    target.after_weights(load_weights(target, tmp_path / "tokenizer.pt").taken)
+    target.on_weights_loaded(load_weights(target, tmp_path / "tokenizer.pt").taken)
     target(make_batch(target, 4), Clock())
     target.after_step(Clock(1, 10))
     cosine = (target.backbone.codebook * source.backbone.codebook).sum(dim=1)
@@ -218,5 +218,5 @@ def test_what_cannot_be_is_refused() -> None:
         make("vqkd", teacher=None)
     with pytest.raises(UserError, match="grid of 2x2 patches and the student one of 4x4"):
         make("vqkd", teacher=VisionTransformer(SIZE, 8, 12, 1, 2))
-    with pytest.raises(UserError, match="made for pictures of 16 pixels and the view gives 24"):
+    with pytest.raises(UserError, match="made for images of 16 pixels and the view gives 24"):
         make("vqkd", view=View(size=24))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslbook import chance
+from sslbook import rng
 from sslbook.errors import UserError
 from sslbook.methods.wmse import WMSE, pair_loss, slices, whiten
 from sslbook.nn import resnet50
@@ -88,7 +88,7 @@ def test_the_methods_loss_slice_by_slice() -> None:
     h = method.projector(torch.cat([method.backbone(x) for x in batch.views])).double().unflatten(0, (3, 8))
     terms = []
     for k in range(2):
-        for rows in slices(batch.index, 4, chance.METHOD + k, clock):
+        for rows in slices(batch.index, 4, rng.METHOD + k, clock):
             white = []
             for x in (view[rows] - view[rows].mean(dim=0) for view in h):
                 factor = torch.linalg.cholesky(0.9 * x.T @ x / 3 + 0.1 * torch.eye(2))
@@ -109,15 +109,15 @@ def test_the_gradient_goes_to_all_views() -> None:
 
 def test_slices_are_keyed() -> None:
     index, clock = torch.randperm(64)[:12], Clock(step=7, steps_per_epoch=2, seed=5)
-    rows = slices(index, 4, chance.METHOD, clock)
+    rows = slices(index, 4, rng.METHOD, clock)
     assert torch.equal(rows.flatten().sort().values, torch.arange(12))
     order = torch.randperm(12)
-    assert torch.equal(index[order][slices(index[order], 4, chance.METHOD, clock)], index[rows])
-    assert not torch.equal(rows, slices(index, 4, chance.METHOD + 1, clock))
-    assert not torch.equal(rows, slices(index, 4, chance.METHOD, Clock(step=8, steps_per_epoch=2, seed=5)))
+    assert torch.equal(index[order][slices(index[order], 4, rng.METHOD, clock)], index[rows])
+    assert not torch.equal(rows, slices(index, 4, rng.METHOD + 1, clock))
+    assert not torch.equal(rows, slices(index, 4, rng.METHOD, Clock(step=8, steps_per_epoch=2, seed=5)))
 
 
-def test_repeated_pictures_are_each_in_one_slice() -> None:
+def test_repeated_images_are_each_in_one_slice() -> None:
     rows = slices(torch.tensor([3, 3, 3, 5, 5, 3]), 3, 0, Clock())
     assert sorted(rows.flatten().tolist()) == list(range(6))
 
@@ -136,7 +136,7 @@ def spread_after_training(cls: type[WMSE]) -> float:
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
-    return float(out["feature_spread"])
+    return float(out["feature_std"])
 
 
 def test_without_whitening_it_collapses() -> None:

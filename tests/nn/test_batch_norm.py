@@ -35,7 +35,7 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return {
         "y": y.detach(),
         "x": x.grad,
-        "parameters": distributed.mean(gradients) * distributed.world_size(),
+        "parameters": distributed.all_reduce_mean(gradients) * distributed.world_size(),
         **{name: value.clone() for name, value in module.named_buffers()},
     }
 

@@ -2,18 +2,18 @@ import pytest
 import torch
 from torch import nn
 
-from sslbook.nn import MLP, PrototypeHead
+from sslbook.nn import MLP, DINOHead
 
 
 def test_layers_in_order() -> None:
-    head = MLP(5, 7, 3, layers=3)
+    head = MLP(5, 7, 3, num_layers=3)
     assert [type(m) for m in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
     assert [m.weight.shape for m in head if isinstance(m, nn.Linear)] == [(7, 5), (7, 7), (3, 7)]
     assert [m.bias is not None for m in head if isinstance(m, nn.Linear)] == [False, False, True]
 
 
 def test_one_layer_is_linear() -> None:
-    (layer,) = MLP(5, 7, 3, layers=1, batch_norm=False)
+    (layer,) = MLP(5, 7, 3, num_layers=1, batch_norm=False)
     assert isinstance(layer, nn.Linear)
     assert layer.weight.shape == (3, 5)
 
@@ -35,7 +35,7 @@ def test_last_batch_norm(last: str, trained: set[str]) -> None:
 
 
 def test_cosines_to_prototypes() -> None:
-    head = PrototypeHead(5, 7, 3, 4)
+    head = DINOHead(5, 7, 3, 4)
     assert [type(m) for m in head.mlp] == [nn.Linear, nn.GELU] * 2 + [nn.Linear]
     with torch.no_grad():
         head.prototypes *= torch.tensor([[1.0], [2.0], [0.1], [5.0]])  # lengths mean nothing
@@ -45,7 +45,7 @@ def test_cosines_to_prototypes() -> None:
 
 
 def test_frozen_prototypes_get_a_gradient_of_zero() -> None:
-    head = PrototypeHead(5, 7, 3, 4)
+    head = DINOHead(5, 7, 3, 4)
     x = torch.randn(6, 5)
     torch.testing.assert_close(head(x, frozen=True), head(x))
     head(x, frozen=True).square().sum().backward()
@@ -58,6 +58,6 @@ def test_frozen_prototypes_get_a_gradient_of_zero() -> None:
 
 def test_dinos_head_has_the_published_size() -> None:
     with torch.device("meta"):
-        head = PrototypeHead(384, 2048, 256, 65536)
+        head = DINOHead(384, 2048, 256, 65536)
     mlp = 384 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 256 + 256
     assert sum(p.numel() for p in head.parameters()) == mlp + 65536 * 256

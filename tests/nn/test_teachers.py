@@ -80,7 +80,7 @@ def test_nothing_to_attend_to_is_even() -> None:
     assert torch.equal(seen.attention, torch.full((2, 16), 1 / 16))
 
 
-def test_pictures_are_normalized_as_the_teacher_wants(tmp_path: Path) -> None:
+def test_images_are_normalized_as_the_teacher_wants(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ResNet(18, 4, "small")
     facts = {"view": {"size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}}
@@ -97,7 +97,7 @@ def test_pictures_are_normalized_as_the_teacher_wants(tmp_path: Path) -> None:
     assert Teacher(str(tmp_path), VIEW, size=32)(ours).patches.shape == (2, 16, 32)
 
 
-def test_pictures_are_brought_to_the_teachers_size() -> None:
+def test_images_are_brought_to_the_teachers_size() -> None:
     model = VisionTransformer(24, 6, 16, 1, 2)
     with pytest.raises(UserError, match="nearest size that works is 18x18"):
         Teacher(model, VIEW)
@@ -278,8 +278,8 @@ def test_what_cannot_teach_is_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="no such run folder or exported backbone"):
         Teacher(str(tmp_path / "nowhere"), VIEW)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"`python -m sslbook.train` makes runs/simclr-world"):
-        Teacher("runs/simclr-world", VIEW)
+    with pytest.raises(UserError, match=r"`python -m sslbook.train` makes runs/simclr-shapes"):
+        Teacher("runs/simclr-shapes", VIEW)
     with pytest.raises(UserError, match=r"Flatten makes no map of features .*forward_map"):
         Teacher(nn.Flatten(), VIEW)
 

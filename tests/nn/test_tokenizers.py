@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sslbook import checkpoint
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.errors import UserError
 from sslbook.nn import DiscreteEncoder, ResNet, VQTokenizer
 from sslbook.nn.tokenizers import (
@@ -38,9 +38,9 @@ def test_noise_draws_from_the_softmax() -> None:
 
 
 def test_noise_is_finite_at_the_ends_of_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One draw in 2^24 is the greatest below 1: with 64 pictures, 36 patches and 64 codes it comes every 114 steps."""
+    """One draw in 2^24 is the greatest below 1: with 64 images, 36 patches and 64 codes it comes every 114 steps."""
     ends = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
-    monkeypatch.setattr("sslbook.chance.uniform", lambda *key: ends[None])
+    monkeypatch.setattr("sslbook.rng.uniform", lambda *key: ends[None])
     noise = gumbel_noise(torch.tensor([0]), 2, 2, seed=0, epoch=0).flatten()
     assert noise.isfinite().all()
     assert (noise.diff() > 0).all()
@@ -90,7 +90,7 @@ def test_one_code_for_every_patch(patch_size: int) -> None:
     assert DiscreteDecoder(patch_size, 5, 8, 1)(scores.softmax(dim=2), 16 // patch_size).shape == x.shape
 
 
-def test_a_tokenizer_is_frozen_and_sees_its_own_pictures() -> None:
+def test_a_tokenizer_is_frozen_and_sees_its_own_images() -> None:
     encoder = DiscreteEncoder(4, 16, 8, 1)
     own = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     tokenizer = Tokenizer(encoder, VIEW, 4, own).train()
@@ -100,7 +100,7 @@ def test_a_tokenizer_is_frozen_and_sees_its_own_pictures() -> None:
     seen = (pixels - 0.5) / 0.25
     wanted = (pixels - torch.tensor(own[0])[:, None, None]) / torch.tensor(own[1])[:, None, None]
     assert torch.equal(tokenizer(seen), encoder.tokens(wanted))
-    half = Tokenizer(encoder, VIEW, 2, own)  # patches of 8 pixels: the picture is made half as large
+    half = Tokenizer(encoder, VIEW, 2, own)  # patches of 8 pixels: the image is made half as large
     assert half(seen).shape == (2, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer(seen), encoder.tokens(wanted))
@@ -122,7 +122,7 @@ def test_a_trained_one_is_loaded_and_others_are_refused(tmp_path: Path) -> None:
 
 
 def test_training_one_here_is_deterministic_and_leaves_no_trace(capsys) -> None:
-    data = Data(world=World(pictures=64, test_pictures=8, size=16))
+    data = Data(shapes=Shapes(num_train=64, num_test=8, size=16))
     made = []
     for _ in range(2):
         tokenizer = Tokenizer(small_encoder(4, 8), VIEW, 4)
@@ -134,13 +134,13 @@ def test_training_one_here_is_deterministic_and_leaves_no_trace(capsys) -> None:
         assert torch.equal(a, b)
     said = capsys.readouterr().err
     assert "beit: no tokenizer given, so one is trained first, 3 steps" in said
-    assert re.search(r"the tokenizer is done; squared error of pictures [\d.]+, \d+ of 8 codes in use", said)
+    assert re.search(r"the tokenizer is done; squared error of images [\d.]+, \d+ of 8 codes in use", said)
 
 
 def test_a_tokenizer_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    data = Data(world=World(pictures=64, size=16))
+    data = Data(shapes=Shapes(num_train=64, size=16))
     tokenizer = Tokenizer(small_encoder(4, 8), VIEW, 4)
-    constant = Data(world=World(pictures=64, size=16))
+    constant = Data(shapes=Shapes(num_train=64, size=16))
     monkeypatch.setattr(
         constant,
         "batches",
@@ -149,14 +149,14 @@ def test_a_tokenizer_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, capsys)
         ),
     )
     train_discrete(tokenizer, constant, VIEW, 1, "beit")
-    assert "beit: warning: all pictures have the same codes" in capsys.readouterr().err
+    assert "beit: warning: all images have the same codes" in capsys.readouterr().err
     monkeypatch.setattr("sslbook.nn.tokenizers.gumbel_noise", lambda i, n, k, *_: torch.full((len(i), n, k), math.inf))
     with pytest.raises(UserError, match="the loss of the tokenizer became nan; train one with"):
         train_discrete(tokenizer, data, VIEW, 2, "beit")
 
 
 def test_the_nearest_code_by_loops() -> None:
-    tokenizer = VQTokenizer(16, 4, 16, 1, 2, codes=7, code_dim=3).eval()
+    tokenizer = VQTokenizer(16, 4, 16, 1, 2, num_codes=7, code_dim=3).eval()
     x = torch.randn(2, 3, 16, 16)
     places, tokens = tokenizer.places(x), tokenizer.tokens(x)
     assert places.shape == (2, 16, 3)
@@ -171,6 +171,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="not made by halving: use patch_size 16"):
         DiscreteEncoder(patch_size=14)
     with pytest.raises(UserError, match=r"1 code\(s\) say nothing"):
-        DiscreteEncoder(codes=1)
+        DiscreteEncoder(num_codes=1)
     with pytest.raises(UserError, match=r"1 code\(s\) say nothing"):
-        VQTokenizer(codes=1)
+        VQTokenizer(num_codes=1)

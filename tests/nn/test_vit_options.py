@@ -137,7 +137,7 @@ def test_weights_of_another_image_size(tmp_path: Path, positions: str, to: int) 
     assert (loaded.missing, loaded.unused) == ([], [])
     assert loaded.resampled == ["pos_embed"] + (["rel_pos_bias.table"] if positions == "relative" else [])
     if positions != "relative":
-        # The network that was trained on the other size, given pictures of this one, does the same.
+        # The network that was trained on the other size, given images of this one, does the same.
         x = torch.randn(2, 3, to, to)
         torch.testing.assert_close(other(x), small(x))
         return

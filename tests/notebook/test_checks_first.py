@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from sslbook import distributed
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.views import View
-from sslbook.data.world import World
 from sslbook.notebook import checks_first as check
 from sslbook.notebook.checks import CheckFailed
 
@@ -80,7 +80,7 @@ RIGHT = {
     "merge_neighbors": merge,
     "probe_gradient": gradient,
     "standardize": standard,
-    "pictures_needed": needed,
+    "images_needed": needed,
     "paired_difference": paired,
     "participation_ratio": participation,
 }
@@ -110,16 +110,16 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("probe_gradient", lambda *a: gradient(*a, scale=-1), "sign of the loss"),
     ("probe_gradient", lambda *a: gradient(*a, target=0), "labels are missing"),
     ("probe_gradient", lambda *a: gradient(*a, p=lambda a: a), "softmax is missing"),
-    ("probe_gradient", lambda *a: gradient(*a, p=lambda a: a.softmax(0)), "over the pictures"),
+    ("probe_gradient", lambda *a: gradient(*a, p=lambda a: a.softmax(0)), "over the images"),
     ("probe_gradient", lambda *a: gradient(*a, p=lambda a: a.exp() / a.exp().sum(1, True)), "not finite"),
     ("probe_gradient", lambda *a: gradient(*a).T, "shape of w"),
-    ("pictures_needed", lambda *a: needed(*a, end=float), "an int"),
-    ("pictures_needed", lambda *a: needed(*a, end=math.floor), "rounded down"),
-    ("pictures_needed", lambda *a: needed(*a, by=4), "either side"),
-    ("pictures_needed", lambda *a: needed(*a, by=1 / 4), "do not halve"),
-    ("pictures_needed", lambda p, half, z: needed(p, half, 1), "not used"),
-    ("pictures_needed", lambda p, half, z: needed(p, half, z, by=1 / (1 - p)), "variance of one answer"),
-    ("pictures_needed", lambda p, half, z: math.ceil(math.sqrt(p * (1 - p)) * z / half), "root of n"),
+    ("images_needed", lambda *a: needed(*a, end=float), "an int"),
+    ("images_needed", lambda *a: needed(*a, end=math.floor), "rounded down"),
+    ("images_needed", lambda *a: needed(*a, by=4), "either side"),
+    ("images_needed", lambda *a: needed(*a, by=1 / 4), "do not halve"),
+    ("images_needed", lambda p, half, z: needed(p, half, 1), "not used"),
+    ("images_needed", lambda p, half, z: needed(p, half, z, by=1 / (1 - p)), "variance of one answer"),
+    ("images_needed", lambda p, half, z: math.ceil(math.sqrt(p * (1 - p)) * z / half), "root of n"),
     ("participation_ratio", lambda h: participation(h, center=False), "not centered"),
     ("participation_ratio", lambda h: of_values(torch.linalg.svdvals(h - h.mean(0))), "square them"),
     ("participation_ratio", lambda h: of_values(h.var(0)), "off-diagonal"),
@@ -137,7 +137,7 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("paired_difference", lambda a, b: tuple(100 * v for v in paired(a, b)), "percent"),
     ("paired_difference", lambda a, b: ((a != b).double().mean(), 0.0), "disagree"),
     ("paired_difference", lambda *a: paired(*a, deviation=unpaired), "different sets"),
-    ("paired_difference", lambda *a: paired(*a, deviation=lambda x, y: (x - y).std(correction=0)), "one picture"),
+    ("paired_difference", lambda *a: paired(*a, deviation=lambda x, y: (x - y).std(correction=0)), "one image"),
     ("paired_difference", lambda *a: paired(*a, power=1), "variance"),
     (
         "paired_difference",
@@ -166,8 +166,8 @@ def test_mistake_is_named(name: str, answer: Callable, message: str) -> None:
 
 
 def test_two_processes_see_the_parts_of_one_batch() -> None:
-    world, view = World(pictures=16, test_pictures=1), View(size=16, color_jitter=(0.4, 0.4, 0.4, 0.1))
-    index, views = check.views_of_process(world, view, 8, 3, 2)
-    parts = distributed.launch(check.views_of_process, 2, world, view, 8, 3, 2)
+    shapes, view = Shapes(num_train=16, num_test=1), View(size=16, color_jitter=(0.4, 0.4, 0.4, 0.1))
+    index, views = check.views_of_process(shapes, view, 8, 3, 2)
+    parts = distributed.launch(check.views_of_process, 2, shapes, view, 8, 3, 2)
     assert torch.equal(torch.cat([part[0] for part in parts]), index)
     assert torch.equal(torch.cat([part[1] for part in parts]), views)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sslbook.notebook import pictures, style
+from sslbook.notebook import plots, style
 
 
 def pixels(figure):
@@ -46,14 +46,14 @@ def test_a_notebook_gets_one_image_and_the_text(monkeypatch):
 
 def test_denormalize_undoes_normalization():
     x = torch.rand(2, 3, 4, 4)
-    mean, std = torch.tensor(pictures.IMAGENET_MEAN), torch.tensor(pictures.IMAGENET_STD)
-    back = pictures.denormalize((x - mean[:, None, None]) / std[:, None, None])
+    mean, std = torch.tensor(images.IMAGENET_MEAN), torch.tensor(images.IMAGENET_STD)
+    back = plots.denormalize((x - mean[:, None, None]) / std[:, None, None])
     torch.testing.assert_close(back, x)
-    assert pictures.denormalize(torch.full((1, 3, 2, 2), 9.0)).max() == 1
+    assert plots.denormalize(torch.full((1, 3, 2, 2), 9.0)).max() == 1
 
 
-def test_grid_draws_each_picture_under_its_title():
-    figure = pictures.grid(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), [str(i) for i in range(10)], alt="x", columns=4)
+def test_grid_draws_each_image_under_its_title():
+    figure = plots.grid(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), [str(i) for i in range(10)], alt="x", columns=4)
     assert [ax.get_title() for ax in figure.axes] == [*map(str, range(10)), "", ""]
     assert [len(ax.images) for ax in figure.axes] == [1] * 10 + [0] * 2
 
@@ -61,27 +61,27 @@ def test_grid_draws_each_picture_under_its_title():
 @pytest.mark.parametrize("as_uint8", [True, False])
 def test_grid_shows_the_right_colors(as_uint8):
     red = torch.tensor([1.0, 0, 0])[None, :, None, None].expand(1, 3, 8, 8)
-    image = pixels(pictures.grid((red * 255).to(torch.uint8) if as_uint8 else red, alt="red"))
+    image = pixels(plots.grid((red * 255).to(torch.uint8) if as_uint8 else red, alt="red"))
     middle = image[image.shape[0] // 2, image.shape[1] // 2]
     assert middle.tolist() == [255, 0, 0, 255]
 
 
-def test_gray_pictures_are_drawn():
-    figure = pictures.grid(torch.ones(1, 1, 4, 4), alt="white")
+def test_gray_images_are_drawn():
+    figure = plots.grid(torch.ones(1, 1, 4, 4), alt="white")
     image = pixels(figure)
     assert image[image.shape[0] // 2, image.shape[1] // 2].tolist() == [255, 255, 255, 255]
 
 
 def test_neighbors_frame_right_and_wrong_differently():
     same = torch.tensor([[True, False]])
-    figure = pictures.neighbors(torch.rand(1, 3, 4, 4), torch.rand(1, 2, 3, 4, 4), same, alt="x")
+    figure = plots.neighbors(torch.rand(1, 3, 4, 4), torch.rand(1, 2, 3, 4, 4), same, alt="x")
     frames = [next(iter(ax.spines.values())) for ax in figure.axes[2:]]
     assert frames[0].get_edgecolor() != frames[1].get_edgecolor()
     assert frames[0].get_linestyle() != frames[1].get_linestyle()  # not by color alone
 
 
 def test_curves_are_named_at_their_ends():
-    figure = pictures.curves({"a": ([1, 2], [4, 3]), "b": ([1, 5], [1, 2])}, alt="x", xlabel="step", ylabel="loss")
+    figure = plots.curves({"a": ([1, 2], [4, 3]), "b": ([1, 5], [1, 2])}, alt="x", xlabel="step", ylabel="loss")
     ax = figure.axes[0]
     assert [(t.get_text().strip(), tuple(t.xy)) for t in ax.texts] == [("a", (2, 3)), ("b", (5, 2))]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss")
@@ -89,7 +89,7 @@ def test_curves_are_named_at_their_ends():
 
 def test_map_names_each_class_on_one_of_its_points():
     points = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [5.1, 5.0]])
-    figure = pictures.scatter(points, torch.tensor([0, 0, 2, 2]), ["disk", "ring", "star"], alt="x")
+    figure = plots.scatter(points, torch.tensor([0, 0, 2, 2]), ["disk", "ring", "star"], alt="x")
     named = {t.get_text(): t.xy for t in figure.axes[0].texts}
     assert set(named) == {"disk", "star"}
     assert named["star"][0] >= 5

@@ -18,15 +18,15 @@ VALUES = {"SimCLR": {"kNN": [68.0, 70.0], "linear": [71.0, 71.5]}, "pixels": {"k
 
 
 def test_what_is_saved_is_loaded_with_its_origin(checkout):
-    path = results.save("world", VALUES, command="python -m sslbook.train", seeds=[0, 1])
-    assert path == checkout / "book" / "results" / "world.json"
-    loaded = results.load("world")
+    path = results.save("shapes", VALUES, command="python -m sslbook.train", seeds=[0, 1])
+    assert path == checkout / "book" / "results" / "shapes.json"
+    loaded = results.load("shapes")
     assert loaded["pixels"] == {"kNN": 20.0}
     assert loaded.seeds == [0, 1]
     assert loaded.versions["torch"]
     assert loaded.hardware["cores"] >= 1
     assert "`python -m sslbook.train`; seeds 0, 1;" in loaded.origin()
-    assert [p.name for p in path.parent.iterdir()] == ["world.json"]  # nothing half-written stays
+    assert [p.name for p in path.parent.iterdir()] == ["shapes.json"]  # nothing half-written stays
 
 
 def test_the_commit_is_kept_and_a_changed_tree_is_marked(checkout):
@@ -37,29 +37,29 @@ def test_the_commit_is_kept_and_a_changed_tree_is_marked(checkout):
     git("init", "-q")
     git("add", "file")
     git("commit", "-qm", "one")
-    results.save("world", VALUES)
-    clean = results.load("world").commit
+    results.save("shapes", VALUES)
+    clean = results.load("shapes").commit
     assert len(clean) == 40
     (checkout / "file").write_text("2")
-    results.save("world", VALUES)
-    assert results.load("world").commit == clean + "+"
+    results.save("shapes", VALUES)
+    assert results.load("shapes").commit == clean + "+"
 
 
 def test_a_result_that_json_cannot_hold_leaves_the_old_one(checkout):
-    path = results.save("world", VALUES)
+    path = results.save("shapes", VALUES)
     before = path.read_text()
     with pytest.raises(ValueError, match="JSON"):
-        results.save("world", {"loss": float("nan")})
+        results.save("shapes", {"loss": float("nan")})
     assert path.read_text() == before
 
 
 def test_table(checkout):
-    results.save("world", VALUES, seeds=[0, 1])
-    table = results.show("world")
+    results.save("shapes", VALUES, seeds=[0, 1])
+    table = results.show("shapes")
     assert repr(table).splitlines()[1].split("  ") == ["SimCLR", "69.0 ± 1.4", "71.2 ± 0.4"]
-    part = results.show("world", rows=["pixels"], columns=["kNN"], digits=0)
+    part = results.show("shapes", rows=["pixels"], columns=["kNN"], digits=0)
     assert repr(part).splitlines()[1].split() == ["pixels", "20"]
-    assert "book/results/world.json" in table._repr_html_()
+    assert "book/results/shapes.json" in table._repr_html_()
     assert '<th scope="row"' in table._repr_html_()
 
 
@@ -70,16 +70,16 @@ def test_number():
 
 
 def test_missing_things_name_the_cure(checkout, monkeypatch, tmp_path):
-    results.save("world", VALUES)
-    with pytest.raises(UserError, match="no result 'word' in book/results; did you mean world"):
+    results.save("shapes", VALUES)
+    with pytest.raises(UserError, match="no result 'word' in book/results; did you mean shapes"):
         results.load("word")
-    with pytest.raises(UserError, match="world has no 'SimCRL'; it has SimCLR, pixels; did you mean SimCLR"):
-        results.load("world")["SimCRL"]
+    with pytest.raises(UserError, match="shapes has no 'SimCRL'; it has SimCLR, pixels; did you mean SimCLR"):
+        results.load("shapes")["SimCRL"]
     monkeypatch.setattr(results, "folder", lambda: None)  # an installed package outside any checkout
     with pytest.raises(UserError, match="git clone"):
-        results.load("world")
+        results.load("shapes")
     with pytest.raises(UserError, match="run from a checkout"):
-        results.save("world", VALUES)
+        results.save("shapes", VALUES)
 
 
 def test_profile(monkeypatch):

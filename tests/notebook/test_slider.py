@@ -61,7 +61,7 @@ def test_values_may_be_numpy_or_words():
     assert "0.316" in sweep(draw, tau=np.geomspace(0.1, 1, 3))._repr_html_()
 
 
-def test_text_for_readers_without_pictures():
+def test_text_for_readers_without_images():
     assert repr(sweep(draw, tau=[0.1, 0.5], default=0.1)) == "slider over tau (2 values): tau 0.10, k 1"
 
 

@@ -1,0 +1,138 @@
+"""Images of images: grids, nearest neighbors, curves, maps. Each returns a figure that carries its alt text."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from sslbook.notebook import style
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def denormalize(
+    images: Float[Tensor, "*n c h w"],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Float[Tensor, "*n c h w"]:
+    """Undo `(x - mean) / std` per channel, clipped to [0, 1]."""
+    scale, shift = (torch.tensor(v, device=images.device)[:, None, None] for v in (std, mean))
+    return (images * scale + shift).clamp(0, 1)
+
+
+def grid(
+    images: Shaped[Tensor, "n c h w"],
+    titles: Sequence[str] | None = None,
+    *,
+    alt: str,
+    columns: int = 8,
+    inch: float = 0.75,
+) -> style.Figure:
+    """Images (uint8, or floats in [0, 1]) in rows of `columns`, each with its title above it."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    above = 0.25 if titles else 0.0
+    fig, axes = style.figure(alt, rows, columns, width=columns * inch, height=rows * (inch + above), squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        ax.set_axis_off()
+        if i < len(images):
+            _draw(ax, images[i])
+            if titles:
+                ax.set_title(titles[i], fontsize=8, pad=2)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # pyrefly: ignore
+    return fig
+
+
+def neighbors(
+    queries: Shaped[Tensor, "n c h w"],
+    found: Shaped[Tensor, "n k c h w"],
+    same: Bool[Tensor, "n k"] | None = None,
+    *,
+    alt: str,
+    inch: float = 0.75,
+) -> style.Figure:
+    """One row per query: the query, a gap, its nearest neighbors.
+
+    Where `same` is given, a neighbor of the query's class has a solid green frame and another a dashed orange one.
+    """
+    n, k = found.shape[:2]
+    fig, axes = style.figure(
+        alt, n, k + 2, width=(k + 1.4) * inch, height=n * inch, squeeze=False, width_ratios=[1, 0.3, *[1] * k]
+    )
+    for row in range(n):
+        for ax in axes[row, :2]:
+            ax.set_axis_off()
+        _draw(axes[row, 0], queries[row])
+        for column in range(k):
+            ax = axes[row, column + 2]
+            _draw(ax, found[row, column])
+            ax.set(xticks=[], yticks=[])
+            for spine in ax.spines.values():
+                spine.set_visible(same is not None)
+                if same is not None:
+                    color, line = (style.GREEN, "-") if same[row, column] else (style.ORANGE, ":")
+                    spine.set(color=color, linestyle=line, linewidth=2)
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)  # pyrefly: ignore
+    return fig
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    alt: str,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+    width: float = 5.2,
+    height: float = 3.0,
+) -> style.Figure:
+    """Lines `{name: (x, y)}`, each named at its right end instead of in a legend."""
+    fig, ax = style.figure(alt, width=width, height=height)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        color = style.COLORS[i % len(style.COLORS)]
+        dashes = ("-", "--", ":", "-.")[i // len(style.COLORS) % 4]
+        ax.plot(x, y, color=color, linestyle=dashes)
+        if len(x):
+            ax.annotate(f" {name}", (x[-1], y[-1]), color=color, va="center", annotation_clip=False)
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    return fig
+
+
+def scatter(
+    points: Float[Tensor, "n 2"],
+    labels: Int[Tensor, "n"],
+    names: Sequence[str] = (),
+    *,
+    alt: str,
+    width: float = 5.2,
+    height: float = 4.2,
+) -> style.Figure:
+    """A map of points, colored by class, each class named where most of it lies."""
+    fig, ax = style.figure(alt, width=width, height=height)
+    xy, which = points.cpu().numpy(), labels.cpu().numpy()
+    for i, label in enumerate(np.unique(which)):
+        part = xy[which == label]
+        color, mark = style.COLORS[i % len(style.COLORS)], "o^sDvP*X"[i // len(style.COLORS) % 8]
+        ax.scatter(part[:, 0], part[:, 1], s=6, alpha=0.6, linewidths=0, color=color, marker=mark)
+        if len(names):
+            middle = np.median(part, axis=0)
+            nearest = part[np.linalg.norm(part - middle, axis=1).argmin()]  # a median may fall between two clusters
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": color, "alpha": 0.85}
+            ax.annotate(names[label], nearest, fontsize=9, color="black", ha="center", va="center", bbox=box)
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return fig
+
+
+def _draw(ax, image: Shaped[Tensor, "c h w"]) -> None:
+    image = image.detach().cpu()
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)
+    array = image.permute(1, 2, 0).numpy()
+    if array.shape[2] == 1:
+        ax.imshow(array[..., 0], cmap="gray", vmin=0, vmax=1)
+    else:
+        ax.imshow(array)

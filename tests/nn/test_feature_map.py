@@ -1,0 +1,27 @@
+import pytest
+import torch
+from torch import nn
+
+from sslbook.errors import UserError
+from sslbook.nn import ConvNet, ResNet
+from sslbook.nn.feature_map import UpConvolutions, map_side
+
+
+def test_every_up_convolution_doubles() -> None:
+    x = torch.randn(2, 8, 3, 5)
+    assert UpConvolutions(8, [6, 4], 3)(x).shape == (2, 3, 12, 20)
+    assert [type(m) for m in UpConvolutions(8, [], 3)] == [nn.Conv2d]
+
+
+def test_the_side_of_a_map_costs_nothing_and_changes_nothing() -> None:
+    backbone = ConvNet(4)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    for size in (16, 24, 33):
+        assert map_side(backbone, size, "this") == backbone.eval().forward_map(torch.zeros(1, 3, size, size)).shape[2]
+    assert map_side(ResNet(18, width=4), 224, "this") == 7
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+def test_a_backbone_without_a_map_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a method that draws .* Linear makes none: choose sslbook.nn.ResNet"):
+        map_side(nn.Linear(1, 1), 16, "a method that")

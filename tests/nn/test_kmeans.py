@@ -1,0 +1,244 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sslbook import distributed, rng
+from sslbook.data.datasets.shapes import Shapes
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+from sslbook.errors import UserError
+from sslbook.nn import convert_batch_norm
+from sslbook.nn import kmeans as kmeans_module
+from sslbook.nn.kmeans import embed, embed_views, kmeans, pca_whiten, split_largest
+from sslbook.schedules import Clock
+
+VIEW = View.center(16)
+
+
+def literal(x: Tensor, clusters: int, iterations: int, spherical: bool) -> tuple[list[list[float]], list[int]]:
+    """Lloyd's algorithm, row by row."""
+
+    def unit(row: list[float]) -> list[float]:
+        return [v / math.hypot(*row) for v in row] if spherical else row
+
+    def assign() -> list[int]:
+        answer = []
+        for row in x.tolist():
+            if spherical:
+                scores = [sum(a * b for a, b in zip(row, c)) for c in centroids]
+            else:
+                scores = [-sum((a - b) ** 2 for a, b in zip(row, c)) for c in centroids]
+            answer.append(scores.index(max(scores)))
+        return answer
+
+    centroids = [unit(x[i].tolist()) for i in rng.permutation(3, 0, len(x))[:clusters]]
+    for _ in range(iterations):
+        assignment = assign()
+        for j in range(clusters):
+            members = [row for row, cluster in zip(x.tolist(), assignment) if cluster == j]
+            assert members, "this data should leave no cluster empty"
+            centroids[j] = unit([sum(column) / len(members) for column in zip(*members)])
+    return centroids, assign()
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize(("n", "clusters", "iterations"), [(37, 5, 3), (5, 5, 1), (9, 1, 2), (20, 4, 0)])
+def test_kmeans_is_lloyds(n: int, clusters: int, iterations: int, spherical: bool, monkeypatch) -> None:
+    x = torch.randn(n, 3, dtype=torch.float64)
+    x = (F.normalize(x, dim=1) if spherical else x).float()
+    expected, places = literal(x.double(), clusters, iterations, spherical)
+    centroids, assignment = kmeans(x, clusters, iterations, 3, spherical)
+    torch.testing.assert_close(centroids, torch.tensor(expected))
+    assert assignment.tolist() == places
+    monkeypatch.setattr(kmeans_module, "DISTANCES_AT_ONCE", 7)  # one row at a time, or a few
+    torch.testing.assert_close(kmeans(x, clusters, iterations, 3, spherical)[0], centroids)
+
+
+def test_clusters_far_apart_are_found() -> None:
+    centers = 100 * torch.randn(6, 8)
+    x = (centers[:, None] + torch.randn(6, 50, 8)).flatten(0, 1)
+    # All six, although some of the first centroids stand in the same cluster and none in another.
+    first = rng.permutation(5, 0, 300)[:12] // 50
+    assert len(first.unique()) < 12
+    _, assignment = kmeans(x, 12, 30, 5)
+    for cluster in range(12):
+        assert len((torch.arange(300) // 50)[assignment == cluster].unique()) <= 1
+
+
+def test_empty_clusters_are_halves_of_the_largest() -> None:
+    centroids = torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0], [8.0, 8.0]])
+    split = split_largest(centroids, torch.tensor([10, 0, 4, 0]))
+    up, down = 1 + 1 / 1024, 1 - 1 / 1024
+    first, second = torch.tensor([1.0 * up, 2.0 * down]), torch.tensor([1.0 * down, 2.0 * up])
+    torch.testing.assert_close(split[1], first)
+    torch.testing.assert_close(split[2], centroids[2])
+    # What is left of the largest has 5 of 10, as many as the new one and more than 4: it is split once more.
+    torch.testing.assert_close(split[3], second * torch.tensor([up, down]))
+    torch.testing.assert_close(split[0], second * torch.tensor([down, up]))
+    assert torch.equal(split_largest(centroids, torch.tensor([1, 1, 1, 1])), centroids)
+
+
+def used_clusters(iterations: int) -> int:
+    x = torch.cat([torch.zeros(100, 2), torch.randn(20, 2) + 3])
+    x[rng.permutation(0, 0, 120)[12:]] += 0.1 * torch.randn(108, 2)
+    x[rng.permutation(0, 0, 120)[:12]] = 1.0  # twelve centroids begin on the same point
+    return len(kmeans(x, 12, iterations, 0)[1].unique())
+
+
+def test_without_splitting_clusters_stay_empty(monkeypatch) -> None:
+    assert used_clusters(30) == 12
+    torch.manual_seed(0)
+    kept = used_clusters(3)
+    monkeypatch.setattr(kmeans_module, "split_largest", lambda centroids, sizes: centroids)
+    torch.manual_seed(0)
+    removed = used_clusters(3)
+    assert kept >= 6
+    assert removed <= 4
+
+
+def test_identical_rows_end_all_the_same() -> None:
+    centroids, assignment = kmeans(torch.ones(6, 2), 4, 5, 0)
+    assert centroids.isfinite().all()
+    assert ((assignment >= 0) & (assignment < 4)).all()
+    centroids, _ = kmeans(torch.zeros(6, 2), 4, 5, 0, spherical=True)
+    assert centroids.isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """The number of values in the largest tensor that anything makes."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.values = max(self.values, tensor.numel())
+        return out
+
+
+def test_all_distances_never_exist_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(kmeans_module, "DISTANCES_AT_ONCE", 2**12)
+    x = torch.randn(2000, 4)
+    with Largest() as largest:
+        kmeans(x, 500, 2, 0)  # a million distances
+    assert largest.values <= 8000  # the features themselves
+
+
+def test_whitened_features_vary_alike_in_all_directions() -> None:
+    x = torch.randn(500, 6) @ torch.randn(6, 6) + 10
+    y = pca_whiten(x, 4)
+    torch.testing.assert_close(y.norm(dim=1), torch.ones(500))
+    # Literally: components of the covariance, from the greatest variance on.
+    values, vectors = np.linalg.eigh(np.cov(x.double().numpy().T, bias=True))
+    expected = (
+        (x.double().numpy() - x.double().numpy().mean(axis=0)) @ vectors[:, ::-1][:, :4] / values[::-1][:4] ** 0.5
+    )
+    white = torch.from_numpy(expected)
+    torch.testing.assert_close(white.T @ white / 500, torch.eye(4, dtype=torch.float64))
+    agreement = (F.normalize(white, dim=1) * y).sum(dim=0).abs()  # the sign of a component means nothing
+    torch.testing.assert_close(agreement, (y.double() ** 2).sum(dim=0), rtol=1e-4, atol=1e-4)
+    plain = pca_whiten(x, 6, power=0.0)
+    centered = F.normalize(x - x.mean(dim=0), dim=1)
+    torch.testing.assert_close(plain @ plain.T, centered @ centered.T, rtol=1e-3, atol=1e-3)  # only turned
+
+
+def test_features_that_collapsed_can_be_whitened() -> None:
+    assert torch.equal(pca_whiten(torch.ones(7, 4), 2), torch.zeros(7, 2))
+    line = torch.randn(7, 1) @ torch.randn(1, 4)
+    y = pca_whiten(line, 3)
+    assert y.isfinite().all()
+    torch.testing.assert_close(y[:, 0].abs(), torch.ones(7))
+
+
+def test_what_cannot_be_clustered() -> None:
+    with pytest.raises(UserError, match="9 clusters of 8 images: ask for at most 8"):
+        kmeans(torch.randn(8, 2), 9, 1, 0)
+    with pytest.raises(UserError, match="num_clusters is 0"):
+        kmeans(torch.randn(8, 2), 0, 1, 0)
+    with pytest.raises(UserError, match="NaN or Inf"):
+        kmeans(torch.full((8, 2), torch.nan), 2, 1, 0)
+    with pytest.raises(UserError, match="5 principal components"):
+        pca_whiten(torch.randn(4, 8), 5)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6)
+    norm.running_mean = torch.randn(6)
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 6), norm)
+    layers[1].eval()  # a part that is kept in evaluation mode
+    convert_batch_norm(layers)
+    return layers
+
+
+def _clusters(images: int, batch_size: int) -> tuple[Tensor, ...]:
+    data = Data(shapes=Shapes(num_train=images, num_test=4, size=16))
+    model = network()
+    x, index = embed(model, data, VIEW, batch_size)
+    assert model.training
+    assert not model[1].training
+    views, shown = embed_views(model, data, (View(size=16), View(size=16)), Clock(seed=3), batch_size)
+    white = pca_whiten(x, 3)
+    torch.manual_seed(distributed.rank())  # a process's own chance must not matter
+    centroids, assignment = kmeans(white, 4, 5, 1)
+    assert isinstance(model[2].running_mean, Tensor)
+    return x, index, centroids, assignment, views, shown, model[2].running_mean
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(50, 7), (16, 64)])
+def test_two_processes_embed_and_cluster_as_one(images: int, batch_size: int, pool) -> None:
+    batch_size += batch_size % 2 if images == 50 else 0
+    one = _clusters(images, batch_size)
+    for got in pool.run(_clusters, images, batch_size):
+        for a, b in zip(got[:4], one[:4]):
+            assert torch.equal(a, b)
+        for a, b in zip(got[4:], one[4:]):
+            torch.testing.assert_close(a, b)
+    assert one[1].tolist() == list(range(images))
+
+
+def test_embedded_images_are_the_networks_own() -> None:
+    data = Data(shapes=Shapes(num_train=20, num_test=4, size=16))
+    model = network()
+    x, _ = embed(model, data, VIEW, 8)
+    model.eval()
+    for batch in data.evaluation_batches("train", VIEW, 20):
+        torch.testing.assert_close(x, model(batch.views[0]))
+    views, index = embed_views(model, data, (VIEW, View(size=16)), Clock(seed=3), 8)
+    model.train()
+    assert views.shape == (2, 16, 6)  # four images are left over
+    batch = next(iter(data.batches((VIEW, View(size=16)), 8, seed=3, epoch=0)))
+    for i in range(2):
+        places = torch.searchsorted(index, batch.index)
+        torch.testing.assert_close(views[i, places], model(batch.views[i]))
+
+
+def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
+    for i in range(12):
+        Image.fromarray(np.full((16, 16, 3), 10 * i, dtype=np.uint8)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "03.png").write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match="unreadable"):
+        x, index = embed(network(), Data(folder=tmp_path, workers=0), VIEW, 4)
+    assert index.tolist() == [0, 1, 2, *range(4, 12)]
+    assert len(x) == 11
+    assert (x.norm(dim=1) > 0).all()
+
+
+def _too_few() -> str:
+    try:
+        embed(network(), Data(shapes=Shapes(num_train=1, num_test=4, size=16)), VIEW)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_fewer_images_than_processes(pool) -> None:
+    assert pool.run(_too_few) == ["1 images for 2 processes: start at most 1"] * 2
