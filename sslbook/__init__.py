@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sslbook.checkpoint import load_backbone as load_backbone
     from sslbook.data.datasets.shapes import Shapes as Shapes
     from sslbook.data.loader import Data as Data
     from sslbook.data.views import View as View
     from sslbook.errors import UserError as UserError
     from sslbook.schedules import Clock as Clock
     from sslbook.train import pretrain as pretrain
+    from sslbook.weights.backbone import load_backbone as load_backbone
 
 # Loaded when first used: `import sslbook` costs little more than nothing, and no one waits for what he does not use.
 _LAZY = {
@@ -27,7 +27,7 @@ _LAZY = {
     "UserError": "sslbook.errors",
     "View": "sslbook.data.views",
     "Shapes": "sslbook.data.datasets.shapes",
-    "load_backbone": "sslbook.checkpoint",
+    "load_backbone": "sslbook.weights.backbone",
     "pretrain": "sslbook.train",
 }
 __all__ = ["Clock", "Data", "Shapes", "UserError", "View", "__version__", "load_backbone", "pretrain"]

@@ -26,6 +26,8 @@ from sslbook.evaluation import factors
 from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view, extract_features
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, require_labels, score, to_json
+from sslbook.nn.backbones import build
+from sslbook.weights.backbone import load_backbone
 
 Protocol = Literal["knn", "linear", "factors"]
 
@@ -79,7 +81,7 @@ def evaluate(
     if "factors" in protocols and not data.factors("test"):
         raise UserError("--protocols factors: only the Shapes data set knows its factors; leave it out for other data")
     where = choose_device(device)
-    module, facts = checkpoint.load_backbone(run, backbone)
+    module, facts = load_backbone(run, backbone)
     view = view_of(facts, resize)
     options = {
         "protocols": tuple(protocols),
@@ -137,13 +139,13 @@ def _start(run: str, facts: dict[str, Any], seed: int, backbone: nn.Module | Non
     """The backbone before training: as the run kept it, else one with fresh weights, else none."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     if (kept := folder / "initial.safetensors").is_file():
-        module, own = checkpoint.load_backbone(kept, copy.deepcopy(backbone))
+        module, own = load_backbone(kept, copy.deepcopy(backbone))
         if own.get("backbone") == facts.get("backbone"):
             return module
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return checkpoint.build(facts.get("backbone", {}))
+            return build(facts.get("backbone", {}))
     except UserError:  # a backbone from elsewhere: there is no telling how it begins
         return None
 

@@ -27,6 +27,7 @@ from sslbook.data.loader import Data
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of
 from sslbook.evaluation.features import extract_with_index
+from sslbook.weights.backbone import load_backbone
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
@@ -69,7 +70,7 @@ def extract(
     target = _free(out, overwrite)
     at_least_one(batch_size=batch_size)
     where = choose_device(device)
-    module, facts = checkpoint.load_backbone(run, backbone)
+    module, facts = load_backbone(run, backbone)
     view = view_of(facts, resize)
     everything = SPLITS if data.num_test else SPLITS[:1]
     wanted = everything if split == "all" else (split,)

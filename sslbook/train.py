@@ -25,9 +25,12 @@ from sslbook.data.views import View
 from sslbook.errors import UserError, nearest
 from sslbook.hooks import Hook, Metrics, Progress, Run, keep_for_replay
 from sslbook.methods.base import Method
+from sslbook.nn.backbones import describe
 from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
+from sslbook.weights.backbone import export_backbone
+from sslbook.weights.load import load_weights
 
 ERROR_HINTS = {  # what torch says of batches and images that are too small or too large, and what to do about it
     "Expected more than 1 value per channel": "batch norm needs more than one image at a time: raise --batch_size, or "
@@ -150,7 +153,7 @@ def pretrain(
     fresh = method.backbone
     if init_from is not None and state is None:
         fresh = copy.deepcopy(fresh).cpu()  # the controls begin where nothing has been learned
-        loaded = checkpoint.load_weights(method, Path(init_from))
+        loaded = load_weights(method, Path(init_from))
         method.on_weights_loaded(loaded.taken)
         if distributed.is_main():
             print(f"weights: {loaded}")
@@ -174,7 +177,7 @@ def pretrain(
     watchers = [*(hooks or []), Metrics(log_every), *([Progress()] if progress else [])]  # what hooks measure is logged
     best_value = -float("inf")
     description = {
-        "backbone": checkpoint.describe(method.backbone),
+        "backbone": describe(method.backbone),
         "method": type(method).__name__,
         "view": _evaluation_view(method.views()[0]),
         "data": run.config.get("data", {}),
@@ -197,7 +200,7 @@ def pretrain(
         if state is None or not (folder / "config.yaml").exists():  # or the run goes on in a folder of its own
             checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
         if state is None and report != "none":
-            checkpoint.export_backbone(folder / "initial.safetensors", fresh, description)
+            export_backbone(folder / "initial.safetensors", fresh, description)
 
     for module in _compilable(method) if compile else ():
         module.compile()
@@ -339,7 +342,7 @@ def pretrain(
     run.peak_memory = _peak_memory(where)
     method.eval()
     if distributed.is_main():
-        checkpoint.export_backbone(folder / "backbone.safetensors", method.backbone, description)
+        export_backbone(folder / "backbone.safetensors", method.backbone, description)
     distributed.barrier()
     return run
 

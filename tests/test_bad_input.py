@@ -14,6 +14,7 @@ from PIL import Image
 from sslbook import checkpoint, configuration, train
 from sslbook.errors import UserError
 from sslbook.methods.simclr import SimCLR
+from sslbook.weights.backbone import export_backbone, load_backbone
 from tests.engine import command, start, start_process
 
 
@@ -253,10 +254,10 @@ def test_help_explains_itself(capsys) -> None:
 )
 def test_a_description_chooses_no_code(backbone: dict, tmp_path: Path) -> None:
     """Not even that of a library which would read another file, or fetch one."""
-    checkpoint.export_backbone(tmp_path / "backbone.safetensors", torch.nn.Linear(1, 1), {})
+    export_backbone(tmp_path / "backbone.safetensors", torch.nn.Linear(1, 1), {})
     (tmp_path / "backbone.json").write_text(json.dumps({"backbone": backbone}))
     with pytest.raises(UserError, match="build it yourself and pass --backbone"):
-        checkpoint.load_backbone(tmp_path)
+        load_backbone(tmp_path)
 
 
 @pytest.mark.parametrize(

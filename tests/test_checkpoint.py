@@ -9,6 +9,8 @@ from torch import nn
 from sslbook import checkpoint
 from sslbook.errors import UserError
 from sslbook.nn import ResNet, VisionTransformer
+from sslbook.weights.backbone import export_backbone, load_backbone
+from sslbook.weights.load import load_weights
 
 
 class Bomb:
@@ -76,14 +78,14 @@ def test_a_checkpoint_without_what_is_needed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no method, description; take another"):
         checkpoint.load(path, "step", "method", "description")
     with pytest.raises(UserError, match="holds no method, description"):
-        checkpoint.load_backbone(path)
+        load_backbone(path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     path = tmp_path / "checkpoint-00000001.pt"
     torch.save({"format": checkpoint.FORMAT, "step": Bomb(mark)}, path)
-    for read in (checkpoint.load, lambda p: checkpoint.load_weights(nn.Linear(1, 1), p)):
+    for read in (checkpoint.load, lambda p: load_weights(nn.Linear(1, 1), p)):
         with pytest.raises(UserError, match="could execute code"):
             read(path)
     path.write_bytes(pickle.dumps(Bomb(mark)))
@@ -112,11 +114,11 @@ def test_weights_from_many_kinds_of_files(tmp_path: Path) -> None:
     torch.save(source.backbone.state_dict(), tmp_path / "backbone.pt")
     for name, missing in (("plain.pt", 0), ("ddp.pth", 0), ("backbone.pt", 2)):
         target = Method()
-        loaded = checkpoint.load_weights(target, tmp_path / name)
+        loaded = load_weights(target, tmp_path / name)
         assert (len(loaded.missing), loaded.unused) == (missing, [])
         assert torch.equal(target.backbone.weight, source.backbone.weight)
     with pytest.raises(UserError, match="none of its weights fits"):
-        checkpoint.load_weights(nn.Conv2d(1, 1, 1), tmp_path / "plain.pt")
+        load_weights(nn.Conv2d(1, 1, 1), tmp_path / "plain.pt")
 
 
 @pytest.mark.parametrize(
@@ -124,32 +126,32 @@ def test_weights_from_many_kinds_of_files(tmp_path: Path) -> None:
 )
 def test_an_exported_backbone_comes_back(tmp_path: Path, backbone: nn.Module) -> None:
     path = tmp_path / "backbone.safetensors"
-    checkpoint.export_backbone(path, backbone, {"view": {"size": 16}})
-    again, facts = checkpoint.load_backbone(path)
+    export_backbone(path, backbone, {"view": {"size": 16}})
+    again, facts = load_backbone(path)
     x = torch.randn(3, 3, 16, 16)
     assert facts["view"]["size"] == 16
     assert torch.equal(again.eval()(x), backbone.eval()(x))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="truncated"):
-        checkpoint.load_backbone(path)
+        load_backbone(path)
 
 
 @pytest.mark.parametrize("class_path", ["os.system", "subprocess.Popen", "sslbook.nn.nothing", "torch.hub.load", ""])
 def test_a_description_cannot_choose_what_code_is_run(tmp_path: Path, class_path: str) -> None:
     path = tmp_path / "backbone.safetensors"
-    checkpoint.export_backbone(path, nn.Linear(2, 2), {})
+    export_backbone(path, nn.Linear(2, 2), {})
     facts = {"backbone": {"class_path": class_path, "init_args": {"command": f"touch {tmp_path}/executed"}}}
     path.with_suffix(".json").write_text(json.dumps(facts))
     with pytest.raises(UserError):
-        checkpoint.load_backbone(path)
+        load_backbone(path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_your_own_backbone_is_filled_when_you_pass_it(tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     own = nn.Linear(2, 2)
-    checkpoint.export_backbone(path, own, {})
+    export_backbone(path, own, {})
     with pytest.raises(UserError, match="--backbone"):
-        checkpoint.load_backbone(path)
-    again, _ = checkpoint.load_backbone(path, nn.Linear(2, 2))
+        load_backbone(path)
+    again, _ = load_backbone(path, nn.Linear(2, 2))
     assert torch.equal(again.weight, own.weight)

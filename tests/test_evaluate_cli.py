@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from sslbook import checkpoint, evaluate, extract
+from sslbook import evaluate, extract
 from sslbook.configuration import run as run_command
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
@@ -18,6 +18,7 @@ from sslbook.errors import UserError
 from sslbook.evaluation.features import center_view, extract_features
 from sslbook.nn import ResNet
 from sslbook.notebook import results
+from sslbook.weights.backbone import export_backbone, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         for seed, name in enumerate(("initial", "backbone")):
             torch.manual_seed(seed)
-            checkpoint.export_backbone(folder / f"{name}.safetensors", ResNet(18, width=2, stem="small"), facts)
+            export_backbone(folder / f"{name}.safetensors", ResNet(18, width=2, stem="small"), facts)
     return folder
 
 
@@ -73,7 +74,7 @@ def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, 
     assert torch.__version__.startswith(result.versions["torch"])
     assert result.hardware["cores"]
     # The figures are those of the exported weights on the run's own images.
-    module, _ = checkpoint.load_backbone(run)
+    module, _ = load_backbone(run)
     data = Data(shapes=Shapes(num_train=60, num_test=30))
     view = center_view(16, (0.5,) * 3, (0.25,) * 3)
     from sslbook.evaluation.knn import accuracy
@@ -212,7 +213,7 @@ def test_a_network_of_ones_own_beside_the_weights_it_began_with(run: Path) -> No
         facts = json.loads((run / f"{name}.json").read_text())
         backbone = Mine(18, width=2, stem="small")
         backbone.init_args = None
-        checkpoint.export_backbone(folder / f"{name}.safetensors", backbone, facts | {"backbone": {}})
+        export_backbone(folder / f"{name}.safetensors", backbone, facts | {"backbone": {}})
     values = evaluate.evaluate(
         str(folder), Data(shapes=Shapes(num_train=60, num_test=30)), backbone=Mine(18, width=2, stem="small")
     )

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sslbook import Data, Shapes, checkpoint, compare, train
+from sslbook import Data, Shapes, compare, train
 from sslbook.errors import UserError
 from sslbook.notebook import results
 from sslbook.report import report
+from sslbook.weights.backbone import load_backbone
 from tests.engine import command, start
 from tests.methods.cases import make
 
@@ -36,7 +37,7 @@ def test_the_default_command_in_small(tmp_path: Path, capsys) -> None:
         image = np.asarray(Image.open(out / name).convert("L"))
         assert image.std() > 5, f"{name} is blank"
     assert "What the features know of each factor" in printed
-    backbone, facts = checkpoint.load_backbone(out)
+    backbone, facts = load_backbone(out)
     assert facts["view"] == {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, backbone.dim)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -21,6 +21,7 @@ from sslbook.methods.base import Method
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import ResNet
 from sslbook.schedules import Clock
+from sslbook.weights.backbone import load_backbone
 from tests.engine import assert_same_bits, command, lines, start, start_process, weights
 
 TINY_SHAPES = Shapes(num_train=48, num_test=24)
@@ -286,7 +287,7 @@ def test_from_python_without_a_command_line(tmp_path: Path) -> None:
     )
     assert run.finished
     assert run.clock.step == 3
-    backbone, facts = checkpoint.load_backbone(tmp_path)
+    backbone, facts = load_backbone(tmp_path)
     assert facts["view"]["size"] == 16
     assert torch.equal(backbone.conv1.weight, run.method.backbone.conv1.weight)
     assert json.loads((tmp_path / "backbone.json").read_text())["method"] == "SimCLR"
@@ -310,9 +311,9 @@ def test_a_run_from_weights_is_resumed_like_any_other(tmp_path: Path) -> None:
 
 def test_the_control_of_a_run_from_weights_has_random_ones(tmp_path: Path) -> None:
     start("rotation", tmp_path / "source", steps=1)
-    given = checkpoint.load_backbone(tmp_path / "source")[0].state_dict()
+    given = load_backbone(tmp_path / "source")[0].state_dict()
     start("rotation", tmp_path / "run", steps=1, seed=1, init_from=str(tmp_path / "source"), report="quick")
-    fresh = checkpoint.load_backbone(tmp_path / "run" / "initial.safetensors")[0].state_dict()
+    fresh = load_backbone(tmp_path / "run" / "initial.safetensors")[0].state_dict()
     assert not torch.equal(fresh["conv1.weight"], given["conv1.weight"])
 
 

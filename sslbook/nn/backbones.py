@@ -1,10 +1,14 @@
-"""Backbones from elsewhere."""
+"""Backbones: how wide they are, how they are described and built from a description, and those of timm."""
 
+import importlib
+import inspect
 from typing import Any
 
 from torch import nn
 
 from sslbook.errors import UserError, nearest
+
+BUILDABLE = ("ConvNet", "ResNet", "VisionTransformer", "DiscreteEncoder", "VQTokenizer", "sobel")
 
 
 def backbone_dim(backbone: nn.Module) -> int:
@@ -34,3 +38,35 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     model: Any = timm.create_model(name, num_classes=0, **options)
     model.dim = backbone_dim(model)
     return model
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Import path and constructor arguments of a module; the arguments are known if it keeps them in `init_args`."""
+    init_args = getattr(module, "init_args", None)
+    path = f"{type(module).__module__}.{type(module).__qualname__}"
+    if init_args is not None:
+        path = getattr(module, "class_path", path)
+    return {"class_path": path, "init_args": init_args}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """The backbone of a description, with fresh weights.
+
+    Only networks of `sslbook.nn` that are made of numbers alone are built: a description is data, and data must not
+    choose what code is run, or what files are read.
+    """
+    path, init_args = str(description.get("class_path", "")), description.get("init_args")
+    if not path.startswith("sslbook.nn.") or path.rpartition(".")[2] not in BUILDABLE or init_args is None:
+        raise UserError(
+            f"the backbone {path or '(none)'} is not one of sslbook.nn: build it yourself and pass --backbone"
+        )
+    module_name, _, name = path.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module_name), name)
+        inspect.signature(make).bind(**init_args)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"the backbone {path} cannot be built: {error}") from None
+    module = make(**init_args)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{path} does not make a module")
+    return module

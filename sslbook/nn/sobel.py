@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook.checkpoint import build, describe
-from sslbook.nn.backbones import backbone_dim
+from sslbook.nn.backbones import backbone_dim, build, describe
 
 
 class Sobel(nn.Module):

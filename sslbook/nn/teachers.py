@@ -15,11 +15,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook import checkpoint
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.nn.backbones import timm_model
 from sslbook.nn.vit import VisionTransformer
+from sslbook.weights.backbone import load_backbone
 
 HOW = (
     "a run folder or exported backbone of ours, timm/NAME, open_clip/NAME:WEIGHTS, transformers/NAME, "
@@ -130,7 +130,7 @@ def open_model(name: str, size: int, normalization: tuple[Numbers, Numbers]) -> 
     if not Path(name).exists():
         known = "; `python -m sslbook.train` makes runs/simclr-shapes" if name == "runs/simclr-shapes" else ""
         raise UserError(f"teacher {name}: no such run folder or exported backbone{known}; a teacher is {HOW}")
-    model, facts = checkpoint.load_backbone(name)
+    model, facts = load_backbone(name)
     view = facts.get("view", {})
     return model, tuple(view.get("mean", normalization[0])), tuple(view.get("std", normalization[1]))
 

@@ -15,11 +15,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import checkpoint, distributed, rng
+from sslbook import distributed, rng
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.nn.vit import VisionTransformer
+from sslbook.weights.backbone import load_backbone
 
 STREAM = rng.METHOD + 900  # the row of random numbers that the noise of the codes is drawn from
 
@@ -249,7 +250,7 @@ def load_tokenizer(path: str | Path, kind: type[nn.Module], made_by: str) -> tup
     """
     if not Path(path).exists():
         raise UserError(f"tokenizer {path}: no such run; train it first with python -m sslbook.train {made_by}")
-    encoder, facts = checkpoint.load_backbone(path)
+    encoder, facts = load_backbone(path)
     if not isinstance(encoder, kind):
         raise UserError(
             f"tokenizer {path}: holds a {type(encoder).__name__}, which makes no codes: "

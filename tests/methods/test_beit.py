@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslbook import checkpoint
 from sslbook.data.loader import Data
 from sslbook.data.masks import block_mask
 from sslbook.data.views import View
@@ -14,6 +13,8 @@ from sslbook.methods import beit, load
 from sslbook.methods.beit import token_loss
 from sslbook.nn import DiscreteEncoder, ResNet, VisionTransformer
 from sslbook.schedules import Clock
+from sslbook.weights.backbone import export_backbone
+from sslbook.weights.load import load_weights
 from tests.methods.cases import SIZE, TINY_SHAPES, TRANSFORMER, VIEW, Case, case, make, make_batch
 
 RELATIVE = {**json.loads(TRANSFORMER)["init_args"], "positions": "relative", "layer_scale": 0.1}
@@ -92,7 +93,7 @@ def test_a_tokenizer_is_trained_once(name: str, tmp_path: Path, capsys) -> None:
     method.before_epoch(Data(shapes=TINY_SHAPES), Clock(2, 4, 2))  # a later epoch, or a run that was resumed
     torch.save(method.state_dict(), tmp_path / "state.pt")
     other = load(name)(case(name).backbone(), **case(name).options)
-    other.on_weights_loaded(checkpoint.load_weights(other, tmp_path / "state.pt").taken)
+    other.on_weights_loaded(load_weights(other, tmp_path / "state.pt").taken)
     other.before_epoch(Data(shapes=TINY_SHAPES), Clock())
     assert torch.equal(other.tokenizer.encoder.head.weight, had)
     assert not capsys.readouterr().err
@@ -108,13 +109,13 @@ def test_where_nothing_is_hidden_the_loss_is_zero() -> None:
 def test_a_tokenizer_of_ones_own(tmp_path: Path, capsys) -> None:
     encoder = DiscreteEncoder(8, 32, 8, 1)
     facts = {"view": {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}}
-    checkpoint.export_backbone(tmp_path / "backbone.safetensors", encoder, facts)
+    export_backbone(tmp_path / "backbone.safetensors", encoder, facts)
     method = make("beit", tokenizer=tmp_path)
     assert method.head.out_features == 32
     assert torch.equal(method.tokenizer.encoder.head.weight, encoder.head.weight)
     assert method.tokenizer(make_batch(method, 2).views[0]).shape == (2, 16)  # patches of 8: the image is enlarged
     assert not capsys.readouterr().err
-    checkpoint.export_backbone(tmp_path / "other.safetensors", ResNet(18, 4), facts)
+    export_backbone(tmp_path / "other.safetensors", ResNet(18, 4), facts)
     with pytest.raises(UserError, match=r"makes no codes: train one with python -m sslbook.train dvae"):
         make("beit", tokenizer=tmp_path / "other.safetensors")
 

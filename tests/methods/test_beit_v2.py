@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslbook import checkpoint
 from sslbook.data.masks import block_mask
 from sslbook.errors import UserError
 from sslbook.methods import beit_v2
 from sslbook.nn import DiscreteEncoder, ResNet, VisionTransformer, VQTokenizer
 from sslbook.schedules import Clock
+from sslbook.weights.backbone import export_backbone
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 SMALL = {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 1, "num_heads": 2, "num_codes": 8, "code_dim": 4}
@@ -126,12 +126,12 @@ def test_layer_scale_and_drop_path_of_the_aggregation_are_the_backbones() -> Non
 def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     tokenizer = seeded_tokenizer()
     facts = {"view": {"size": 16, "mean": [0.5] * 3, "std": [0.25] * 3}}
-    checkpoint.export_backbone(tmp_path / "backbone.safetensors", tokenizer, facts)
+    export_backbone(tmp_path / "backbone.safetensors", tokenizer, facts)
     method = make("beit_v2", tokenizer=str(tmp_path))
     images = torch.randn(2, 3, SIZE, SIZE)
     pixels = images * torch.tensor(VIEW.std)[:, None, None] + torch.tensor(VIEW.mean)[:, None, None]
     assert torch.equal(method.tokenizer(images), tokenizer.tokens((pixels - 0.5) / 0.25))
-    checkpoint.export_backbone(tmp_path / "other.safetensors", DiscreteEncoder(4, 8, 8, 1), facts)
+    export_backbone(tmp_path / "other.safetensors", DiscreteEncoder(4, 8, 8, 1), facts)
     with pytest.raises(UserError, match=r"makes no codes.*: train one with python -m sslbook.train vqkd"):
         make("beit_v2", tokenizer=str(tmp_path / "other.safetensors"))
 

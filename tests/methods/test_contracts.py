@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sslbook import nn as nets
-from sslbook.checkpoint import load_weights
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import load
 from sslbook.methods.base import Method
 from sslbook.nn.ema import EMA
 from sslbook.schedules import Clock
+from sslbook.weights.load import load_weights
 from tests.methods.cases import NAMES, case, gradient, make, make_batch, train
 from tests.methods.first_loss import FILE, first_loss
 

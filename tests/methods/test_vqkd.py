@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslbook.checkpoint import load_weights
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.vqkd import cosine_loss, moved_codes
 from sslbook.nn import ConvNet, ResNet, VisionTransformer, VQTokenizer
 from sslbook.schedules import Clock
+from sslbook.weights.load import load_weights
 from tests.methods.cases import SIZE, VIEW, Case, make, make_batch
 
 

@@ -5,7 +5,6 @@ import torch
 import torchvision
 from torch import nn
 
-from sslbook.checkpoint import export_backbone, load_backbone, load_weights
 from sslbook.errors import UserError
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import (
@@ -18,6 +17,8 @@ from sslbook.nn import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from sslbook.weights.backbone import export_backbone, load_backbone
+from sslbook.weights.load import load_weights
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sslbook import checkpoint
 from sslbook.nn import ConvNet, Sobel
+from sslbook.weights.backbone import export_backbone, load_backbone
 
 
 def test_edges_are_sobels() -> None:
@@ -30,7 +30,7 @@ def test_colors_that_are_equally_bright_look_the_same() -> None:
 
 def test_it_is_exported_and_read_again(tmp_path: Path) -> None:
     network = Sobel(ConvNet(4)).eval()
-    checkpoint.export_backbone(tmp_path / "backbone.safetensors", network, {})
-    again, _ = checkpoint.load_backbone(tmp_path / "backbone.safetensors")
+    export_backbone(tmp_path / "backbone.safetensors", network, {})
+    again, _ = load_backbone(tmp_path / "backbone.safetensors")
     x = torch.rand(1, 3, 8, 8)
     torch.testing.assert_close(again.eval()(x), network(x))

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslbook.checkpoint import export_backbone
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.nn import ConvNet, ResNet, VisionTransformer
 from sslbook.nn.teachers import Teacher, _of_timm, _Watch, attention_of_cls
+from sslbook.weights.backbone import export_backbone
 
 VIEW = View(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslbook import checkpoint
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
@@ -22,6 +21,7 @@ from sslbook.nn.tokenizers import (
     small_encoder,
     train_discrete,
 )
+from sslbook.weights.backbone import export_backbone
 
 VIEW = View(size=16, crop=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -109,12 +109,12 @@ def test_a_tokenizer_is_frozen_and_sees_its_own_images() -> None:
 def test_a_trained_one_is_loaded_and_others_are_refused(tmp_path: Path) -> None:
     encoder = DiscreteEncoder(4, 16, 8, 1)
     facts = {"view": {"size": 20, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
-    checkpoint.export_backbone(tmp_path / "backbone.safetensors", encoder, facts)
+    export_backbone(tmp_path / "backbone.safetensors", encoder, facts)
     loaded, normalization, size = load_tokenizer(tmp_path, DiscreteEncoder, "dvae")
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded.tokens(x), encoder.tokens(x))
     assert (normalization, size) == (((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), 20)
-    checkpoint.export_backbone(tmp_path / "other.safetensors", ResNet(18, 4), facts)
+    export_backbone(tmp_path / "other.safetensors", ResNet(18, 4), facts)
     with pytest.raises(UserError, match=r"holds a ResNet, which makes no codes: train one with .* dvae"):
         load_tokenizer(tmp_path / "other.safetensors", DiscreteEncoder, "dvae")
     with pytest.raises(UserError, match="no such run; train it first"):

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslbook.checkpoint import export_backbone, load_backbone, load_weights
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.mae import MAE
 from sslbook.nn import VisionTransformer
 from sslbook.nn.vit import RelativePositions, resample_positions
+from sslbook.weights.backbone import export_backbone, load_backbone
+from sslbook.weights.load import load_weights
 
 
 def test_layer_scale_scales_the_branches() -> None:

@@ -1,0 +1,1 @@
+"""Where weights come from and where they go: exported backbones, checkpoints, state dicts of other libraries."""

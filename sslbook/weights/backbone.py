@@ -1,0 +1,86 @@
+"""Backbones on disk: safetensors with a JSON description beside them.
+
+Nothing here executes code from a file: only the backbones of `sslbook.nn` are built from a description alone.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sslbook.checkpoint import find, load, write_atomically, write_text
+from sslbook.errors import UserError
+from sslbook.nn.backbones import build, describe
+
+
+def export_backbone(path: Path, backbone: nn.Module, description: dict[str, Any]) -> None:
+    """Write `path` (safetensors) and the JSON beside it that says how to build and feed the backbone.
+
+    Args:
+        path: file ending in `.safetensors`.
+        backbone: the module.
+        description: facts for whoever uses it: `view` (size, mean, std), `method`, `data`.
+    """
+    from safetensors.torch import save_file
+
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in backbone.state_dict().items()}
+    write_atomically(path, lambda part: save_file(weights, part, metadata={"format": "pt"}))
+    facts = {"backbone": describe(backbone), **description}
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=2, default=str) + "\n")
+
+
+def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained backbone and its description.
+
+    Args:
+        path: a run folder, an exported `backbone.safetensors`, or a checkpoint that lies in its run folder.
+        backbone: the module to fill, for backbones that are not from `sslbook.nn`.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder, exported backbone or checkpoint")
+    checkpoint = path if path.suffix == ".pt" else None
+    export = path / "backbone.safetensors" if path.is_dir() else path
+    if checkpoint is None and path.is_dir() and not export.exists():
+        checkpoint = find(path)
+    if checkpoint is not None:
+        state = load(checkpoint, "method", "description")
+        facts = state["description"]
+        weights = {
+            name.removeprefix("backbone."): value
+            for name, value in state["method"].items()
+            if name.startswith("backbone.")
+        }
+    else:
+        description = export.with_suffix(".json")
+        weights = read_safetensors(export)
+        if not description.is_file():
+            raise UserError(f"{description}: missing; it says how to build the backbone")
+        try:
+            facts = json.loads(description.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{description}: not valid JSON") from None
+    module = backbone if backbone is not None else build(facts.get("backbone", {}))
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: the weights do not fit the backbone ({reason})") from None
+    return module, facts
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError):
+        raise UserError(f"{path}: truncated, or not a safetensors file") from None
