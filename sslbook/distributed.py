@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +46,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes files and prints."""
     return rank() == 0
+
+
+def own_rows(count: int, device: torch.device | str = "cpu") -> Int[Tensor, "{count}"]:
+    """Which rows of a gathered batch are this process's: `count` positions, in order."""
+    return rank() * count + torch.arange(count, device=device)
 
 
 def barrier() -> None:

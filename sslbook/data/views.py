@@ -15,7 +15,7 @@ it as two matrices per sample and two batched matrix products; Gaussian blur is 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -110,6 +110,30 @@ class View:
     ) -> "View":
         """The view for evaluation, without any chance: resize the shorter side, cut the center."""
         return View(size, crop=None, resize=resize, flip=0.0, mean=mean, std=std, interpolation=interpolation)
+
+
+# -- presets: the views of the papers, where several methods share them -----------------------------------------------
+
+SIMCLR = View(  # SimCLR, appendix A
+    interpolation="bicubic", color_jitter=(0.8, 0.8, 0.8, 0.2), color_jitter_p=0.8, grayscale=0.2, blur=0.5
+)
+MOCO_V2 = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
+BYOL_1 = View(  # BYOL, table 6: the two views differ in blur and solarization
+    interpolation="bicubic", color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=1.0
+)
+BYOL_2 = replace(BYOL_1, blur=0.1, solarize=0.2)
+SWAV_GLOBAL = View(
+    crop=(0.14, 1.0),
+    color_jitter=(0.8, 0.8, 0.8, 0.2),
+    color_jitter_p=0.8,
+    grayscale=0.2,
+    blur=0.5,
+    std=(0.228, 0.224, 0.225),  # the authors' code has 0.228 for red
+)
+SWAV_LOCAL = replace(SWAV_GLOBAL, size=96, crop=(0.05, 0.14))
+RANDOM_CROP = View(interpolation="bicubic")  # crop and flip alone
+MAE_CROP = View(crop=(0.2, 1.0), interpolation="bicubic")
+BEIT = View(interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.0), color_jitter_p=1.0)
 
 
 class CropParams(NamedTuple):

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from sslbook import distributed
 from sslbook.data.loader import Batch, Data
 from sslbook.data.masks import block_mask
-from sslbook.data.views import View
+from sslbook.data.views import BEIT, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.tokenizers import DiscreteEncoder, Tokenizer, load_tokenizer, small_encoder, train_discrete
 from sslbook.nn.vit import VisionTransformer, patch_grid
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.08, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.0), color_jitter_p=1.0)
 
 
 def token_loss(
@@ -64,7 +62,7 @@ class BEiT(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = BEIT,
         tokenizer: Path | None = None,
         num_masked: int = 75,
         min_block: int = 16,

@@ -11,6 +11,8 @@ map, and masks are BEiT's blocks filled up to exactly 75 of 196. The tokenizer i
 authors' from a truncated normal of 0.02, and smaller in later blocks where a branch ends.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -18,14 +20,14 @@ from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
 from sslbook.data.masks import block_mask
-from sslbook.data.views import View
+from sslbook.data.views import BEIT, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.tokenizers import Tokenizer, VQTokenizer, load_tokenizer
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid
 from sslbook.schedules import Clock
 
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.0), color_jitter_p=1.0)
+VIEW = replace(BEIT, crop=(0.2, 1.0))
 
 
 class Aggregation(nn.Module):

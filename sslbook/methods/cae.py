@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sslbook.data.loader import Batch, Data
 from sslbook.data.masks import block_mask
-from sslbook.data.views import View
+from sslbook.data.views import RANDOM_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.tokenizers import DiscreteEncoder, Tokenizer, load_tokenizer, small_encoder, train_discrete
@@ -37,8 +37,6 @@ from sslbook.nn.vit import (
     sincos_positions,
 )
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.08, 1.0), interpolation="bicubic")
 
 
 class CrossBlock(nn.Module):
@@ -123,7 +121,7 @@ class CAE(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = RANDOM_CROP,
         tokenizer: Path | None = None,
         num_masked: int = 98,
         min_block: int = 16,

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.masks import block_mask
-from sslbook.data.views import View
+from sslbook.data.views import BEIT, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
 from sslbook.nn.vit import init_transformer, patch_grid
 from sslbook.schedules import Clock, Linear
-
-VIEW = View(crop=(0.08, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.0), color_jitter_p=1.0)
 
 
 def average_of_layers(
@@ -78,7 +76,7 @@ class Data2Vec(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = BEIT,
         mask_ratio: float = 120 / 196,
         min_block: int = 16,
         top_layers: int = 6,

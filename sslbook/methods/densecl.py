@@ -21,14 +21,12 @@ from torch import Tensor, nn
 
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MOCO_V2, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, BatchNorm, Queue, backbone_dim, convert_batch_norm
 from sslbook.nn.vit import VisionTransformer
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
 
 
 def info_nce(
@@ -75,7 +73,7 @@ class DenseCL(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = MOCO_V2,
         projector_dim: int = 128,
         dense_weight: float = 0.5,
         temperature: float = 0.2,

@@ -17,44 +17,23 @@ centered by the mean of the batches before it. What differs from it:
 - A transformer's linear layers start by Xavier here, from a truncated normal of 0.02 there.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, DINOHead, VisionTransformer, backbone_dim
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
 
-GLOBAL_1 = View(
-    crop=(0.4, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=1.0,
-)
-GLOBAL_2 = View(
-    crop=(0.4, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.1,
-    solarize=0.2,
-)
-LOCAL = View(
-    size=96,
-    crop=(0.05, 0.4),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-)
+GLOBAL_1 = replace(BYOL_1, crop=(0.4, 1.0))
+GLOBAL_2 = replace(BYOL_2, crop=(0.4, 1.0))
+LOCAL = replace(BYOL_1, size=96, crop=(0.05, 0.4), blur=0.5)
 
 
 def teacher_distribution(

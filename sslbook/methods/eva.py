@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.masks import block_mask
-from sslbook.data.views import View
+from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.teachers import Teacher
 from sslbook.nn.vit import VisionTransformer, patch_grid
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 def cosine_loss(prediction: Float[Tensor, "rows dim"], target: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
@@ -56,7 +54,7 @@ class EVA(Method):
         self,
         backbone: nn.Module,
         teacher: nn.Module | str | None = None,
-        view: View = VIEW,
+        view: View = MAE_CROP,
         mask_ratio: float = 0.41,
         min_block: int = 16,
         teacher_size: int | None = None,

@@ -18,6 +18,7 @@ nearest neighbor is sought among the images of one GPU, here among the whole bat
 changes nothing.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from sslbook import distributed, rng
 from sslbook.data import masks
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, DINOHead, VisionTransformer
@@ -37,32 +38,9 @@ from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
 
-GLOBAL_1 = View(
-    crop=(0.25, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=1.0,
-)
-GLOBAL_2 = View(
-    crop=(0.25, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.1,
-    solarize=0.2,
-)
-LOCAL = View(
-    size=96,
-    crop=(0.05, 0.25),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-)
+GLOBAL_1 = replace(BYOL_1, crop=(0.25, 1.0))
+GLOBAL_2 = replace(BYOL_2, crop=(0.25, 1.0))
+LOCAL = replace(BYOL_1, size=96, crop=(0.05, 0.25), blur=0.5)
 
 
 def cls_loss(

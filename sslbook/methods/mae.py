@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from sslbook import rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 def patchify(images: Float[Tensor, "batch 3 height width"], patch_size: int) -> Float[Tensor, "batch patches values"]:
@@ -125,7 +123,7 @@ class MAE(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = MAE_CROP,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         decoder_dim: int = 512,

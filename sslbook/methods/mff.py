@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.decoders import (
@@ -30,8 +30,6 @@ from sslbook.nn.decoders import (
 )
 from sslbook.nn.vit import VisionTransformer, init_transformer, patch_grid
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 class Fusion(nn.Module):
@@ -69,7 +67,7 @@ class MFF(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = MAE_CROP,
         layers: tuple[int, ...] = (0, 2, 4, 6, 8),
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,

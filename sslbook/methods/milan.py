@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sslbook import rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.teachers import Seen, Teacher
@@ -34,8 +34,6 @@ from sslbook.nn.vit import (
     sincos_positions,
 )
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 def cosine_loss(prediction: Float[Tensor, "*rows dim"], target: Float[Tensor, "*rows dim"]) -> Float[Tensor, ""]:
@@ -139,7 +137,7 @@ class MILAN(Method):
         self,
         backbone: nn.Module,
         teacher: nn.Module | str | None = None,
-        view: View = VIEW,
+        view: View = MAE_CROP,
         mask_ratio: float = 0.75,
         decoder_dim: int = 512,
         decoder_depth: int = 8,

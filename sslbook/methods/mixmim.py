@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.decoders import patchify
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), interpolation="bicubic")
 
 
 def partners(index: Int[Tensor, "images"], groups: int, clock: Clock) -> Int[Tensor, "images"]:
@@ -92,7 +90,7 @@ class MixMIM(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = MAE_CROP,
         mask_ratio: float = 0.5,
         norm_pix_loss: bool = True,
         decoder_dim: int = 512,

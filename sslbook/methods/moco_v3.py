@@ -16,6 +16,7 @@ patch embedding's bias at zero.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,27 +25,14 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 
-VIEW_1 = View(
-    crop=(0.2, 1.0),
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=1.0,
-)
-VIEW_2 = View(
-    crop=(0.2, 1.0),
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.1,
-    solarize=0.2,
-)
+VIEW_1 = replace(BYOL_1, crop=(0.2, 1.0), interpolation="bilinear")
+VIEW_2 = replace(BYOL_2, crop=(0.2, 1.0), interpolation="bilinear")
 
 
 def contrastive_loss(

@@ -10,6 +10,7 @@ label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the a
 carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
 four fifths of the way to 1. What differs: which patches are dropped is keyed by image and epoch instead of drawn once
 for a batch; Sinkhorn is computed with logarithms; linear layers start by Xavier (the head's as torch's do), the authors'
+from dataclasses import replace
 from a truncated normal of 0.02; the engine clips the prototypes' gradient with the rest, which the
 authors leave as it is.
 """
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MOCO_V2, View
 from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
@@ -32,8 +33,8 @@ from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Linear
 
-LARGE = View(crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
-FOCAL = View(size=96, crop=(0.05, 0.3), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
+LARGE = replace(MOCO_V2, crop=(0.3, 1.0))
+FOCAL = replace(MOCO_V2, size=96, crop=(0.05, 0.3))
 
 
 def sharpen(log_p: Float[Tensor, "n prototypes"], temperature: float) -> Float[Tensor, "n prototypes"]:

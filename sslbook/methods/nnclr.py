@@ -17,28 +17,10 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
 from sslbook.schedules import Clock
-
-VIEW_1 = View(
-    crop=(0.08, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=1.0,
-)
-VIEW_2 = View(
-    crop=(0.08, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.1,
-    solarize=0.2,
-)
 
 
 @torch.no_grad()
@@ -75,8 +57,8 @@ class NNCLR(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view_1: View = VIEW_1,
-        view_2: View = VIEW_2,
+        view_1: View = BYOL_1,
+        view_2: View = BYOL_2,
         hidden_dim: int = 2048,
         projector_dim: int = 256,
         predictor_dim: int = 4096,

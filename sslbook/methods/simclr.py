@@ -21,19 +21,10 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import SIMCLR, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.schedules import Clock
-
-VIEW = View(
-    crop=(0.08, 1.0),
-    interpolation="bicubic",
-    color_jitter=(0.8, 0.8, 0.8, 0.2),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-)
 
 
 def similarities(
@@ -78,7 +69,7 @@ class SimCLR(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = SIMCLR,
         temperature: float = 0.1,
         projector_num_layers: int = 3,
         projector_dim: int = 128,

@@ -16,13 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import MOCO_V2, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.2, blur=0.5)
 
 
 def distance(p: Float[Tensor, "n dim"], z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
@@ -47,7 +45,7 @@ class SimSiam(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
+        view: View = MOCO_V2,
         hidden_dim: int = 2048,
         projector_dim: int = 2048,
         projector_num_layers: int = 3,

@@ -23,33 +23,12 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.data.loader import Batch
-from sslbook.data.views import IMAGENET_MEAN, View
+from sslbook.data.views import SWAV_GLOBAL, SWAV_LOCAL, View
 from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.schedules import Clock, Duration, in_steps
-
-STD = (0.228, 0.224, 0.225)  # the authors' own deviation of red
-VIEW = View(
-    crop=(0.14, 1.0),
-    color_jitter=(0.8, 0.8, 0.8, 0.2),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-    mean=IMAGENET_MEAN,
-    std=STD,
-)
-SMALL_VIEW = View(
-    size=96,
-    crop=(0.05, 0.14),
-    color_jitter=(0.8, 0.8, 0.8, 0.2),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-    mean=IMAGENET_MEAN,
-    std=STD,
-)
 
 
 def swapped_prediction(
@@ -94,8 +73,8 @@ class SwAV(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        view: View = VIEW,
-        small_view: View = SMALL_VIEW,
+        view: View = SWAV_GLOBAL,
+        small_view: View = SWAV_LOCAL,
         num_small: int = 6,
         hidden_dim: int = 2048,
         projector_dim: int = 128,

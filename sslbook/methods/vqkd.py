@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import RANDOM_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.teachers import Teacher
 from sslbook.nn.tokenizers import VQTokenizer
 from sslbook.nn.vit import Block, init_transformer, sincos_positions
 from sslbook.schedules import Clock
-
-VIEW = View(crop=(0.08, 1.0), interpolation="bicubic")
 
 
 def cosine_loss(said: Float[Tensor, "rows dim"], target: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
@@ -93,7 +91,7 @@ class VQKD(Method):
         self,
         backbone: nn.Module,
         teacher: nn.Module | str | None = None,
-        view: View = VIEW,
+        view: View = RANDOM_CROP,
         momentum: float = 0.99,
         commitment: float = 1.0,
         dead_below: float = 0.03,
