@@ -10,12 +10,12 @@ label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the a
 carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
 four fifths of the way to 1. What differs: which patches are dropped is keyed by image and epoch instead of drawn once
 for a batch; Sinkhorn is computed with logarithms; linear layers start by Xavier (the head's as torch's do), the authors'
-from dataclasses import replace
 from a truncated normal of 0.02; the engine clips the prototypes' gradient with the rest, which the
 authors leave as it is.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
