@@ -1,4 +1,7 @@
-"""Which patches of an image are hidden or predicted, in blocks, with counter-based random numbers."""
+"""Random masks over the patches of an image: uniform, in blocks (BEiT), and in several blocks (I-JEPA).
+
+Every mask is a function of the run's seed, the epoch and the index of the image (`sslbook.rng`).
+"""
 
 import math
 
@@ -10,8 +13,30 @@ from sslbook import distributed, rng
 from sslbook.errors import UserError
 from sslbook.schedules import Clock
 
-STREAM = rng.METHOD + 500  # one row of random numbers for each attempt at a block; methods draw from METHOD onwards
-ATTEMPTS = 10  # at a block, after which an image is left as it is
+STREAM = rng.METHOD + 500  # one row of random numbers for each attempt at a block; methods use rows from METHOD onwards
+ATTEMPTS = 10  # in a row to place a block; after that an image keeps the mask it has
+
+
+def require_mask(num_masked: int, num_patches: int) -> int:
+    """`num_masked`, the number of patches to mask of an image.
+
+    Raises:
+        UserError: no patch would be masked, or all of them.
+    """
+    if not 0 < num_masked < num_patches:
+        raise UserError(
+            f"masking {num_masked} of {num_patches} patches leaves nothing to {'predict' if num_masked < 1 else 'see'}: "
+            f"mask at least 1 and at most {num_patches - 1}, or use smaller patches"
+        )
+    return num_masked
+
+
+def uniform_mask(
+    index: Int[Tensor, "batch"], num_patches: int, count: int, clock: Clock
+) -> Bool[Tensor, "batch {num_patches}"]:
+    """True at `count` patches of every image, all subsets of that size being equally likely."""
+    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, num_patches).argsort(dim=1, stable=True)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
 
 
 def block_mask(
@@ -24,31 +49,28 @@ def block_mask(
     exact: bool = False,
     stream: int = STREAM,
 ) -> Bool[Tensor, "batch patches"]:
-    """BEiT's blockwise masks (arXiv:2106.08254, algorithm 1, with the limits of the authors' code), true where hidden.
+    """BEiT's blockwise masks (arXiv:2106.08254, algorithm 1, with the limits of the authors' code), true where masked.
 
-    Rectangles of random area and aspect ratio are laid over the grid until `num_masked` patches are hidden; one that
-    would hide more, that does not fit or that hides nothing new is drawn again, and after ten failures in a row the
-    image is left as it is, so that some have fewer hidden patches.
+    Rectangles of random area and aspect ratio are laid over the grid until `num_masked` patches are masked. A rectangle
+    is rejected and sampled again if it would mask too many patches, does not fit, or masks no new patch. After ten
+    rejections in a row the image is left as it is, so that some images have fewer masked patches.
 
     Args:
-        index: which images.
+        index: of the images in the data set.
         grid: rows and columns of patches.
-        num_masked: the greatest number of patches to hide in an image; or one number for each, which may be 0.
+        num_masked: the greatest number of patches to mask in an image; or one number for each, which may be 0.
         clock: its seed and epoch are part of the key.
         min_block: the smallest area of a rectangle, in patches.
         min_aspect: the smallest ratio of height to width; the greatest is its inverse.
-        exact: hide further patches at random where the rectangles hid fewer.
+        exact: mask further patches, chosen uniformly, where the rectangles masked fewer than `num_masked`.
         stream: the first row of random numbers to use.
 
     Raises:
-        UserError: nothing would be hidden, or everything.
+        UserError: no patch would be masked, or all of them.
     """
     height, width = grid
-    if isinstance(num_masked, int) and not 0 < num_masked < height * width:
-        raise UserError(
-            f"hiding {num_masked} of {height * width} patches leaves nothing to "
-            f"{'predict' if num_masked < 1 else 'see'}: hide at least 1 and at most {height * width - 1}"
-        )
+    if isinstance(num_masked, int):
+        require_mask(num_masked, height * width)
     device = index.device
     row = torch.arange(height, device=device)[None, :, None]
     column = torch.arange(width, device=device)[None, None, :]
@@ -57,28 +79,28 @@ def block_mask(
     attempt = 0
     while True:
         left = num_masked - mask.sum(dim=(1, 2))
-        trying = (left > 0) & (failures < ATTEMPTS)
-        if not trying.any():
+        active = (left > 0) & (failures < ATTEMPTS)
+        if not active.any():
             break
         u = rng.uniform(clock.seed, clock.epoch, index, stream + attempt, 4).double()
-        area = min_block + (left - min_block) * u[:, 0]  # below a smallest block too, where less is left to hide
+        area = min_block + (left - min_block) * u[:, 0]  # smaller than a smallest block if fewer patches are left
         aspect = torch.exp(math.log(min_aspect) * (1 - 2 * u[:, 1]))
         h, w = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-        fits = trying & (h < height) & (w < width)
+        fits = active & (h < height) & (w < width)
         top, start = ((height - h + 1) * u[:, 2]).long(), ((width - w + 1) * u[:, 3]).long()
         inside = (row >= top[:, None, None]) & (row < (top + h)[:, None, None])
         inside = inside & (column >= start[:, None, None]) & (column < (start + w)[:, None, None])
-        new = (inside & ~mask).sum(dim=(1, 2))
-        good = fits & (new > 0) & (new <= left)
-        mask |= inside & good[:, None, None]
-        failures = torch.where(good, 0, failures + 1)
+        num_new = (inside & ~mask).sum(dim=(1, 2))
+        accepted = fits & (num_new > 0) & (num_new <= left)
+        mask |= inside & accepted[:, None, None]
+        failures = torch.where(accepted, 0, failures + 1)
         attempt += 1
     mask = mask.flatten(1)
     if exact:
         order = rng.uniform(clock.seed, clock.epoch, index, stream - 1, mask.shape[1])
-        order = (order + mask).argsort(dim=1, descending=True, stable=True)  # hidden ones first, then at random
-        wanted = torch.as_tensor(num_masked, device=device).expand(len(index))
-        mask = torch.zeros_like(mask).scatter(1, order, torch.arange(mask.shape[1], device=device) < wanted[:, None])
+        order = (order + mask).argsort(dim=1, descending=True, stable=True)  # masked ones first, then at random
+        count = torch.as_tensor(num_masked, device=device).expand(len(index))
+        mask = torch.zeros_like(mask).scatter(1, order, torch.arange(mask.shape[1], device=device) < count[:, None])
     return mask
 
 
@@ -104,19 +126,19 @@ def multi_block_mask(
 ) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch targets patches"]]:
     """I-JEPA's masks (arXiv:2301.08243, section 3): the patches of a context, and those of several target blocks.
 
-    Of an image's context block the patches of its targets are taken away. All blocks of a step have the same size, as
-    in the authors' code, where also no block begins at the last place it could. A batch needs contexts of one length:
-    each is cut to the shortest of all processes, its first patches kept. Where the authors would let a target overlap a
-    context that is too short, this does not.
+    The patches of an image's targets are removed from its context block. All blocks of a step have the same size, and no
+    block begins at the last row or column where it would fit; both are as in the authors' code. A batch needs contexts
+    of one length, so each is cut to the shortest of all processes, and its first patches are kept. Where a context
+    would be too short, the authors' code lets targets overlap it; here that is an error.
 
     Args:
-        index: which images.
+        index: of the images in the data set.
         grid: rows and columns of patches.
-        clock: seed and epoch key the places of the blocks, the step their size.
+        clock: seed and epoch key the positions of the blocks, the step their size.
         num_targets: number of target blocks, which may overlap.
-        target_scale: range of the part of the image that a target block covers.
+        target_scale: range of a target block's area, as a fraction of the image.
         target_aspect: range of its height divided by its width.
-        context_scale: range of the part that the context block covers.
+        context_scale: range of the context block's area, as a fraction of the image.
         stream: the first row of random numbers to use.
 
     Raises:
@@ -133,12 +155,12 @@ def multi_block_mask(
 
     top, left = (u[:, :-2:2] * (rows - height)).long(), (u[:, 1:-2:2] * (columns - width)).long()
     patch = torch.arange(height * width, device=index.device)
-    patch = patch // width * columns + patch % width  # of a block in the corner
+    patch = patch // width * columns + patch % width  # of a block in the upper left corner
     targets = (top * columns + left)[:, :, None] + patch
 
     top, left = (u[:, -2:-1] * (rows - context_height)).long(), (u[:, -1:] * (columns - context_width)).long()
-    place = torch.arange(rows * columns, device=index.device)
-    row, column = place // columns, place % columns
+    patch = torch.arange(rows * columns, device=index.device)
+    row, column = patch // columns, patch % columns
     context = (row >= top) & (row < top + context_height) & (column >= left) & (column < left + context_width)
     context = context.scatter(1, targets.flatten(1), False)
     shortest = -int(distributed.all_reduce_max(-context.sum(dim=1).min()))

@@ -4,12 +4,19 @@ In both the token stands in place of the embedded patch before the first block, 
 """
 
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslbook.errors import UserError
 from sslbook.nn.backbones import backbone_dim
 from sslbook.nn.vit import VisionTransformer, patch_grid
+
+
+def gather_tokens(
+    tokens: Float[Tensor, "batch tokens dim"], index: Int[Tensor, "batch some"]
+) -> Float[Tensor, "batch some dim"]:
+    """The tokens at the given positions, image by image."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def is_swin(backbone: nn.Module) -> bool:

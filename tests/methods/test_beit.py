@@ -173,7 +173,7 @@ def test_what_cannot_be_is_refused() -> None:
         make("beit", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match="leaves nothing to predict"):
         make("beit", num_masked=0)
-    with pytest.raises(UserError, match="leaves nothing to see: hide at least 1 and at most 15"):
+    with pytest.raises(UserError, match="leaves nothing to see: mask at least 1 and at most 15"):
         make("beit", num_masked=16)
     with pytest.raises(UserError, match="nearest size that works is 20x20"):
         make("beit", view=View(size=19))
