@@ -9,7 +9,7 @@ The book is in `book/`; the package holds the same algorithms. Start with `pytho
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from sslbook.data.datasets.shapes import Shapes as Shapes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sslbook.data.views import View as View
     from sslbook.errors import UserError as UserError
     from sslbook.schedules import Clock as Clock
-    from sslbook.train import pretrain as pretrain
+    from sslbook.engine.loop import pretrain as pretrain
     from sslbook.weights.backbone import load_backbone as load_backbone
 
 # Loaded when first used: `import sslbook` costs little more than nothing, and no one waits for what he does not use.
@@ -28,7 +28,7 @@ _LAZY = {
     "View": "sslbook.data.views",
     "Shapes": "sslbook.data.datasets.shapes",
     "load_backbone": "sslbook.weights.backbone",
-    "pretrain": "sslbook.train",
+    "pretrain": "sslbook.engine.loop",
 }
 __all__ = ["Clock", "Data", "Shapes", "UserError", "View", "__version__", "load_backbone", "pretrain"]
 

@@ -17,7 +17,7 @@ import yaml
 from sslbook import configuration
 from sslbook.errors import UserError
 from sslbook.methods import METHODS
-from sslbook.train import pretrain
+from sslbook.engine.loop import pretrain
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
 PROTOCOLS = {"knn": "kNN", "linear": "linear"}

@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -128,7 +128,7 @@ def _no_class(found: re.Match) -> str:
     """There is no such class, and which one may be meant: an optimizer, a schedule or a hook."""
     from torch.optim import Optimizer
 
-    from sslbook.hooks import Hook
+    from sslbook.engine.hooks import Hook
     from sslbook.schedules import Schedule
 
     kinds: list[type] = [Optimizer, Schedule, Hook]
@@ -308,6 +308,12 @@ def train_parser(method: type, engine: Callable, prog: str, description: str) ->
     parser.add_class_arguments(method, "method")
     parser.add_class_arguments(Data, "data")
     parser.add_function_arguments(engine, skip={"method", "data", "config"})
+    parser.add_argument(
+        "--report",
+        type=Literal["quick", "full", "none"],
+        default="quick",
+        help="what is measured and plotted at the end; full also trains the supervised control",
+    )
     return parser
 
 

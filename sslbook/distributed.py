@@ -167,11 +167,10 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
     return DistributedDataParallel(module, **options)
 
 
-def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = None) -> torch.device:
+def setup(device: str | None = None) -> torch.device:
     """Joins the process group that `torchrun` describes, if it started us, and returns this process's device.
 
     Args:
-        backend: how processes talk; by default NCCL on GPUs and gloo on CPUs.
         device: where to compute, such as `cpu` or `cuda:1`; by default a GPU if there is one.
     """
     cuda = torch.cuda.is_available()
@@ -183,8 +182,6 @@ def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = N
         raise UserError(f"device {device} cannot be used ({reason}): use cpu, cuda or cuda:0") from None
     if kind == "cuda" and not cuda:
         raise UserError(f"device {device} needs an NVIDIA GPU and torch finds none: use device cpu")
-    if backend == "nccl" and kind != "cuda":
-        raise UserError("backend nccl needs a GPU and this process computes on the CPU: use backend gloo")
     if initialized() and kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" not in os.environ or initialized():
@@ -200,7 +197,7 @@ def setup(backend: Literal["nccl", "gloo"] | None = None, device: str | None = N
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
-    backend = backend or ("nccl" if kind == "cuda" else "gloo")
+    backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, device_id=place if backend == "nccl" else None)
     return place
 

@@ -16,7 +16,8 @@ from sslbook.data.views import View, apply_one
 from sslbook.evaluation import controls, factors, knn, linear
 from sslbook.evaluation.features import center_view, extract_features, extract_with_index
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
-from sslbook.hooks import Run, read_metrics
+from sslbook.engine.hooks import read_metrics
+from sslbook.engine.run import Run
 from sslbook.methods.base import Method
 from sslbook.notebook import plots, style
 

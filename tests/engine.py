@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sslbook import checkpoint, train
-from sslbook.hooks import Run
+from sslbook.engine.run import Run
 from tests.methods.cases import case
 
 COMMON = {

@@ -154,7 +154,7 @@ def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None
 
 
 def test_the_images_hook_draws_on_the_way(tmp_path: Path) -> None:
-    hooks = '[{"class_path": "sslbook.hooks.Images", "init_args": {"every": 1}}]'
+    hooks = '[{"class_path": "sslbook.loggers.Plots", "init_args": {"every": 1}}]'
     start("mae", tmp_path, steps=6, hooks=hooks)
     assert {p.name for p in (tmp_path).glob("*.png")} == {"curves.png", "reconstructions.png", "views.png"}
 

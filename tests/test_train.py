@@ -1,6 +1,7 @@
 """The loop: it ends, it resumes to the bit, it stops cleanly, and several processes are one."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -14,8 +15,11 @@ from PIL import Image
 
 from sslbook import Data, Shapes, checkpoint, configuration, train
 from sslbook.data.views import View
+from sslbook.engine.hooks import Hook, MetricsLog
+from sslbook.engine.loop import pretrain
+from sslbook.engine.run import Run
 from sslbook.errors import UserError
-from sslbook.hooks import Hook, Metrics, OnlineKNN, Run, TensorBoard, WandB
+from sslbook.loggers import OnlineKNN, TensorBoard, WandB
 from sslbook.methods import METHODS
 from sslbook.methods.base import Method
 from sslbook.methods.simclr import SimCLR
@@ -74,7 +78,7 @@ def test_every_method_runs_and_resumes_to_the_bit(method: str, tmp_path: Path) -
     assert (parts / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
 
 
-def test_it_goes_on_in_another_folder(tmp_path: Path) -> None:
+def test_resumes_into_another_folder(tmp_path: Path) -> None:
     start("rotation", tmp_path / "one", steps=2, checkpoint_every="1 steps", keep_last=0)
     (tmp_path / "one" / "checkpoint-mine.pt").touch()  # somebody else's name is passed over
     train.main([f"--resume={tmp_path / 'one' / 'checkpoint-00000001.pt'}", f"--out_dir={tmp_path / 'other'}"])
@@ -87,7 +91,9 @@ def test_killed_at_a_random_moment_it_resumes_to_the_bit(tmp_path: Path) -> None
     start("byol", tmp_path / "whole", **options)
     killed = tmp_path / "killed"
     process = start_process(["-m", "sslbook.train", *command("byol", killed, **options)], tmp_path)
-    until = random.Random(time.time_ns()).randint(2, 25)
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"killed after a number of steps drawn with seed {seed}")
+    until = random.Random(seed).randint(2, 25)
     deadline = time.monotonic() + 120
     while not any(checkpoint.checkpoints(killed)) or int(checkpoint.checkpoints(killed)[-1].stem[-8:]) < until:
         assert process.poll() is None, process.stderr.read()
@@ -145,7 +151,7 @@ def test_accumulation_is_the_whole_batch_for_a_loss_without_interaction(tmp_path
     """Rotation with a transformer: no batch norm and no negatives, so parts of a batch are independent."""
     backbone = (
         '{"class_path": "sslbook.nn.VisionTransformer", "init_args": '
-        '{"image_size": 16, "patch_size": 8, "dim": 8, "depth": 1, "heads": 1}}'
+        '{"image_size": 16, "patch_size": 8, "dim": 8, "depth": 1, "num_heads": 1}}'
     )
     for name, parts in (("whole", 1), ("parts", 4)):
         start("rotation", tmp_path / name, steps=3, grad_accum_steps=parts, method__backbone=backbone, optimizer=PLAIN)
@@ -154,38 +160,38 @@ def test_accumulation_is_the_whole_batch_for_a_loss_without_interaction(tmp_path
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
-def test_hooks_see_everything_and_change_nothing(tmp_path: Path) -> None:
+def test_hooks_see_every_event_and_change_nothing(tmp_path: Path) -> None:
     data, count = Data(shapes=TINY_SHAPES), Count()
     common = {"batch_size": 16, "steps": 4, "progress": False}
-    plain = train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "a"), **common)
+    plain = pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "a"), **common)
     hooks = [count, OnlineKNN(every=1, k=3), TensorBoard(every=1), WandB(every=1)]
-    watched = train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "b"), hooks=hooks, **common)
+    watched = pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "b"), hooks=hooks, **common)
     assert_same_bits(dict(plain.method.state_dict()), dict(watched.method.state_dict()))
     assert count.calls == [
         *("start", "step 1", "step 2", "step 3", "epoch", "save"),
         *("step 4", "epoch", "save", "end"),
     ]
-    assert 0 <= watched.figures["knn"] <= 100
+    assert 0 <= watched.evaluations["knn"] <= 100
     assert any("knn" in line for line in lines(tmp_path / "b"))
     assert list((tmp_path / "b" / "tensorboard").glob("events*"))
     assert list((tmp_path / "b" / "wandb").glob("offline-run*"))
 
 
-def test_the_best_checkpoint_and_how_many_are_kept(tmp_path: Path) -> None:
+def test_monitor_and_keep_last(tmp_path: Path) -> None:
     class Score(Hook):
         values = iter([10.0, 30.0, 20.0])
 
         def epoch(self, run) -> None:
-            run.figures["score"] = next(self.values)
+            run.evaluations["score"] = next(self.values)
 
     options = {"batch_size": 16, "epochs": 3, "progress": False, "monitor": "score", "keep_last": 2}
-    train.pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), hooks=[Score()], **options)
+    pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), hooks=[Score()], **options)
     assert [path.stem for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000009"]
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 6
     Score.values = iter([1.0])
     options = {**options, "monitor": "scor"}
     with pytest.raises(UserError, match="did you mean score"):
-        train.pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path / "x"), hooks=[Score()], **options)
+        pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path / "x"), hooks=[Score()], **options)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -216,7 +222,7 @@ class Explodes(Method):
         return {"loss": loss * float("nan") if clock.step == 2 else loss}
 
 
-def test_a_loss_that_is_no_number_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -> None:
+def test_nan_loss_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -> None:
     with pytest.raises(UserError, match=r"became nan at step 2 \(epoch 0\).*replay"):
         train.main(
             ["tests.test_train.Explodes", f"--out_dir={tmp_path}", "--batch_size=8", "--data.shapes.num_train=48"]
@@ -260,15 +266,15 @@ def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["simmim", "--recipe=imagenet"], ["odc"], ["dino", "--recipe=imagenet"]])
 def test_a_written_configuration_is_that_of_its_recipe(words: list[str], tmp_path: Path) -> None:
     """Alone and laid over the recipe, also with keyword arguments of a timm model and a backbone within a backbone."""
-    _, _, resolved = configuration.resolve(words, train.pretrain)
+    _, _, resolved = configuration.resolve(words, pretrain)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved))
     for again in ([], words):
-        assert configuration.resolve([*again, f"--config={tmp_path / 'config.yaml'}"], train.pretrain)[2] == resolved
+        assert configuration.resolve([*again, f"--config={tmp_path / 'config.yaml'}"], pretrain)[2] == resolved
 
 
 def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
     words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone=resnet50", "--optimizer", "SGD"]
-    _, _, resolved = configuration.resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], train.pretrain)
+    _, _, resolved = configuration.resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], pretrain)
     assert resolved["method"]["init_args"]["backbone"] == {
         "class_path": "sslbook.nn.resnet50",
         "init_args": {"width": 64, "stem": "imagenet", "zero_init_residual": False},
@@ -276,13 +282,13 @@ def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
     assert resolved["optimizer"]["init_args"]["lr"] == 0.3
     assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.0
     words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone.width=16", "--optimizer.lr=0.5"]
-    _, _, resolved = configuration.resolve(words, train.pretrain)
+    _, _, resolved = configuration.resolve(words, pretrain)
     assert resolved["method"]["init_args"]["backbone"]["init_args"]["depth"] == 18
     assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.05
 
 
 def test_from_python_without_a_command_line(tmp_path: Path) -> None:
-    run = train.pretrain(
+    run = pretrain(
         simclr(), Data(shapes=TINY_SHAPES), SGD, batch_size=16, epochs=1, out_dir=str(tmp_path), progress=False
     )
     assert run.finished
@@ -317,7 +323,7 @@ def test_the_control_of_a_run_from_weights_has_random_ones(tmp_path: Path) -> No
     assert not torch.equal(fresh["conv1.weight"], given["conv1.weight"])
 
 
-def test_going_back_keeps_what_lies_ahead_under_another_name(tmp_path: Path, capsys) -> None:
+def test_resuming_an_older_checkpoint_renames_newer_ones(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     start("rotation", run, steps=4, checkpoint_every="1 steps", keep_last=0)
     ahead = (run / "checkpoint-00000004.pt").read_bytes()
@@ -328,7 +334,7 @@ def test_going_back_keeps_what_lies_ahead_under_another_name(tmp_path: Path, cap
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-00000004.pt"]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+def test_nan_weights_are_not_saved(tmp_path: Path) -> None:
     class Spoil(Hook):
         def step(self, run) -> None:
             if run.clock.step == 2:
@@ -337,17 +343,17 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
     options = {"batch_size": 16, "epochs": 1, "checkpoint_every": "1 steps", "progress": False, "hooks": [Spoil()]}
     with pytest.raises(UserError, match="became NaN or Inf by step 2"):
-        train.pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), **options)
+        pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), **options)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000001.pt"]
 
 
-def test_the_best_may_be_measured_now_and_then(tmp_path: Path) -> None:
+def test_monitored_metric_may_be_measured_now_and_then(tmp_path: Path) -> None:
     options = {"batch_size": 16, "epochs": 3, "progress": False, "monitor": "knn"}
     data = Data(shapes=TINY_SHAPES)
-    train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "a"), hooks=[OnlineKNN(every=2, k=3)], **options)
+    pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "a"), hooks=[OnlineKNN(every=2, k=3)], **options)
     assert checkpoint.load(tmp_path / "a" / "best.pt")["step"] in (6, 9)
     with pytest.raises(UserError, match="nothing measures 'knn'"):
-        train.pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "b"), **options)
+        pretrain(simclr(), data, SGD, out_dir=str(tmp_path / "b"), **options)
     assert not (tmp_path / "b").exists()  # told before anything is trained
 
 
@@ -358,7 +364,7 @@ def test_a_hook_that_fails_at_the_start_leaves_the_keyboard_alone(tmp_path: Path
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="no"):
-        train.pretrain(
+        pretrain(
             simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), batch_size=16, steps=1, hooks=[Broken()]
         )
     assert signal.getsignal(signal.SIGINT) is before
@@ -366,8 +372,8 @@ def test_a_hook_that_fails_at_the_start_leaves_the_keyboard_alone(tmp_path: Path
 
 def test_lines_of_metrics_hold_numbers_only(tmp_path: Path) -> None:
     run = Run(simclr(), Data(shapes=TINY_SHAPES), tmp_path, Clock(0, 4, 2), torch.device("cpu"), 16, {})
-    run.figures = {"knn": 50.0}
-    hook = Metrics(every=2)
+    run.evaluations = {"knn": 50.0}
+    hook = MetricsLog(every=2)
     hook.start(run)
     for step, norm in enumerate((float("inf"), 3.0, float("nan"), float("nan")), start=1):
         run.clock, run.metrics = Clock(step, 4, 2), {"loss": 1.0, "gradient_norm": norm, "lr": 0.1}
@@ -398,6 +404,6 @@ def test_a_folder_named_in_a_file_gets_the_recipe_for_folders(tmp_path: Path) ->
     for i in range(4):
         Image.new("RGB", (80, 80), (i, 2 * i, 3 * i)).save(tmp_path / "x" / f"{i}.png")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": {"folder": str(tmp_path / "x")}}))
-    _, _, named = configuration.resolve(["simclr", "--config", str(tmp_path / "mine.yaml")], train.pretrain)
-    _, _, given = configuration.resolve(["simclr", f"--data.folder={tmp_path / 'x'}"], train.pretrain)
+    _, _, named = configuration.resolve(["simclr", "--config", str(tmp_path / "mine.yaml")], pretrain)
+    _, _, given = configuration.resolve(["simclr", f"--data.folder={tmp_path / 'x'}"], pretrain)
     assert named == given

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sslbook import configuration
 from sslbook.data.loader import Batch
+from sslbook.engine.loop import pretrain
 from sslbook.errors import UserError
 from sslbook.schedules import Clock
 
@@ -23,8 +24,6 @@ def replay(failure: str) -> None:
     written = path.parent / "config.yaml"
     if not written.is_file():
         raise UserError(f"{written}: missing; the failure is replayed with its run's configuration")
-    from sslbook.train import pretrain
-
     parser, config, _ = configuration.resolve(["--config", str(written)], pretrain)
     made = parser.construct(config)
     method = made.method
@@ -36,8 +35,8 @@ def replay(failure: str) -> None:
     for i, view in enumerate(state["views"]):
         print(f"view {i}: {tuple(view.shape)}, from {view.min():.3f} to {view.max():.3f}")
     batch = Batch(tuple(state["views"]), state["index"], state["label"])
-    where = first_not_finite(method, batch, Clock(**state["clock"]))
-    print(where or "computed again in float32, the loss is a number: the precision of the run was too low")
+    found = first_not_finite(method, batch, Clock(**state["clock"]))
+    print(found or "computed again in float32, the loss is a number: the precision of the run was too low")
 
 
 def load_failure(path: Path) -> dict:
@@ -48,7 +47,7 @@ def load_failure(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a failure file ({str(error).splitlines()[0][:80]})") from None
-    if not isinstance(state, dict) or state.get("format") != "sslbook failure 1":
+    if not isinstance(state, dict) or state.get("format") != "sslbook failure 2":
         raise UserError(f"{path}: not a failure file of sslbook")
     return state
 

@@ -1,0 +1,1 @@
+"""How a method is trained: the loop, what a run is, its folder, its checkpoints."""

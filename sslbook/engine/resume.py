@@ -1,0 +1,176 @@
+"""What a checkpoint holds, how it is written, and how a run goes on from it to the bit."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslbook import checkpoint, distributed
+from sslbook.engine.hooks import Hook
+from sslbook.engine.run import Run
+from sslbook.errors import UserError, nearest
+from sslbook.nn.backbones import describe
+
+CONTENTS = (
+    *("method", "optimizer", "scaler", "step", "steps_per_epoch", "batch_size", "seed", "seconds"),
+    *("evaluations", "best", "random", "description"),
+)
+
+
+@dataclass
+class TrainState:
+    """All that changes in a run and is not recomputed: what its checkpoints hold.
+
+    Args:
+        run: the run, with its method and clock.
+        optimizer: its state follows the order of its parameter groups.
+        scaler: of fp16.
+        monitor: the metric whose highest value marks the best checkpoint; none without one.
+        best: its highest value so far.
+        improved: whether the last evaluation was the best one.
+    """
+
+    run: Run
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    monitor: str | None = None
+    best: float = -math.inf
+    improved: bool = False
+
+    def compare(self, hooks: list[Hook]) -> None:
+        """Compare the monitored metric with its best value, after an epoch.
+
+        Raises:
+            UserError: no hook has measured it.
+        """
+        if self.monitor is None:
+            return
+        if (value := self.run.evaluations.get(self.monitor)) is not None:
+            self.improved = value > self.best
+            self.best = max(self.best, value)
+        elif self.run.clock.progress >= 1 or not any(self.monitor in (hook.measures or ()) for hook in hooks):
+            known = nearest(self.monitor, list(self.run.evaluations))
+            raise UserError(f"--monitor: nothing measures {self.monitor!r}{known}")
+
+    def save(self, hooks: list[Hook], keep_last: int) -> None:
+        """Write a checkpoint, the best one besides if the last evaluation was the best; delete the oldest.
+
+        Raises:
+            UserError: a weight is NaN or infinite; then nothing is written.
+        """
+        run, step = self.run, self.run.clock.step
+        random = _random_states(run.device)  # of all processes
+        if not all(bool(torch.isfinite(p).all()) for p in run.method.parameters()):
+            raise UserError(
+                f"weights became NaN or Inf by step {step}, though the loss was a number; they were not saved, the "
+                "last checkpoint is as it was: lower the learning rate, or set --clip_grad_norm"
+            )
+        if distributed.is_main():
+            contents = {
+                "method": run.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": step,
+                "steps_per_epoch": run.clock.steps_per_epoch,
+                "batch_size": run.batch_size,
+                "seed": run.clock.seed,
+                "seconds": run.seconds,
+                "evaluations": run.evaluations,
+                "best": self.best,
+                "random": random,
+                "description": description(run),
+            }
+            if self.improved:  # first, since the checkpoint says that it is there
+                checkpoint.save(run.folder / "best.pt", contents)
+            path = run.folder / f"checkpoint-{step:08d}.pt"
+            checkpoint.save(path, contents)
+            for old in checkpoint.checkpoints(run.folder)[:-keep_last] if keep_last else []:
+                old.unlink()
+            for hook in hooks:
+                hook.save(run, path)
+        self.improved = False
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's contents.
+
+        Raises:
+            UserError: it belongs to a run with other options.
+        """
+        run = self.run
+        _require_same_run(state, run)
+        run.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        run.clock = replace(run.clock, step=state["step"])
+        run.seconds, run.evaluations, self.best = state["seconds"], dict(state["evaluations"]), state["best"]
+        _set_random_states(state["random"], run.clock.seed, run.device)
+        rename_newer_checkpoints(run.folder, run.clock.step)
+
+
+def description(run: Run) -> dict[str, Any]:
+    """What whoever uses the backbone must know: how to build it, which images it expects, what it learned from."""
+    view = run.method.views()[0]
+    return {
+        "backbone": describe(run.method.backbone),
+        "method": type(run.method).__name__,
+        "view": {"size": view.size, "mean": list(view.mean), "std": list(view.std)},
+        "data": run.config.get("data", {}),
+        "config": run.config,
+    }
+
+
+def _require_same_run(state: dict[str, Any], run: Run) -> None:
+    clock = run.clock
+    own = {"method": type(run.method).__name__, "batch_size": run.batch_size}
+    own |= {"steps_per_epoch": clock.steps_per_epoch, "seed": clock.seed}
+    for name, value in own.items():
+        was = state["description"]["method"] if name == "method" else state[name]
+        if was != value:
+            raise UserError(
+                f"--resume: the checkpoint was written with {name} {was}, this run has {value}; "
+                "go on with the same, or start anew from its weights with --init_from"
+            )
+    found = {name: tuple(value.shape) for name, value in state["method"].items()}
+    for name, value in run.method.state_dict().items():
+        if found.get(name) != tuple(value.shape):
+            raise UserError(
+                f"--resume: {name} is {tuple(value.shape)} here and {found.get(name, 'missing')} in the checkpoint; "
+                "give the options of then, or start anew from its weights with --init_from"
+            )
+
+
+def rename_newer_checkpoints(folder: Path, step: int) -> None:
+    """Rename, never delete, checkpoints of later steps than the one that the run goes on from."""
+    if not distributed.is_main():
+        return
+    for path in checkpoint.checkpoints(folder):
+        if int(path.stem.rpartition("-")[2]) > step:
+            number = 1
+            while (aside := folder / f"aside-{number}-{path.name}").exists():
+                number += 1
+            path.rename(aside)
+            print(f"{path.name} is newer than step {step} and was renamed to {aside.name}")
+
+
+def _random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Torch's generators in every process: they serve what is not counter-based, such as drop path."""
+    own = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    if distributed.world_size() == 1:
+        return [own]
+    states: list[Any] = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def _set_random_states(states: list[dict[str, torch.Tensor]], seed: int, device: torch.device) -> None:
+    if len(states) != distributed.world_size():  # another number of processes: nothing to continue
+        torch.manual_seed(seed + distributed.rank())
+        return
+    own = states[distributed.rank()]
+    torch.set_rng_state(own["cpu"])
+    if device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], device)

@@ -1,0 +1,120 @@
+"""The folder of a run: found or created, never that of another run, and gone again if no step was taken."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sslbook import checkpoint, distributed
+from sslbook.data.loader import Data
+from sslbook.errors import UserError
+from sslbook.methods.base import Method
+
+RESULT_FILES = ("metrics.jsonl", "backbone.safetensors", "best.pt", "report.json")  # of a run that took a step
+START_FILES = ("config.yaml", "initial.safetensors", "initial.json")
+
+
+def open_folder(method: Method, data: Data, out_dir: str | None, resume: str | None) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint to resume; the main process decides for all.
+
+    Args:
+        method: names the folder where `out_dir` does not.
+        data: likewise.
+        out_dir: the folder asked for; by default a new one under `runs/`.
+        resume: a run's folder or a checkpoint; `auto` is the newest run of this method and data, if there is one.
+
+    Raises:
+        UserError: the folder holds another run or cannot be created, or there is nothing to resume.
+    """
+    answer: list[Any] = [None, None, None]
+    if distributed.is_main():
+        try:
+            answer[:2] = _choose(method, data, out_dir, resume)
+        except UserError as error:
+            answer[2] = str(error)
+    folder, path, refusal = distributed.broadcast(answer)
+    if refusal is not None:
+        raise UserError(refusal)
+    return Path(folder), None if path is None else Path(path)
+
+
+def _choose(method: Method, data: Data, out_dir: str | None, resume: str | None) -> tuple[str, str | None]:
+    stem = f"{type(method).__name__.lower()}-{data.name}"
+    if out_dir is not None and not out_dir.strip():
+        raise UserError("--out_dir is empty: name a folder, or leave it out")
+    if resume is not None and resume != "auto":
+        path = checkpoint.find(Path(resume))
+        folder = path.parent if out_dir is None else Path(out_dir)
+        if folder.resolve() != path.parent.resolve():
+            _refuse_used(folder)
+            _create(folder)
+        return str(folder), str(path)
+    if resume == "auto":
+        runs = [Path(out_dir)] if out_dir is not None else _runs_of(stem, data)
+        found = [path for run in runs if run.is_dir() for path in checkpoint.checkpoints(run)[-1:]]
+        if found:
+            newest = max(found, key=lambda path: path.stat().st_mtime)
+            return str(newest.parent), str(newest)
+    if out_dir is not None:
+        if resume != "auto" or not (Path(out_dir) / "config.yaml").exists():
+            _refuse_used(Path(out_dir))
+        _create(Path(out_dir))
+        return out_dir, None
+    number = 1
+    while True:
+        folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            _create(folder)
+            return str(folder), None
+        number += 1
+
+
+def _runs_of(stem: str, data: Data) -> list[Path]:
+    """Folders under `runs/` whose name and configuration are those of this method and these data."""
+    own = re.compile(re.escape(stem) + r"(-\d+)?")
+    folders = list(Path("runs").iterdir()) if Path("runs").is_dir() else []
+    return [folder for folder in folders if own.fullmatch(folder.name) and _learns_from(folder, data)]
+
+
+def _learns_from(run: Path, data: Data) -> bool:
+    """Whether the run's configuration names these data; folders of the same name may lie in different places."""
+    try:
+        written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+        folder, name = written.get("folder"), written.get("name", "shapes")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return True  # started from Python, where nothing is written of the data
+    if folder is None or data.folder is None:
+        return folder is None and data.folder is None and name == data.name
+    return Path(folder).expanduser().resolve() == Path(data.folder).expanduser().resolve()
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another --out_dir") from None
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.is_dir() and checkpoint.checkpoints(folder):
+        raise UserError(f"{folder}: holds another run; choose another --out_dir, or go on with it by --resume {folder}")
+    if folder.is_dir() and any((folder / name).exists() for name in RESULT_FILES):
+        raise UserError(f"{folder}: holds another run, without checkpoints; choose another --out_dir, or delete it")
+
+
+@contextmanager
+def removed_if_unstarted(folder: Path, new: bool) -> Iterator[None]:
+    """Remove what a new run has written into its folder if it fails before its first result."""
+    try:
+        yield
+    except BaseException:
+        results = [*checkpoint.checkpoints(folder), *(folder / name for name in RESULT_FILES)]
+        if new and distributed.is_main() and not any(path.exists() for path in results):
+            for name in START_FILES:
+                (folder / name).unlink(missing_ok=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise

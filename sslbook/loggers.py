@@ -1,0 +1,147 @@
+"""Hooks that watch a run: online kNN, plots, TensorBoard, Weights & Biases."""
+
+import hashlib
+from typing import Literal
+
+from sslbook import distributed
+from sslbook.engine.hooks import Hook
+from sslbook.engine.run import Run
+from sslbook.errors import UserError, at_least_one
+
+
+class OnlineKNN(Hook):
+    """kNN accuracy of the backbone while it learns: trained features vote for the test images. Needs labels.
+
+    Args:
+        every: epochs between measurements.
+        k: neighbors that vote.
+        limit: training images that take part at most.
+    """
+
+    measures = ("knn",)
+
+    def __init__(self, every: int = 1, k: int = 20, limit: int = 10_000) -> None:
+        at_least_one(every=every, k=k, limit=limit)
+        self.every, self.k, self.limit = every, k, limit
+
+    def start(self, run: Run) -> None:
+        if not run.data.measurable:
+            raise UserError("OnlineKNN needs labeled images, also for the test; leave it out of --hooks")
+
+    def epoch(self, run: Run) -> None:
+        if run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps:
+            from sslbook.report import quick_knn
+
+            accuracy = quick_knn(run.method, run.data, run.device, k=self.k, limit=self.limit)
+            run.evaluations["knn"] = distributed.broadcast(accuracy)
+
+
+class Plots(Hook):
+    """Images while the run goes on: its views at the start, then curves and (if the method paints) reconstructions.
+
+    Args:
+        every: epochs between images.
+    """
+
+    measures = ()
+
+    def __init__(self, every: int = 10) -> None:
+        at_least_one(every=every)
+        self.every = every
+
+    def start(self, run: Run) -> None:
+        if distributed.is_main():
+            from sslbook.report import plot_views
+
+            plot_views(run)
+
+    def epoch(self, run: Run) -> None:
+        if distributed.is_main() and (run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps):
+            from sslbook.report import plot_curves, plot_reconstructions
+
+            plot_curves(run)
+            plot_reconstructions(run)
+
+
+class TensorBoard(Hook):
+    """Scalars for TensorBoard, in the run's folder.
+
+    Args:
+        every: steps between points.
+    """
+
+    measures = ()
+
+    def __init__(self, every: int = 10) -> None:
+        at_least_one(every=every)
+        self.every = every
+
+    def start(self, run: Run) -> None:
+        self.writer = None
+        if distributed.is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError('TensorBoard is not installed: pip install "sslbook[tensorboard]"') from None
+            self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.clock.step + 1)
+
+    def step(self, run: Run) -> None:
+        if self.writer and run.clock.step % self.every == 0:
+            for name, value in run.metrics.items():
+                self.writer.add_scalar(f"train/{name}", value, run.clock.step)
+
+    def epoch(self, run: Run) -> None:
+        if self.writer:
+            for name, value in run.evaluations.items():
+                self.writer.add_scalar(f"eval/{name}", value, run.clock.step)
+
+    def end(self, run: Run) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+class WandB(Hook):
+    """Scalars for Weights & Biases.
+
+    Args:
+        project: the project's name there.
+        mode: `offline` keeps everything in the run's folder until `wandb sync`; `online` needs an account.
+        every: steps between points.
+    """
+
+    measures = ()
+
+    def __init__(
+        self, project: str = "sslbook", mode: Literal["offline", "online", "disabled"] = "offline", every: int = 10
+    ) -> None:
+        at_least_one(every=every)
+        self.project, self.mode, self.every = project, mode, every
+
+    def start(self, run: Run) -> None:
+        self.wandb = None
+        if distributed.is_main():
+            try:
+                import wandb
+            except ImportError:
+                raise UserError('Weights & Biases is not installed: pip install "sslbook[wandb]"') from None
+            self.wandb = wandb.init(
+                project=self.project,
+                name=run.folder.name,
+                dir=str(run.folder),
+                mode=self.mode,
+                config=run.config,
+                id=hashlib.blake2b(str(run.folder.resolve()).encode(), digest_size=8).hexdigest(),  # names recur
+                resume="allow",
+            )
+
+    def step(self, run: Run) -> None:
+        if self.wandb and run.clock.step % self.every == 0:
+            self.wandb.log({f"train/{name}": value for name, value in run.metrics.items()}, step=run.clock.step)
+
+    def epoch(self, run: Run) -> None:
+        if self.wandb and run.evaluations:
+            self.wandb.log({f"eval/{name}": value for name, value in run.evaluations.items()}, step=run.clock.step)
+
+    def end(self, run: Run) -> None:
+        if self.wandb:
+            self.wandb.finish()
