@@ -1,6 +1,7 @@
 """The wheel holds all it needs: from an empty folder the same commands work; and `import sslbook` stays light."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,13 +20,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "sslbook").rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            target = source / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "LICENSE-TEXT"):
+        shutil.copy(ROOT / name, source)
+    for name in ("sslbook", "book"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     words = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(words, check=True, capture_output=True, text=True)
     (wheel,) = folder.glob("*.whl")
@@ -49,6 +47,29 @@ def test_from_an_empty_folder_with_only_the_wheel(installed: Path, tmp_path: Pat
     again = run(["-m", "sslbook", "train", *command("rotation", None, steps=1)], tmp_path, installed)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "runs" / "rotation-shapes-2" / "backbone.safetensors").exists()
+
+
+def test_the_wheel_holds_the_book_without_its_site(installed: Path, tmp_path: Path) -> None:
+    book = installed / "sslbook" / "book"
+    for folder, pattern in (
+        ("results", "*.json"),
+        ("checkpoints", "*"),
+        ("chapters", "*/*.py"),
+        ("chapters", "*/*.ipynb"),
+    ):
+        names = {path.relative_to(ROOT / "book") for path in (ROOT / "book" / folder).glob(pattern)}
+        assert names
+        assert {name for name in names if not (book / name).is_file()} == set()
+    assert not (book / "_static").exists()
+    program = """
+from sslbook.book.chapters.simclr import exercises
+from sslbook.notebook import results
+print(exercises.__file__, results.book())
+results.load("simclr_shapes")
+"""
+    done = run(["-c", program], tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(book / "chapters" / "simclr" / "exercises.py"), str(book)]
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = "from jupyter_book.cli.main import main; main()"  # this Python's, whatever PATH says
     build = [sys.executable, "-c", program, "build", str(ROOT), "--path-output", str(where)]
     # -W: a warning is an error; -n: so is a reference to nothing.
-    run = subprocess.run([*build, "--all", "-W", "-n", "--keep_last-going"], capture_output=True, text=True)
+    run = subprocess.run([*build, "--all", "-W", "-n", "--keep-going"], capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
     assert (where / "_build" / "html" / "index.html").is_file()
     return where / "_build" / "html"
@@ -70,7 +70,7 @@ def test_page_is_whole_without_a_network(site: Path, browser: Browser, page: str
 
 @needs_chromium
 def test_formulas_are_drawn_and_readable_to_a_screen_reader(site: Path, browser: Browser):
-    browser.open(address(site, "book/notation"))
+    browser.open(address(site, "book/reference/notation"))
     assert browser.js("document.querySelectorAll('mjx-container mjx-math').length") > 40
     assert browser.js("document.querySelectorAll('mjx-assistive-mml math').length") > 40
     assert browser.js("document.querySelector('mjx-container').getBoundingClientRect().width") > 4
@@ -117,4 +117,4 @@ def test_page_fits_a_phone_in_dark_mode(site: Path, phone: Browser, page: str):
     fills = set(phone.js(f"{boxes}.map(e => getComputedStyle(e).backgroundColor)"))
     assert fills <= {"rgba(0, 0, 0, 0)"}, "a white box around a figure"
     if folder := os.environ.get("SSLBOOK_SCREENSHOTS"):  # to look at, when a person works on the site
-        phone.screenshot(Path(folder) / f"{Path(page).name}-phone-dark.png")
+        phone.screenshot(Path(folder) / f"{page.replace('/', '-')}-phone-dark.png")

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +84,22 @@ class Result:
 
 
 def folder() -> Path | None:
-    """`book/results` of the checkout: above the working folder, else above the package. None outside a checkout."""
-    for start in (Path.cwd(), Path(__file__).resolve().parent):
-        for place in (start, *start.parents):
-            if (place / "book" / "results").is_dir():
-                return place / "book" / "results"
+    """`book/results` of the checkout: above the working folder, else beside the package. None outside a checkout."""
+    for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
+        if (place / "book" / "results").is_dir():
+            return place / "book" / "results"
     return None
 
 
+def book() -> Path:
+    """The folder `book` with results and checkpoints: of the checkout, else as installed with the package."""
+    checkout = folder()
+    return checkout.parent if checkout else Path(str(resources.files("sslbook.book")))
+
+
 def load(name: str) -> Result:
-    """The result `name`. UserError where there is none, or no checkout to read from."""
-    where = folder()
-    if where is None:
-        raise UserError(
-            "results live in book/results of a checkout, and none is above this folder: "
-            "git clone https://github.com/sslbook/sslbook and start the notebook there"
-        )
+    """The result `name`. UserError where there is none."""
+    where = book() / "results"
     if not (where / f"{name}.json").is_file():
         known = sorted(path.stem for path in where.glob("*.json"))
         raise UserError(f"no result {name!r} in book/results{nearest(name, known)}")

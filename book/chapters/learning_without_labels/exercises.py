@@ -12,7 +12,7 @@ from sslbook import distributed
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.notebook.checks import Check, exercise
+from sslbook.notebook.exercises import Check, exercise
 
 
 def views_of_process(shapes: Shapes, view: View, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:

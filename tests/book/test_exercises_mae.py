@@ -1,10 +1,10 @@
 import pytest
 import torch
 from einops import rearrange
+from sslbook.book.chapters.mae import exercises as check
 
 from sslbook.methods import mae
-from sslbook.notebook import checks_mae as check
-from sslbook.notebook.checks import CheckFailed
+from sslbook.notebook.exercises import CheckFailed
 
 
 def cut(pattern):

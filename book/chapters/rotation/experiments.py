@@ -1,10 +1,10 @@
 """What the chapter *Rotation prediction* reports: rotation prediction on the Shapes data set, whole and broken.
 
-    python book/experiments/rotation.py            about fifteen minutes on one CPU core
-    python book/experiments/rotation.py measure    only book/results/rotation_shapes.json and rotation_stages.json
-    python book/experiments/rotation.py labels     only book/results/rotation_labels.json
-    python book/experiments/rotation.py break      only book/results/rotation_broken.json and rotation_curves.json
-    python book/experiments/rotation.py break "watermark"    one row of these anew
+    python book/chapters/rotation/experiments.py            about fifteen minutes on one CPU core
+    python book/chapters/rotation/experiments.py measure    only book/results/rotation_shapes.json and rotation_stages.json
+    python book/chapters/rotation/experiments.py labels     only book/results/rotation_labels.json
+    python book/chapters/rotation/experiments.py break      only book/results/rotation_broken.json and rotation_curves.json
+    python book/chapters/rotation/experiments.py break "watermark"    one row of these anew
 
 Step size, steps and network were chosen on Shapes(seed=0). Everything here comes from the worlds of seeds 1 and 2, what
 is broken on purpose from seed 1 alone.

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from sslbook.book.chapters.simclr import exercises as check
 from torch import Tensor
 
 from sslbook.methods import simclr
-from sslbook.notebook import checks_simclr as check
-from sslbook.notebook.checks import CheckFailed
+from sslbook.notebook.exercises import CheckFailed
 
 
 def scores(z: Tensor, tau: float, *, mask: bool = True, unit: bool = True) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sslbook.notebook.checks import Check, exercise
+from sslbook.notebook.exercises import Check, exercise
 
 
 def _turned(x: Float[Tensor, "n c s s"], sign: int = 1, dims: tuple[int, int] = (2, 3)) -> Float[Tensor, "4*n c s s"]:

@@ -1,7 +1,7 @@
 """What the chapter on SimCLR quotes: its longer runs over several seeds, and its sabotages.
 
-    python book/experiments/simclr.py measure --seeds 3
-    python book/experiments/simclr.py sabotage          each some minutes on one CPU core
+    python book/chapters/simclr/experiments.py measure --seeds 3
+    python book/chapters/simclr/experiments.py sabotage          each some minutes on one CPU core
 
 Write `simclr_shapes` (accuracy on test images beside the controls), `simclr_factors` (what h and z know of every
 factor) and `simclr_sabotage`, which is measured on held-out training images: whoever chooses a setting from it has not

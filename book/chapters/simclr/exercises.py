@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslbook import distributed
 from sslbook.methods import simclr
-from sslbook.notebook.checks import Check, exercise
+from sslbook.notebook.exercises import Check, exercise
 
 # Two processes --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What the chapter *Learning without labels* quotes: the first network beside its controls, over several seeds.
 
-    python book/experiments/learning_without_labels.py            about five minutes on one CPU core
+    python book/chapters/learning_without_labels/experiments.py            about five minutes on one CPU core
 
 Writes `learning_without_labels_shapes` (accuracy on test images), `learning_without_labels_factors` (what the features
 know of every factor) and `learning_without_labels_labels` (accuracy with few labels). The probes choose their learning

@@ -1,8 +1,8 @@
 """Instant checks for exercises, whose messages name the misconception.
 
 A check runs the reader's function on random inputs and compares it with a reference. Where the answer is wrong it looks
-among the answers that known mistakes give, and says which mistake it was. A chapter's checks live in
-`checks_<chapter>.py`; `checks_first.py` is the pattern:
+among the answers that known mistakes give, and says which mistake it was. A chapter's checks live in its folder,
+`book/chapters/NAME/exercises.py`:
 
     @exercise
     def knn_vote(check, answer):
@@ -10,9 +10,9 @@ among the answers that known mistakes give, and says which mistake it was. A cha
         check.shape(scores, (8, 3), "one row per query, one column per class")
         check.close(scores, expected, mistakes={"the temperature divides ...": wrong_scores})
 
-In a chapter `from sslbook.notebook import checks_first as check`, then `check.knn_vote(knn_vote)`. It prints one line
-that lists what was compared, raises `CheckFailed`, or, where the function is still a stub (it returns `...` or raises
-NotImplementedError), says so and goes on, so that a chapter with unsolved exercises runs to its end.
+In a chapter `from sslbook.book.chapters.NAME import exercises as check`, then `check.knn_vote(knn_vote)`. It prints
+one line that lists what was compared, or raises `CheckFailed`. A stub (it returns `...` or raises NotImplementedError)
+is reported as not written yet and raises nothing, so that a chapter with unsolved exercises runs to its end.
 """
 
 import functools

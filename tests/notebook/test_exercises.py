@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sslbook.notebook.checks import Check, CheckFailed, exercise
+from sslbook.notebook.exercises import Check, CheckFailed, exercise
 
 
 @exercise

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sslbook.methods.mae import normalize_patches
-from sslbook.notebook.checks import Check, exercise
+from sslbook.notebook.exercises import Check, exercise
 
 
 @exercise

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from sslbook.book.chapters.rotation import exercises as check
 
 from sslbook.methods.rotation import rotate
-from sslbook.notebook import checks_rotation as check
-from sslbook.notebook.checks import CheckFailed
+from sslbook.notebook.exercises import CheckFailed
 
 
 def stacked(*parts: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Longer runs of the chapter on MAE: results with seeds, the sabotages, and the checkpoint that its sliders draw from.
 
-    python book/experiments/mae.py train        the controls, and the checkpoint
-    python book/experiments/mae.py sabotage     one line changed at a time
+    python book/chapters/mae/experiments.py train        the controls, and the checkpoint
+    python book/chapters/mae/experiments.py sabotage     one line changed at a time
 
 Each run is drawn, trained and measured on one CPU core; a second argument says how many runs go side by side.
 """
@@ -163,7 +163,7 @@ def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
         folder.mkdir(exist_ok=True)
         weights = {name: value.clone() for name, value in method.state_dict().items() if "pos" not in name}
         save_file(weights, folder / "mae_shapes.safetensors", metadata={"format": "pt"})
-        facts = {"command": "python book/experiments/mae.py train", "seed": seed, "shapes": vars(TINY_SHAPES)}
+        facts = {"command": "python book/chapters/mae/experiments.py train", "seed": seed, "shapes": vars(TINY_SHAPES)}
         facts |= settings("train")
         (folder / "mae_shapes.json").write_text(json.dumps(facts, indent=2) + "\n")
         rows["pixels"], knowledge["pixels"] = split(measure(nn.Flatten(), data, with_factors=True))

@@ -1,0 +1,1 @@
+"""The book's chapters, results and small checkpoints; installed as `sslbook.book`."""

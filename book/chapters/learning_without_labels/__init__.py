@@ -1,0 +1,1 @@
+"""Learning without labels: the pipeline and how a representation is evaluated."""

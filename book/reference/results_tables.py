@@ -1,0 +1,95 @@
+"""The tables of results, rewritten from `book/results`: all of them in `results.md`, ten methods in the README.
+
+    python book/reference/results_tables.py
+
+Each table comes from a file that `python -m sslbook.compare` wrote. What stands between the two markers of a page is
+replaced, everything else stays.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sslbook.checkpoint import write_text
+from sslbook.errors import UserError
+from sslbook.notebook import results
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+TITLES = {
+    "shapes": "The Shapes data set",
+    "shapes_seeds": "The Shapes data set, three seeds",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10_jpeg": "CIFAR-10 (JPEG), 32 pixels",
+    "cifar10_jpeg_all": "CIFAR-10 (JPEG), 10,000 images, 20 epochs, with the networks and sizes of the Shapes data set",
+    "cifar10_jpeg_long": "The same for 60 epochs",
+    "clothing_160": "Clothing, photographs of 160 pixels",
+}
+COLUMNS = {
+    "kNN": ("kNN (%)", 1),
+    "linear": ("linear (%)", 1),
+    "kNN, untrained": ("kNN, untrained", 1),
+    "linear, untrained": ("linear, untrained", 1),
+    "kNN, pixels": ("kNN, pixels", 1),
+    "linear, pixels": ("linear, pixels", 1),
+    "s per 1,000": ("s per 1,000 images", 2),
+    "memory (MB)": ("memory (MB)", 0),
+}
+TEN = ["SimCLR", "MoCoV3", "BYOL", "SwAV", "DINO", "VICReg", "IJEPA", "MAE", "DeepClusterV2", "Rotation"]
+CONTROLS = ["pixels", "random weights", "supervised", "chance"]
+
+Values = Mapping[str, Mapping[str, float | Sequence[float]]]
+
+
+def table(values: Values, columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
+    """A Markdown table with a line for every row of a result; a metric that a row lacks is left blank."""
+    columns = {c: look for c, look in columns.items() if any(c in metrics for metrics in values.values())}
+    lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |", "|---|" + "---:|" * len(columns)]
+    for row, metrics in values.items():
+        cells = [results.number(metrics[c], digits) if c in metrics else "" for c, (_, digits) in columns.items()]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def all_tables() -> str:
+    """Every table, with its origin below it."""
+    parts = []
+    for name, title in TITLES.items():
+        result = results.load(name)
+        parts.append("\n".join([f"## {title}", "", table(result.values), "", result.origin()]))
+    return "\n\n".join(parts)
+
+
+def ten_methods() -> str:
+    """Ten methods and the controls on two data sets."""
+    shapes, cifar = results.load("shapes"), results.load("cifar10_jpeg_all")
+    columns = {
+        f"{data} {metric}": (f"{data}, {metric} (%)", 1)
+        for data in ("Shapes", "CIFAR-10")
+        for metric in ("kNN", "linear")
+    }
+    values = {
+        row: {
+            f"{data} {m}": r[row][m] for data, r in (("Shapes", shapes), ("CIFAR-10", cifar)) for m in ("kNN", "linear")
+        }
+        for row in TEN + CONTROLS
+    }
+    return "\n\n".join([table(values, columns), shapes.origin(), cifar.origin()])
+
+
+def insert(page: Path, new: str) -> str:
+    """The text of `page` with `new` between the markers."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{page}: needs one {BEGIN} and, after it, one {END}")
+    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{new}\n\n{END}{text.partition(END)[2]}"
+
+
+def pages() -> dict[Path, str]:
+    """From a page to the text it should have."""
+    content = {ROOT / "book" / "reference" / "results.md": all_tables(), ROOT / "README.md": ten_methods()}
+    return {page: insert(page, new) for page, new in content.items()}
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        write_text(page, text)
