@@ -98,10 +98,18 @@ class ResNet(nn.Module):
             elif zero_init_residual and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)  # pyrefly: ignore[bad-argument-type]
 
+    def forward_stages(self, x: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+        """The feature maps after each of the four stages, fine to coarse."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
+
     def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim h w"]:
         """The last feature map, before pooling."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.forward_stages(x)[-1]
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         return torch.mean(self.forward_map(x), dim=(2, 3))

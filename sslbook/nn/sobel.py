@@ -40,6 +40,10 @@ class Sobel(nn.Module):
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
         return self.backbone(self.edges(x))
 
+    def forward_map(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim rows columns"]:
+        """The feature map of the backbone, if it has one."""
+        return self.backbone.forward_map(self.edges(x))  # pyrefly: ignore[not-callable]
+
 
 def sobel(backbone: dict[str, Any]) -> Sobel:
     """The network of an exported description, with fresh weights."""

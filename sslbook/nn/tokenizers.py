@@ -72,7 +72,11 @@ class DiscreteEncoder(nn.Module):
         return self.scores(x).argmax(dim=2)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        return self.layers(x).mean(dim=(2, 3))
+        return self.forward_map(x).mean(dim=(2, 3))
+
+    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """The features of all patches."""
+        return self.layers(x)
 
 
 class DiscreteDecoder(nn.Module):
@@ -191,6 +195,10 @@ class VQTokenizer(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         return self.vit(x)
+
+    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """The features of all patches."""
+        return self.vit.forward_map(x)
 
 
 # -- frozen ------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,29 @@ def require_heads(dim: int, num_heads: int) -> None:
         )
 
 
+def require_transformer(backbone: nn.Module, method: str, drops_patches: bool = False) -> "VisionTransformer":
+    """The backbone itself, for methods that work between its embedding and its blocks.
+
+    Args:
+        backbone: the network.
+        method: its name for the message.
+        drops_patches: whether masked patches are left out of the sequence, for which relative positions are not made.
+
+    Raises:
+        UserError: it is no `VisionTransformer`, or its positions do not allow that patches are left out.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        raise UserError(
+            f"{method} masks patches of a vision transformer and cannot use a {type(backbone).__name__}: "
+            "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
+        )
+    if drops_patches and backbone.rel_pos_bias is not None:
+        raise UserError(
+            f"{method} leaves patches out, for which relative positions are not made: use positions sincos or learned"
+        )
+    return backbone
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -248,6 +271,7 @@ class VisionTransformer(nn.Module):
             "layer_scale": layer_scale,
         }
         self.dim, self.patch_size, self.pool = dim, patch_size, pool
+        self.token_dim, self.stride, self.num_prefix_tokens = dim, patch_size, 1  # of the protocol TokenBackbone
         self.grid = patch_grid(image_size, image_size, patch_size)
         self.patch_embed = PatchEmbedding(patch_size, dim)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -271,7 +295,7 @@ class VisionTransformer(nn.Module):
         self,
         x: Float[Tensor, "batch 3 height width"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
-        mask_token: Float[Tensor, "dim"] | None = None,
+        mask_token: Float[Tensor, "... dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """Patch tokens with their positions, row by row, without the cls token.
 
@@ -314,6 +338,19 @@ class VisionTransformer(nn.Module):
             pass
         return self.norm(x)
 
+    def forward_tokens(
+        self,
+        x: Float[Tensor, "batch 3 height width"],
+        mask: Bool[Tensor, "batch patches"] | None = None,
+        mask_token: Float[Tensor, "... dim"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The class token and the patch tokens after the last norm; for the mask see `embed`."""
+        return self.encode(self.embed(x, mask, mask_token))
+
+    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """The patch tokens after the last norm, as a feature map."""
+        return rearrange(self.forward_tokens(x)[:, 1:], "b (h w) c -> b c h w", h=x.shape[2] // self.patch_size)
+
     def resampled(self, name: str, value: Tensor) -> Tensor | None:
         """The weight `name` of a network for another image size, for this one; None if it cannot be."""
         grid = square(value.shape[1] - 1) if value.ndim == 3 else None
@@ -322,7 +359,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([value[:, :1], resample_positions(value[0, 1:], grid, self.grid)[None]], dim=1)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        tokens = self.encode(self.embed(x))
+        tokens = self.forward_tokens(x)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
 
