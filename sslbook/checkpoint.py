@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from sslbook.errors import UserError
 
-FORMAT = "sslbook checkpoint 1"
+FORMAT = "sslbook checkpoint 2"
+OLD_FORMAT = "sslbook checkpoint 1"  # its weights can be used, its runs not resumed: options had other names
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -42,28 +44,47 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda part: torch.save({"format": FORMAT, **state}, part))
 
 
+def read(path: Path) -> Any:
+    """Read a file that torch has written; nothing in it is executed.
+
+    Raises:
+        UserError: the file is missing, truncated or damaged, or would execute code.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not compare the checksums that it writes
+            if damaged is not None:
+                raise UserError(f"{path}: damaged ({damaged} is not what was saved); take an older one")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are refused in the next line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and could execute code; it was not loaded") from None
+    except UserError:
+        raise
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: truncated or not a checkpoint ({reason}); take an older one") from None
+
+
 def load(path: Path, *needs: str) -> dict[str, Any]:
     """Read a checkpoint written by `save`, which holds the entries `needs`.
 
     Raises:
-        UserError: the file is missing, truncated, damaged, from elsewhere, or would execute code.
+        UserError: the file cannot be read, is not a checkpoint of this version, or lacks an entry.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    if path.stat().st_size == 0 or not zipfile.is_zipfile(path):
+    if path.is_file() and not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated or not a checkpoint; take an older one (checkpoint-*.pt beside it)")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not compare the checksums that it writes
-        if damaged is not None:
-            raise UserError(f"{path}: damaged ({damaged} is not what was saved); take an older one")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors and could execute code; it was not loaded") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path}: truncated or not a checkpoint ({reason}); take an older one") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    state = read(path)
+    found = state.get("format") if isinstance(state, dict) else None
+    if found == OLD_FORMAT and "optimizer" in needs:
+        raise UserError(
+            f"{path}: written by sslbook 0.1, whose runs cannot be resumed; start anew with --init_from {path}"
+        )
+    if found not in (FORMAT, OLD_FORMAT):
         raise UserError(f"{path}: not a checkpoint of sslbook; to start from its weights use --init_from")
     if absent := [name for name in needs if name not in state]:
         raise UserError(f"{path}: holds no {', '.join(absent)}; take another checkpoint")

@@ -9,6 +9,7 @@ from torch import nn
 from sslbook import checkpoint
 from sslbook.errors import UserError
 from sslbook.nn import ResNet, VisionTransformer
+from sslbook.nn.backbones import describe
 from sslbook.weights.backbone import export_backbone, load_backbone
 from sslbook.weights.load import load_weights
 
@@ -155,3 +156,29 @@ def test_your_own_backbone_is_filled_when_you_pass_it(tmp_path: Path) -> None:
         load_backbone(path)
     again, _ = load_backbone(path, nn.Linear(2, 2))
     assert torch.equal(again.weight, own.weight)
+
+
+def test_old_checkpoints_give_their_weights_but_are_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-00000001.pt"
+    vit = VisionTransformer(16, 4, 16, 2, 2)
+    old = {**describe(vit), "init_args": {**describe(vit)["init_args"]}}
+    old["init_args"]["heads"] = old["init_args"].pop("num_heads")
+    state = {f"backbone.{name}": value for name, value in vit.state_dict().items()}
+    contents = {"format": "sslbook checkpoint 1", "method": state, "description": {"backbone": old}, "figures": {}}
+    torch.save(contents, path)
+    again, _ = load_backbone(path)
+    assert torch.equal(again.norm.weight, vit.norm.weight)
+    with pytest.raises(UserError, match=r"sslbook 0\.1.*--init_from"):
+        checkpoint.load(path, "method", "optimizer")
+
+
+def test_a_mask_token_without_singleton_axes_is_reshaped(tmp_path: Path) -> None:
+    class Method(nn.Module):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.mask_token = nn.Parameter(torch.randn(*shape))
+
+    old, new = Method(5), Method(1, 1, 5)
+    torch.save(old.state_dict(), tmp_path / "old.pt")
+    load_weights(new, tmp_path / "old.pt")
+    assert torch.equal(new.mask_token[0, 0], old.mask_token)

@@ -14,6 +14,8 @@ from sslbook.checkpoint import find, load, write_atomically, write_text
 from sslbook.errors import UserError
 from sslbook.nn.backbones import build, describe
 
+RENAMED = {"heads": "num_heads", "codes": "num_codes"}  # arguments of version 0.1
+
 
 def export_backbone(path: Path, backbone: nn.Module, description: dict[str, Any]) -> None:
     """Write `path` (safetensors) and the JSON beside it that says how to build and feed the backbone.
@@ -65,7 +67,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
             facts = json.loads(description.read_text(encoding="utf-8"))
         except ValueError:
             raise UserError(f"{description}: not valid JSON") from None
-    module = backbone if backbone is not None else build(facts.get("backbone", {}))
+    module = backbone if backbone is not None else build(_current_names(facts.get("backbone", {})))
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -74,7 +76,19 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
     return module, facts
 
 
+def _current_names(description: Any) -> Any:
+    """A description with the arguments of version 0.1 under their names of today."""
+    if not isinstance(description, dict):
+        return description
+    return {RENAMED.get(key, key): _current_names(value) for key, value in description.items()}
+
+
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
