@@ -1,4 +1,4 @@
-"""Imports point one way, and a method imports no other."""
+"""Imports point one way: every name of the package has a level of its own, and imports only from lower levels."""
 
 import ast
 from pathlib import Path
@@ -7,18 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sslbook"
 
-# A module may import from its own layer and from those below it.
-LAYERS = [
-    {"errors", "chance", "schedules", "distributed", "optim", "checkpoint", "nn", "data"},
-    {"methods"},
-    {"evaluation", "hooks", "report", "notebook"},
-    {"train", "evaluate", "extract", "configuration"},
-    {"tools", "compare", "__init__", "__main__"},
+# From the bottom; a circle between two names fails, since one of them stands above the other.
+LEVELS = [
+    *("errors", "types", "rng", "schedules", "distributed", "checkpoint", "data", "nn", "optim", "weights", "methods"),
+    *("evaluation", "notebook", "engine", "report", "loggers", "cli"),
+    *("train", "extract", "evaluate", "compare", "tools", "__init__", "__main__"),
 ]
-
-
-def layer(module: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if module in names)
+# A variant may import its parent method; every method may import the base class.
+PARENTS = {"mff": {"mae"}, "pixmim": {"mae"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -40,6 +36,18 @@ def imports(path: Path) -> set[str]:
     return {name.removeprefix("sslbook.") for name in found if name.startswith("sslbook.")}
 
 
+def exists(name: str) -> bool:
+    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+
+
+def module_of(name: str) -> str:
+    """The file, relative to the package and without suffix, that a dotted path of an import names."""
+    parts = name.split(".")
+    while parts and not (PACKAGE.joinpath(*parts).is_dir() or PACKAGE.joinpath(*parts).with_suffix(".py").is_file()):
+        parts.pop()
+    return "/".join(parts)
+
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -49,14 +57,32 @@ def test_imports_point_one_way(path: Path) -> None:
     own = relative.parts[0].removesuffix(".py")
     for name in imports(path):
         other = name.split(".")[0]
-        if not (PACKAGE / other).is_dir() and not (PACKAGE / f"{other}.py").is_file():
-            continue  # a name that sslbook/__init__.py defines
-        assert layer(other) <= layer(own), f"{relative} must not import sslbook.{name}"
-        if own == "methods" and other == "methods":
-            assert name.split(".")[1] == "base" or relative.name == "__init__.py", f"{relative} imports sslbook.{name}"
+        if other != own and exists(other):  # else it is a name that sslbook/__init__.py defines
+            assert LEVELS.index(other) < LEVELS.index(own), f"{relative} must not import sslbook.{name}"
+        if own == other == "methods" and relative.name != "__init__.py":
+            allowed = {"base"} | PARENTS.get(relative.stem, set())
+            assert name.split(".")[1] in allowed, f"{relative} imports sslbook.{name}"
 
 
-def test_every_module_has_a_layer() -> None:
-    for path in PACKAGE.iterdir():
-        if path.suffix == ".py" or (path / "__init__.py").exists():
-            layer(path.stem)
+def test_every_name_has_a_level_of_its_own() -> None:
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert names <= set(LEVELS)
+    assert len(LEVELS) == len(set(LEVELS))
+
+
+def test_no_circles_between_files() -> None:
+    graph = {}
+    for path in FILES:
+        own = str(path.relative_to(PACKAGE).with_suffix(""))
+        graph[own] = {module_of(name) for name in imports(path)} - {own, "", own.removesuffix("/__init__")}
+    done: set[str] = set()
+
+    def visit(file: str, above: tuple[str, ...]) -> None:
+        assert file not in above, f"circle: {' -> '.join([*above[above.index(file) :], file])}"
+        if file not in done:
+            for other in sorted(graph.get(file, ())):
+                visit(other, (*above, file))
+            done.add(file)
+
+    for file in graph:
+        visit(file, ())
