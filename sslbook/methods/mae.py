@@ -1,80 +1,83 @@
-"""MAE: hide three quarters of an image's patches and draw them from the rest.
+"""MAE: reconstruct the pixels of masked patches with an encoder that sees the visible patches only.
 
-The encoder, a vision transformer, sees the visible patches only, which makes it quick and keeps mask tokens out of what
-is learned. A small decoder gets the encoded patches and mask tokens, each with its position, and predicts the pixels.
+Three quarters of an image's patches are masked. The encoder, a vision transformer, runs on the rest, which makes it fast
+and keeps mask tokens out of the representation. A small decoder gets the encoded patches and mask tokens, each with its
+position, and predicts the pixels.
 
 He, Chen, Xie, Li, Dollár and Girshick, 2022, "Masked autoencoders are scalable vision learners" (arXiv:2111.06377),
-section 3. Values, positions and initialization are those of the authors' code. Which patches are hidden is keyed by the
-image and the epoch instead of drawn from a running generator.
+section 3. Values, positions and initialization are those of the authors' code.
+
+What differs from the authors' code:
+
+- masks are a function of seed, image and epoch, where they are drawn from torch's generator;
+- the decoder's input stays in the shuffled order, each token with its position, where tokens are first put back into
+  the image's order; a transformer with positions gives the same result.
 """
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslbook import rng
 from sslbook.data.loader import Batch
+from sslbook.data.masks import require_mask
 from sslbook.data.views import MAE_CROP, View
-from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
+from sslbook.nn.mask_tokens import gather_tokens
+from sslbook.nn.patches import normalize_patches, patchify, unpatchify
+from sslbook.nn.vit import (
+    Block,
+    VisionTransformer,
+    init_transformer,
+    patch_grid,
+    require_transformer,
+    resample_positions,
+    sincos_positions,
+)
 from sslbook.schedules import Clock
 
 
-def patchify(images: Float[Tensor, "batch 3 height width"], patch_size: int) -> Float[Tensor, "batch patches values"]:
-    """Images cut into patches, row by row; within a patch pixel by pixel, each with its three colors."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
-
-
-def unpatchify(
-    patches: Float[Tensor, "batch patches values"], patch_size: int, grid: tuple[int, int]
-) -> Float[Tensor, "batch 3 height width"]:
-    """The inverse of `patchify` for a grid of so many rows and columns of patches."""
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=patch_size, q=patch_size)
-
-
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """How many patches the encoder sees; a `UserError` if that is none or all."""
-    visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 0.9 of 10 hides 9, although 1 - 0.9 falls short of 0.1
-    if not 0 < visible < num_patches:
-        what = "to predict" if visible else "to see"
-        raise UserError(
-            f"mask ratio {mask_ratio} of {num_patches} patches leaves nothing {what}: "
-            f"use a ratio of at least {1 / num_patches:.3g} and at most {1 - 1 / num_patches:.3g}"
-        )
-    return visible
+    """How many patches the encoder sees.
+
+    Raises:
+        UserError: none, or all of them.
+    """
+    visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # a ratio of 0.9 masks 9 of 10, although 1 - 0.9 < 0.1
+    return num_patches - require_mask(num_patches - visible, num_patches)
 
 
 def random_mask(
     index: Int[Tensor, "batch"], num_patches: int, mask_ratio: float, clock: Clock
-) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
-    """Which patches of every image are visible and which hidden, each in random order (section 3, "Masking")."""
+) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch masked"]]:
+    """The positions of the visible and of the masked patches of every image, in random order.
+
+    Section 3, "Simple implementation": shuffle the patches, keep the first ones. `index` are the images' numbers in the
+    data set.
+    """
     order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, num_patches).argsort(dim=1, stable=True)
     visible = num_visible(num_patches, mask_ratio)
     return order[:, :visible], order[:, visible:]
 
 
-def take(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
-    """The patches at the given places, image by image."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def normalize_patches(patches: Float[Tensor, "batch some values"]) -> Float[Tensor, "batch some values"]:
-    """Every patch with mean 0 and variance 1 (section 3, "Reconstruction target"; unbiased variance as in the code)."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
-
-
 def reconstruction_loss(
-    prediction: Float[Tensor, "batch hidden values"], target: Float[Tensor, "batch hidden values"]
+    prediction: Float[Tensor, "batch masked values"], target: Float[Tensor, "batch masked values"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the hidden patches."""
+    """Mean squared error over the masked patches (section 3, "Reconstruction target")."""
     return (prediction.float() - target.float()).square().mean()
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of every patch from the encoded visible ones."""
+    """A narrow transformer that predicts the pixels of masked patches from the encoded visible ones.
+
+    Args:
+        encoder_dim: width of the encoder's tokens.
+        dim: width of the decoder.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        patch_size: side of a patch, in pixels.
+        grid: rows and columns of patches that the table of positions is made for.
+    """
 
     def __init__(
         self, encoder_dim: int, dim: int, depth: int, num_heads: int, patch_size: int, grid: tuple[int, int]
@@ -91,18 +94,18 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "batch tokens dim"],
+        tokens: Float[Tensor, "batch tokens encoder_dim"],
         visible: Int[Tensor, "batch visible"],
-        hidden: Int[Tensor, "batch hidden"],
+        masked: Int[Tensor, "batch masked"],
         grid: tuple[int, int],
-    ) -> Float[Tensor, "batch hidden values"]:
-        tokens = self.embed(tokens)
-        masks = self.mask_token.to(tokens.dtype).expand(len(tokens), hidden.shape[1], -1)
-        # The order of tokens means nothing to a transformer: only the positions added to them do.
-        positions = resample_positions(self.positions, self.grid, grid)[torch.cat([visible, hidden], dim=1)]
-        patches = torch.cat([tokens[:, 1:], masks], dim=1) + positions
+    ) -> Float[Tensor, "batch masked values"]:
+        tokens = self.embed(tokens)  # (batch, 1 + visible, dim): the class token comes first
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), masked.shape[1], -1)
+        # One shared vector for every masked patch: only its position says which patch to predict ("MAE decoder").
+        positions = resample_positions(self.positions, self.grid, grid)[torch.cat([visible, masked], dim=1)]
+        patches = torch.cat([tokens[:, 1:], mask_tokens], dim=1) + positions  # (batch, patches, dim)
         tokens = self.blocks(torch.cat([tokens[:, :1], patches], dim=1))
-        return self.predict(self.norm(tokens[:, -hidden.shape[1] :]))
+        return self.predict(self.norm(tokens[:, -masked.shape[1] :]))  # the masked patches come last
 
 
 class MAE(Method):
@@ -110,12 +113,16 @@ class MAE(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what an image becomes.
-        mask_ratio: part of the patches that is hidden.
-        norm_pix_loss: predict every patch normalized by its own mean and deviation.
+        view: augmentation of an image.
+        mask_ratio: fraction of the patches that is masked.
+        norm_pix_loss: whether the target is every patch normalized by its own mean and standard deviation.
         decoder_dim: width of the decoder.
-        decoder_depth: blocks of the decoder.
+        decoder_depth: number of blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
+
+    Raises:
+        UserError: the backbone is no `VisionTransformer`, its patches do not fit the view, or the mask ratio masks no
+            patch or all of them.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -131,36 +138,40 @@ class MAE(Method):
         decoder_num_heads: int = 16,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, VisionTransformer):
-            raise UserError(
-                f"MAE hides patches from a vision transformer and cannot use a {type(backbone).__name__}: "
-                "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
-            )
+        backbone = require_transformer(backbone, type(self).__name__, drops_patches=True)
         self.view, self.mask_ratio, self.norm_pix_loss = view, mask_ratio, norm_pix_loss
         grid = patch_grid(view.size, view.size, backbone.patch_size)
-        num_visible(grid[0] * grid[1], mask_ratio)  # refuses a ratio that leaves nothing to do
+        num_visible(grid[0] * grid[1], mask_ratio)  # raises if the ratio masks no patch or all
         self.backbone = backbone
         self.decoder = Decoder(backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, backbone.patch_size, grid)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
+    def encode(self, tokens: Float[Tensor, "batch visible dim"]) -> Float[Tensor, "batch 1+visible dim"]:
+        """The class token and the visible patches after the encoder."""
+        return self.backbone.encode(tokens)
+
     def predict(
         self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock
-    ) -> tuple[Float[Tensor, "batch hidden values"], Int[Tensor, "batch hidden"]]:
-        """What the decoder draws on the hidden patches, and which these are."""
-        tokens = self.backbone.embed(images)
-        visible, hidden = random_mask(index, tokens.shape[1], self.mask_ratio, clock)
-        encoded = self.backbone.encode(take(tokens, visible))
+    ) -> tuple[Float[Tensor, "batch masked values"], Int[Tensor, "batch masked"]]:
+        """The decoder's prediction for the masked patches, and the positions of these."""
+        tokens = self.backbone.embed(images)  # (batch, patches, dim): positions are added before patches are dropped
+        visible, masked = random_mask(index, tokens.shape[1], self.mask_ratio, clock)
+        encoded = self.encode(gather_tokens(tokens, visible))  # no mask tokens here ("MAE encoder")
         grid = patch_grid(images.shape[2], images.shape[3], self.backbone.patch_size)
-        return self.decoder(encoded, visible, hidden, grid), hidden
+        return self.decoder(encoded, visible, masked, grid), masked
+
+    def target(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches values"]:
+        """The pixels of every patch, which the decoder is to predict."""
+        return patchify(images, self.backbone.patch_size)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        prediction, hidden = self.predict(images, batch.index, clock)
-        target = take(patchify(images, self.backbone.patch_size), hidden)
+        prediction, masked = self.predict(images, batch.index, clock)  # (batch, masked, values)
+        target = gather_tokens(self.target(images), masked)  # only masked patches enter the loss, as in BERT
         if self.norm_pix_loss:
-            target = normalize_patches(target)
+            target = normalize_patches(target)  # contrast within the patch; its mean and scale need not be predicted
         return {"loss": reconstruction_loss(prediction, target)}
 
     @torch.no_grad()
@@ -170,18 +181,17 @@ class MAE(Method):
         index: Int[Tensor, "batch"],
         clock: Clock = Clock(),
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
-        """The images with their hidden patches blank (zero), and with the decoder's drawing in their place.
+        """The images with their masked patches set to zero, and with these patches reconstructed.
 
-        With `norm_pix_loss` the decoder predicts a patch up to its mean and deviation, which the image provides.
+        With `norm_pix_loss` a patch is predicted up to its mean and standard deviation, which are taken from the image.
         """
         size = self.backbone.patch_size
-        prediction, hidden = self.predict(images, index, clock)
-        prediction = prediction.to(images.dtype)
-        patches = patchify(images, size)
+        prediction, masked = self.predict(images, index, clock)
+        prediction, patches = prediction.to(images.dtype), patchify(images, size)
         if self.norm_pix_loss:
-            variance, mean = torch.var_mean(take(patches, hidden), dim=-1, keepdim=True)
+            variance, mean = torch.var_mean(gather_tokens(self.target(images), masked), dim=-1, keepdim=True)
             prediction = prediction * (variance + 1e-6).sqrt() + mean
-        place = hidden[:, :, None].expand_as(prediction)
         grid = patch_grid(images.shape[2], images.shape[3], size)
-        masked, drawn = (patches.scatter(1, place, x) for x in (torch.zeros_like(prediction), prediction))
-        return unpatchify(masked, size, grid), unpatchify(drawn, size, grid)
+        position = masked[:, :, None].expand_as(prediction)
+        zeroed, reconstructed = (patches.scatter(1, position, x) for x in (torch.zeros_like(prediction), prediction))
+        return unpatchify(zeroed, size, grid), unpatchify(reconstructed, size, grid)

@@ -23,7 +23,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.decoders import patchify
+from sslbook.nn.patches import patchify
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
 from sslbook.schedules import Clock
 

@@ -32,7 +32,7 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import ConvNet, ResNet
-from sslbook.nn.decoders import patchify
+from sslbook.nn.patches import patchify
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.67, 1.0), interpolation="bicubic")

@@ -7,9 +7,11 @@ from torch import Tensor
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import mff
+from sslbook.methods.mae import random_mask
 from sslbook.methods.mff import Fusion
 from sslbook.nn import ResNet, VisionTransformer, vit_base
-from sslbook.nn.decoders import patchify, random_mask, take
+from sslbook.nn.mask_tokens import gather_tokens
+from sslbook.nn.patches import patchify
 from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
@@ -21,7 +23,7 @@ CASE = Case(
         "method.decoder_num_heads": 2,
         "method.layers": "[0]",
     },
-    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for who knows nothing: the images are noise
+    learned=lambda method, batch, out: bool(out["loss"] < 0.8),  # 47/48 for a constant prediction: the images are noise
     backbone=transformer,
     full_scale="vit_base",
     overfit={"backbone": VisionTransformer(SIZE, 4, 64, 2, 4), "decoder_dim": 64, "decoder_num_heads": 4},
@@ -31,20 +33,20 @@ CASE = Case(
 
 
 def literal_fusion(fusion: Fusion, layers: list[Tensor]) -> Tensor:
-    powers = [math.exp(w) for w in fusion.weights.tolist()]
+    exponentials = [math.exp(w) for w in fusion.weights.tolist()]
     result = torch.zeros_like(layers[0])
     for i in range(len(layers[0])):
         for j in range(layers[0].shape[1]):
             for level, tokens in enumerate(layers):
                 token = tokens[i, j]
                 if level < len(layers) - 1:
-                    part = fusion.maps[level]
-                    token = torch.stack([w @ token + b for w, b in zip(part.weight, part.bias)])
-                result[i, j] += powers[level] / sum(powers) * token
+                    layer = fusion.projections[level]
+                    token = torch.stack([w @ token + b for w, b in zip(layer.weight, layer.bias)])
+                result[i, j] += exponentials[level] / sum(exponentials) * token
     return result
 
 
-def test_the_fusion_is_the_papers() -> None:
+def test_fusion_matches_equations_2_and_3() -> None:
     torch.manual_seed(0)
     fusion = Fusion(8, 3).double().requires_grad_(False)
     torch.testing.assert_close(fusion.weights.softmax(dim=0), torch.full((4,), 0.25, dtype=torch.float64))
@@ -55,36 +57,36 @@ def test_the_fusion_is_the_papers() -> None:
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 @pytest.mark.parametrize("n", [3, 1])
-def test_the_loss_is_the_papers(norm_pix_loss: bool, n: int) -> None:
+def test_loss_matches_literal_formula(norm_pix_loss: bool, n: int) -> None:
     method = make("mff", norm_pix_loss=norm_pix_loss).double()
     batch = make_batch(method, n)
     images = batch.views[0].double()
-    visible, hidden = random_mask(batch.index, 16, 0.75, Clock())
-    first, last = method.backbone.layers(take(method.backbone.embed(images), visible))
+    visible, masked = random_mask(batch.index, 16, 0.75, Clock())
+    first, last = method.backbone.layers(gather_tokens(method.backbone.embed(images), visible))
     with torch.no_grad():
         fused = method.backbone.norm(literal_fusion(method.fusion, [first, last]))
-        prediction = method.decoder(fused, visible, hidden, (4, 4))
+        prediction = method.decoder(fused, visible, masked, (4, 4))
     patches = patchify(images, 4)
     errors = []
     for i in range(n):
-        for j, place in enumerate(hidden[i].tolist()):
-            target = patches[i, place].tolist()
+        for j, patch in enumerate(masked[i].tolist()):
+            target = patches[i, patch].tolist()
             if norm_pix_loss:
                 mean = sum(target) / 48
-                deviation = (sum((t - mean) ** 2 for t in target) / 47 + 1e-6) ** 0.5
-                target = [(t - mean) / deviation for t in target]
+                std = (sum((t - mean) ** 2 for t in target) / 47 + 1e-6) ** 0.5
+                target = [(t - mean) / std for t in target]
             errors += [(a - b) ** 2 for a, b in zip(prediction[i, j].tolist(), target)]
     loss = method(batch._replace(views=(images,)), Clock())["loss"]
     assert float(loss.detach()) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
-def test_the_chosen_layers_learn_through_the_fusion() -> None:
+def test_gradients_reach_the_fused_layers() -> None:
     method = make("mff", backbone=VisionTransformer(SIZE, 4, 16, 4, 2), layers=(0, 2))
     torch.nn.init.normal_(method.fusion.weights)
     tokens = method.backbone.embed(make_batch(method, 2).views[0])
     first, _, third, last = method.backbone.layers(tokens)
-    maps, share = method.fusion.maps, method.fusion.weights.softmax(dim=0)
-    literal = method.backbone.norm(share[0] * maps[0](first) + share[1] * maps[1](third) + share[2] * last)
+    project, w = method.fusion.projections, method.fusion.weights.softmax(dim=0)
+    literal = method.backbone.norm(w[0] * project[0](first) + w[1] * project[1](third) + w[2] * last)
     encoded = method.encode(tokens)
     torch.testing.assert_close(encoded, literal)
     weights, weight = list(method.backbone.blocks.parameters()), torch.randn(literal.shape)
@@ -92,8 +94,8 @@ def test_the_chosen_layers_learn_through_the_fusion() -> None:
     torch.testing.assert_close(torch.autograd.grad((encoded * weight).sum(), weights), expected)
 
 
-def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
-    """A last block that forgets everything: with fusion the decoder still learns to draw, without it cannot."""
+def test_without_fusion_the_last_layer_must_keep_the_detail(monkeypatch) -> None:
+    """The last block outputs zeros: with fusion the decoder still learns to reconstruct, without it it cannot."""
 
     def loss_after_training() -> float:
         torch.manual_seed(0)
@@ -107,8 +109,8 @@ def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
             decoder_dim=32,
             decoder_num_heads=4,
         )
-        forget = method.backbone.blocks[-1]
-        monkeypatch.setattr(forget, "forward", lambda x, bias=None: torch.zeros_like(x))
+        last = method.backbone.blocks[-1]
+        monkeypatch.setattr(last, "forward", lambda x, bias=None: torch.zeros_like(x))
         optimizer = torch.optim.AdamW(method.parameters(), lr=5e-3)
         for _ in range(100):
             images = torch.randn(16, 3, 1, 1).expand(-1, -1, 8, 8).contiguous()
@@ -123,14 +125,23 @@ def test_the_last_layer_need_not_keep_the_detail(monkeypatch) -> None:
     assert loss_after_training() > 0.7
 
 
-def test_the_paper_scale() -> None:
+def test_without_fusion_it_is_mae(monkeypatch) -> None:
+    method, parent = make("mff"), make("mae")
+    parent.load_state_dict({key: value for key, value in method.state_dict().items() if "fusion" not in key})
+    batch = make_batch(method, 4)
+    assert not torch.equal(method(batch, Clock())["loss"], parent(batch, Clock())["loss"])
+    monkeypatch.setattr(Fusion, "forward", lambda self, layers: layers[-1])
+    assert torch.equal(method(batch, Clock())["loss"], parent(batch, Clock())["loss"])
+
+
+def test_paper_scale() -> None:
     with torch.device("meta"):
         method = mff.MFF(vit_base())
     assert method.layers == (0, 2, 4, 6, 8)
     assert sum(p.numel() for p in method.fusion.parameters()) == 5 * (768 * 768 + 768) + 6
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"MFF .* cannot use a ResNet: choose .*VisionTransformer"):
         make("mff", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match="leaves nothing to predict"):
