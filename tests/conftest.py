@@ -1,21 +1,44 @@
-"""What tests share: two processes that stay for the session, and the real data where there is any."""
+"""What tests share: a seed, two processes that stay for the session, and the real data where there is any."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several tests run at once, and a thread too many spins
 
 import multiprocessing
 import pickle
+import random
 import tempfile
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sslbook import distributed
 
+SEED = int(os.environ.get("SSLBOOK_TEST_SEED", "0"))
 PROCESSES = 2
 PATIENCE = 120.0  # seconds until two processes that wait for each other count as stuck
+
+
+def pytest_report_header() -> str:
+    return f"SSLBOOK_TEST_SEED={SEED} (of what tests draw at random)"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed for every test, from its name; whatever order or process it runs in, it draws the same numbers."""
+    seed = (SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (what libraries draw from)
+    torch.manual_seed(seed)
+    print(f"seed {seed}")  # pytest shows it with a failure
+    return seed
 
 
 class Pool:
