@@ -6,7 +6,7 @@ import sys
 
 from timing import table, take_turns
 
-from sslbook.notebook import results
+from sslbook import results
 
 
 def main() -> None:

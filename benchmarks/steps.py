@@ -11,12 +11,12 @@ from timing import table, take_turns
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from sslbook import results
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.methods.mae import MAE
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import ResNet, VisionTransformer
-from sslbook.notebook import results
 from sslbook.schedules import Clock
 
 

@@ -13,11 +13,10 @@ import torch
 from timing import table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslbook import configuration
+from sslbook import configuration, results
 from sslbook.data.loader import Batch
 from sslbook.data.views import apply_batch
 from sslbook.methods.base import Method
-from sslbook.notebook import results
 from sslbook.schedules import Clock
 from sslbook.train import pretrain
 

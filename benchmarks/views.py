@@ -6,8 +6,8 @@ import torch
 from timing import table, take_turns
 from torchvision.transforms import v2
 
+from sslbook import results
 from sslbook.data.views import View, apply_batch
-from sslbook.notebook import results
 
 
 def torchvision_view(view: View, tensor: bool) -> v2.Compose:

@@ -54,7 +54,7 @@ def compare(
         options: options of sslbook.train for all runs, in one string, such as "--recipe cifar10 --epochs 100".
         runs: where the runs' folders are kept.
     """
-    from sslbook.notebook import results
+    from sslbook import results
 
     methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else list(dict.fromkeys(methods))
     try:
@@ -94,7 +94,7 @@ class Comparison:
     @classmethod
     def load(cls, name: str, options: str, seeds: list[int], controls_of: str) -> "Comparison":
         """The table that is there, or an empty one."""
-        from sslbook.notebook import results
+        from sslbook import results
 
         where = results.folder()
         if where is None:
@@ -120,7 +120,7 @@ class Comparison:
 
     def add(self, method: str, seed: int, measured: dict, full: bool) -> None:
         """Append the report of a run, with the controls if it is a full one."""
-        from sslbook.notebook import results
+        from sslbook import results
 
         if "rows" not in measured:
             raise UserError(f"{method}, seed {seed}: the images have no labels, so there is nothing to compare")
@@ -141,7 +141,7 @@ class Comparison:
 
     def save(self, name: str, options: str, seeds: list[int]) -> None:
         """Write it: the method of the controls, the others in the book's order, the controls."""
-        from sslbook.notebook import results
+        from sslbook import results
 
         def place(row: str) -> tuple[bool, bool, int]:
             method = self.origins.get(row, {}).get("method", "")

@@ -151,7 +151,7 @@ def _start(run: str, facts: dict[str, Any], seed: int, backbone: nn.Module | Non
 
 
 def _write(target: Path, values: dict[str, Any], run: str, data: Data, view: View, options: dict[str, Any]) -> None:
-    from sslbook.notebook import results
+    from sslbook import results
 
     settings = {
         "run": run,

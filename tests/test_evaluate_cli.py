@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from sslbook import evaluate, extract
+from sslbook import evaluate, extract, results
 from sslbook.configuration import run as run_command
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
 from sslbook.evaluation.features import center_view, extract_features
 from sslbook.nn import ResNet
-from sslbook.notebook import results
 from sslbook.weights.backbone import export_backbone, load_backbone
 
 

@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_book_without_its_site(installed: Path, tmp_path: Pa
     assert not (book / "_static").exists()
     program = """
 from sslbook.book.chapters.simclr import exercises
-from sslbook.notebook import results
+from sslbook import results
 print(exercises.__file__, results.book())
 results.load("simclr_shapes")
 """

@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sslbook import Data, Shapes, compare, train
+from sslbook import Data, Shapes, compare, results, train
 from sslbook.errors import UserError
-from sslbook.notebook import results
 from sslbook.report import report
 from sslbook.weights.backbone import load_backbone
 from tests.engine import command, start

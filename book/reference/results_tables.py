@@ -9,9 +9,9 @@ replaced, everything else stays.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sslbook import results
 from sslbook.checkpoint import write_text
 from sslbook.errors import UserError
-from sslbook.notebook import results
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

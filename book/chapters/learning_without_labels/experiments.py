@@ -16,13 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sslbook import rng
+from sslbook import results, rng
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.simclr import SimCLR
-from sslbook.notebook import results
 from sslbook.schedules import Cosine, Warmup
 from sslbook.train import pretrain
 

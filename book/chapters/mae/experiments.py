@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslbook import results
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
@@ -27,7 +28,6 @@ from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.mae import MAE, normalize_patches, patchify, random_mask, reconstruction_loss, take
 from sslbook.nn import VisionTransformer
 from sslbook.nn.vit import patch_grid
-from sslbook.notebook import results
 from sslbook.schedules import Clock, Cosine, Warmup
 from sslbook.train import pretrain
 

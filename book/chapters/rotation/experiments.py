@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslbook import rng
+from sslbook import results, rng
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.evaluation import controls, extract_features, knn, linear
 from sslbook.methods.rotation import Rotation, rotate, targets
-from sslbook.notebook import results
 from sslbook.schedules import Clock
 
 KNOBS = {"position": 1.0, "scale": 1.0, "orientation": 0.1}

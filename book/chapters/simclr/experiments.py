@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslbook import results
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.simclr import SimCLR
-from sslbook.notebook import results
 from sslbook.schedules import Clock
 
 TINY_SHAPES = Shapes(num_train=4000, num_test=1000)

@@ -1,10 +1,10 @@
-"""Numbers are read, never typed: what a chapter prints comes from a file that a command wrote.
+"""Results with their origin: what a chapter prints comes from a file that a command wrote, never from typing.
 
-A result is `book/results/<name>.json` with the values and their origin: command, commit, hardware, versions, seeds,
+A result is `book/results/NAME.json` with the values and their origin: command, commit, hardware, versions, seeds,
 date. `save` writes one, `load` reads it, `show` prints it as a table with its origin below.
 
-One switch, the environment variable `SSLBOOK_PROFILE`, says how much a chapter computes: `smoke` (seconds on a CPU,
-for the tests), `colab` (the default: one small GPU or a patient CPU), `full` (the scale of the papers).
+The environment variable `SSLBOOK_PROFILE` says how much a chapter computes: `smoke` (seconds on a CPU, for the tests),
+`colab` (the default: one small GPU or a patient CPU), `full` (the scale of the papers).
 """
 
 import html
@@ -21,13 +21,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sslbook.checkpoint import write_text
 from sslbook.errors import UserError, nearest
 
 PROFILES = ("smoke", "colab", "full")
 
 
 def profile() -> str:
-    """The profile in force: `SSLBOOK_PROFILE`, else `colab`."""
+    """The profile in force: `SSLBOOK_PROFILE`, else `colab`; UserError for any other word."""
     name = os.environ.get("SSLBOOK_PROFILE", "colab")
     if name not in PROFILES:
         raise UserError(
@@ -39,6 +40,9 @@ def profile() -> str:
 def choose(*, smoke: Any, colab: Any, full: Any = None) -> Any:
     """The value for the profile in force; `full` is `colab`'s unless given."""
     return {"smoke": smoke, "colab": colab, "full": colab if full is None else full}[profile()]
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,8 @@ class Result:
 
 def folder() -> Path | None:
     """`book/results` of the checkout: above the working folder, else beside the package. None outside a checkout."""
-    for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
-        if (place / "book" / "results").is_dir():
-            return place / "book" / "results"
-    return None
+    places = [place / "book" / "results" for place in (Path.cwd(), *Path.cwd().parents, Path(__file__).parents[1])]
+    return next((place for place in places if place.is_dir()), None)
 
 
 def book() -> Path:
@@ -98,12 +100,12 @@ def book() -> Path:
 
 
 def load(name: str) -> Result:
-    """The result `name`. UserError where there is none."""
+    """The result `name`; UserError where there is none."""
     where = book() / "results"
     if not (where / f"{name}.json").is_file():
         known = sorted(path.stem for path in where.glob("*.json"))
         raise UserError(f"no result {name!r} in book/results{nearest(name, known)}")
-    return Result(name, **json.loads((where / f"{name}.json").read_text()))
+    return Result(name, **json.loads((where / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def save(
@@ -115,7 +117,7 @@ def save(
     settings: Mapping[str, Any] | None = None,
     to: Path | None = None,
 ) -> Path:
-    """Write `values` and their origin to `book/results/<name>.json` (or into the folder `to`), all or nothing.
+    """Write `values` and their origin to `book/results/NAME.json` (or into the folder `to`), all or nothing.
 
     Args:
         name: the file's name, without `.json`.
@@ -124,6 +126,10 @@ def save(
         seeds: the seeds of the runs.
         settings: what else the values depend on.
         to: another folder.
+
+    Raises:
+        UserError: there is no folder of results.
+        ValueError: a value that JSON does not know, such as NaN.
     """
     where = to or folder()
     if where is None:
@@ -144,67 +150,8 @@ def save(
         settings=dict(settings or {}),
     )
     content = {key: value for key, value in asdict(result).items() if key != "name"}
-    where.mkdir(parents=True, exist_ok=True)
-    part = where / f".{name}.{os.getpid()}"
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return part.replace(where / f"{name}.json")
-
-
-def number(value: float | Sequence[float], digits: int = 1) -> str:
-    """`68.1`, or `68.1 ± 0.9` (mean and standard deviation) for one value per seed."""
-    if isinstance(value, int | float):
-        return f"{value:.{digits}f}"
-    text = f"{statistics.fmean(value):.{digits}f}"
-    return f"{text} ± {statistics.stdev(value):.{digits}f}" if len(value) > 1 else text
-
-
-class Table:
-    """Rows by columns, with a caption line; shows itself in a notebook and prints as text. Made by `show`."""
-
-    def __init__(self, header: list[str], rows: list[list[str]], note: str):
-        self.header, self.rows, self.note = header, rows, note
-
-    def _repr_html_(self) -> str:
-        def line(cells: list[str], tag: str) -> str:
-            head, scope = ("col", ' scope="col"') if tag == "th" else ("row", "")
-            first = f'<th scope="{head}" style="text-align:left">{html.escape(cells[0])}</th>'
-            others = "".join(f'<{tag}{scope} style="text-align:right">{html.escape(c)}</{tag}>' for c in cells[1:])
-            return f"<tr>{first}{others}</tr>"
-
-        body = "".join(line(row, "td") for row in self.rows)
-        return (
-            f'<table class="dataframe"><thead>{line(self.header, "th")}</thead><tbody>{body}</tbody></table>'
-            f'<p class="sslbook-origin"><small>{html.escape(self.note)}</small></p>'
-        )
-
-    def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:])])
-            for cells in [self.header, *self.rows]
-        ]
-        return "\n".join([*lines, self.note])
-
-
-def show(
-    name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, digits: int = 1
-) -> Table:
-    """The result `name`, written as `{row: {column: number(s)}}`, as a table with its origin below.
-
-    Args:
-        name: the result.
-        rows: which rows, in this order; without it, all.
-        columns: which columns, in this order; without it, all.
-        digits: digits behind the point.
-    """
-    result = load(name)
-    picked = {row: result[row] for row in (rows if rows is not None else result.values)}
-    heads = list(columns if columns is not None else dict.fromkeys(c for values in picked.values() for c in values))
-    cells = [
-        [row, *(number(values[head], digits) if head in values else "" for head in heads)]
-        for row, values in picked.items()
-    ]
-    return Table(["", *heads], cells, result.origin())
+    write_text(where / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return where / f"{name}.json"
 
 
 def commit(where: Path | None = None) -> str:
@@ -242,3 +189,74 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue  # sslbook itself, run from a checkout that was never installed
     return found
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | Sequence[float], digits: int = 1) -> str:
+    """`68.1`, or `68.1 ± 0.9` (mean and standard deviation) for one value per seed."""
+    if isinstance(value, int | float):
+        return f"{value:.{digits}f}"
+    text = f"{statistics.fmean(value):.{digits}f}"
+    return f"{text} ± {statistics.stdev(value):.{digits}f}" if len(value) > 1 else text
+
+
+class Table:
+    """Rows by columns; prints as aligned text and shows itself in a notebook. A value that a row lacks is left blank.
+
+    Args:
+        rows: `{row: {column: number or one number per seed}}`.
+        columns: which columns, in this order; by default all.
+        note: a line below the table.
+        digits: digits behind the point.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Mapping[str, float | Sequence[float]]],
+        columns: Sequence[str] | None = None,
+        note: str = "",
+        digits: int = 1,
+    ) -> None:
+        heads = list(dict.fromkeys(c for values in rows.values() for c in values)) if columns is None else columns
+        self.header = ["", *heads]
+        self.rows = [[row, *(number(v[c], digits) if c in v else "" for c in heads)] for row, v in rows.items()]
+        self.note = note
+
+    def _repr_html_(self) -> str:
+        def line(cells: list[str], tag: str) -> str:
+            head, scope = ("col", ' scope="col"') if tag == "th" else ("row", "")
+            first = f'<th scope="{head}" style="text-align:left">{html.escape(cells[0])}</th>'
+            others = "".join(f'<{tag}{scope} style="text-align:right">{html.escape(c)}</{tag}>' for c in cells[1:])
+            return f"<tr>{first}{others}</tr>"
+
+        body = "".join(line(row, "td") for row in self.rows)
+        return (
+            f'<table class="dataframe"><thead>{line(self.header, "th")}</thead><tbody>{body}</tbody></table>'
+            f'<p class="sslbook-origin"><small>{html.escape(self.note)}</small></p>'
+        )
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
+        lines = [
+            "  ".join([cells[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:])]).rstrip()
+            for cells in [self.header, *self.rows]
+        ]
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def show(
+    name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, digits: int = 1
+) -> Table:
+    """The result `name`, written as `{row: {column: number(s)}}`, as a table with its origin below.
+
+    Args:
+        name: the result.
+        rows: which rows, in this order; without it, all.
+        columns: which columns, in this order; without it, all.
+        digits: digits behind the point.
+    """
+    result = load(name)
+    chosen = {row: result[row] for row in (result.values if rows is None else rows)}
+    return Table(chosen, columns, result.origin(), digits)

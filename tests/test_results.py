@@ -3,8 +3,8 @@ import subprocess
 
 import pytest
 
+from sslbook import results
 from sslbook.errors import UserError
-from sslbook.notebook import results
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_profile(monkeypatch):
 
 
 def test_committed_results_say_where_they_come_from():
-    where = results.Path(results.__file__).parents[2] / "book" / "results"
+    where = results.Path(results.__file__).parents[1] / "book" / "results"
     for path in where.glob("*.json"):
         content = json.loads(path.read_text())
         assert content["values"], path.name
