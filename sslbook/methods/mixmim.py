@@ -151,7 +151,7 @@ class MixMIM(Method):
     ) -> Float[Tensor, "batch tokens dim"]:
         """Both class tokens and all patches, encoded as if each image were alone."""
         backbone = self.backbone
-        tokens = backbone.start(backbone.embed(mixed))
+        tokens = backbone.prepend_cls(backbone.embed(mixed))
         x, bias = torch.cat([tokens[:, :1], tokens], dim=1), apart(mask)
         for block in backbone.blocks:
             x = block(x, bias)

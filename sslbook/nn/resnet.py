@@ -6,6 +6,7 @@ images is the one of SimCLR's CIFAR-10 experiments (arXiv:2002.05709, appendix B
 networks of Zagoruyko and Komodakis, 2016 (arXiv:1605.07146): only the bottlenecks' inner convolutions are wider.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,6 +35,9 @@ class ResNet(nn.Module):
             `small`: 3x3 convolution of stride 1, for images of up to about 64 pixels.
         zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
         inner_width: channels of the 3x3 convolutions of bottlenecks in units of the usual; 2 in `wide_resnet50_2`.
+
+    Raises:
+        UserError: there is no ResNet of this depth, or it has no bottlenecks to widen.
     """
 
     layer1: nn.Sequential
@@ -49,21 +53,14 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
         inner_width: int = 1,
     ) -> None:
+        init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if depth not in _BLOCKS:
             raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
-        if width < 1 or inner_width < 1:
-            raise UserError(f"a ResNet of width {width} and inner_width {inner_width}: give 1 or more")
         block, counts = _BLOCKS[depth]
         if inner_width != 1 and block is BasicBlock:
             raise UserError(f"a ResNet-{depth} has no bottlenecks to widen: use depth 50, 101 or 152, or width")
-        self.init_args = {
-            "depth": depth,
-            "width": width,
-            "stem": stem,
-            "zero_init_residual": zero_init_residual,
-            "inner_width": inner_width,
-        }
+        self.init_args = init_args
         self.dim = 8 * width * block.expansion
 
         if stem == "small":
@@ -115,50 +112,23 @@ class ResNet(nn.Module):
         return torch.mean(self.forward_map(x), dim=(2, 3))
 
 
-def resnet18(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """ResNet-18: 11.2 million parameters, 512 features. For the arguments see `ResNet`."""
-    return ResNet(18, width, stem, zero_init_residual)
+def _named(name: str, size: str, depth: int, inner_width: int = 1) -> Callable[..., ResNet]:
+    """A function that makes a network of a known size; the command line reads its options from the signature."""
+
+    def make(
+        width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+    ) -> ResNet:
+        return ResNet(depth, width, stem, zero_init_residual, inner_width)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = f"{size} features. For the arguments see `ResNet`."
+    return make
 
 
-def resnet34(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """ResNet-34: 21.3 million parameters, 512 features. For the arguments see `ResNet`."""
-    return ResNet(34, width, stem, zero_init_residual)
-
-
-def resnet50(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """ResNet-50: 23.5 million parameters, 2048 features. For the arguments see `ResNet`."""
-    return ResNet(50, width, stem, zero_init_residual)
-
-
-def resnet101(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """ResNet-101: 42.5 million parameters, 2048 features. For the arguments see `ResNet`."""
-    return ResNet(101, width, stem, zero_init_residual)
-
-
-def resnet152(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """ResNet-152: 58.1 million parameters, 2048 features. For the arguments see `ResNet`."""
-    return ResNet(152, width, stem, zero_init_residual)
-
-
-def wide_resnet50_2(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """Wide ResNet-50-2: 66.8 million parameters, 2048 features. For the arguments see `ResNet`."""
-    return ResNet(50, width, stem, zero_init_residual, inner_width=2)
-
-
-def wide_resnet101_2(
-    width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
-) -> ResNet:
-    """Wide ResNet-101-2: 124.8 million parameters, 2048 features. For the arguments see `ResNet`."""
-    return ResNet(101, width, stem, zero_init_residual, inner_width=2)
+resnet18 = _named("resnet18", "ResNet-18: 11.2 million parameters, 512", 18)
+resnet34 = _named("resnet34", "ResNet-34: 21.3 million parameters, 512", 34)
+resnet50 = _named("resnet50", "ResNet-50: 23.5 million parameters, 2048", 50)
+resnet101 = _named("resnet101", "ResNet-101: 42.5 million parameters, 2048", 101)
+resnet152 = _named("resnet152", "ResNet-152: 58.1 million parameters, 2048", 152)
+wide_resnet50_2 = _named("wide_resnet50_2", "Wide ResNet-50-2: 66.8 million parameters, 2048", 50, 2)
+wide_resnet101_2 = _named("wide_resnet101_2", "Wide ResNet-101-2: 124.8 million parameters, 2048", 101, 2)

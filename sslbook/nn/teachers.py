@@ -225,7 +225,7 @@ def _of_patches(patches: Float[Tensor, "batch patches dim"], grid: tuple[int, in
 
 def _of_ours(model: VisionTransformer, x: Float[Tensor, "batch 3 height width"]) -> Seen:
     grid = (x.shape[2] // model.patch_size, x.shape[3] // model.patch_size)
-    *_, before, last = [model.start(tokens := model.embed(x)), *model.layers(tokens)]
+    *_, before, last = [model.prepend_cls(tokens := model.embed(x)), *model.layers(tokens)]
     block = model.blocks[-1]
     bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
     weights = attention_of_cls(block.attn.qkv(block.norm1(before)), block.attn.num_heads, bias)  # pyrefly: ignore

@@ -1,13 +1,16 @@
-"""A vision transformer whose tokens can be dropped or replaced between embedding and encoding.
+"""The vision transformer. Its tokens can be dropped or replaced between the patch embedding and the blocks.
 
 Dosovitskiy et al., 2021, "An image is worth 16x16 words" (arXiv:2010.11929). Parameter names are timm's, so weights go
 in and out unchanged. Positions and initialization are those of MAE's code (He et al., 2022, arXiv:2111.06377): a fixed
 two-dimensional sine-cosine table whose first half of channels encodes the column and second half the row, Xavier
 initialization, LayerNorm with epsilon 1e-6.
+
+BEiT, BEiT v2, data2vec and SimMIM's transformer have no bias of the keys. Ours has one, which changes nothing: it adds
+the same number to all attention scores of a query. Their weights load with key biases of zero.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -22,7 +25,8 @@ from sslbook.errors import UserError
 def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "tokens dim"]:
     """MAE's table for a grid of patches, row by row: sine and cosine of the column, then of the row.
 
-    Raises a `UserError` if `dim` is not a multiple of 4.
+    Raises:
+        UserError: `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise UserError(
@@ -35,24 +39,35 @@ def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "tokens
 
 
 def resample_positions(
-    table: Float[Tensor, "tokens dim"], grid: tuple[int, int], to: tuple[int, int]
+    table: Float[Tensor, "tokens dim"], grid: tuple[int, int], to: tuple[int, int], offset: float = 0.0
 ) -> Float[Tensor, "new_tokens dim"]:
-    """A table of positions of one grid, interpolated (bicubic) for another."""
+    """A table of positions of one grid, interpolated (bicubic) for another.
+
+    With an `offset` it is resampled by the scale factor (side + offset) / old side, as DINO and DINOv2 do with 0.1.
+    """
     if grid == to:
         return table
-    planes = rearrange(table, "(h w) dim -> 1 dim h w", h=grid[0])
-    planes = F.interpolate(planes.float(), size=to, mode="bicubic", align_corners=False)
+    planes = rearrange(table, "(h w) dim -> 1 dim h w", h=grid[0]).float()
+    if offset:
+        scale = ((to[0] + offset) / grid[0], (to[1] + offset) / grid[1])
+        planes = F.interpolate(planes, scale_factor=scale, mode="bicubic")
+    else:
+        planes = F.interpolate(planes, size=to, mode="bicubic")
     return rearrange(planes, "1 dim h w -> (h w) dim").to(table.dtype)
 
 
-def square(count: int) -> tuple[int, int] | None:
-    """The square grid of so many patches, if there is one."""
+def square_grid(count: int) -> tuple[int, int] | None:
+    """The square grid of `count` patches, if there is one."""
     side = math.isqrt(max(0, count))
     return (side, side) if side and side**2 == count else None
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """How many patches fit; a `UserError` names the nearest size that works if they do not fit evenly."""
+    """Rows and columns of patches in an image.
+
+    Raises:
+        UserError: the image does not divide into patches; names the nearest size that does.
+    """
     if height % patch_size or width % patch_size:
         near = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
         raise UserError(
@@ -63,7 +78,11 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 
 def require_heads(dim: int, num_heads: int) -> None:
-    """A `UserError` if the dimension cannot be shared among the heads of attention."""
+    """Check that the dimension divides into the attention heads.
+
+    Raises:
+        UserError: it does not.
+    """
     if num_heads < 1 or dim % num_heads:
         raise UserError(
             f"a transformer of dimension {dim} cannot be split over {num_heads} heads: use a divisor of {dim}"
@@ -110,9 +129,17 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
+    def first_row(
+        self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "heads tokens tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """How much the first token attends to every token, averaged over heads."""
+        q, k, _ = rearrange(self.qkv(x).float(), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        scores = (q[:, :, :1] @ k.mT)[:, :, 0] / q.shape[-1] ** 0.5
+        return (scores if bias is None else scores + bias[:, 0].float()).softmax(dim=-1).mean(dim=1)
+
 
 class FeedForward(nn.Module):
-    """The two-layer network applied to every token."""
+    """The two-layer MLP applied to every token."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -124,7 +151,7 @@ class FeedForward(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for every channel of a branch (Touvron et al., 2021, arXiv:2103.17239)."""
+    """A learned factor for every channel of a residual branch (Touvron et al., 2021, arXiv:2103.17239)."""
 
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
@@ -160,8 +187,8 @@ class RelativePositions(nn.Module):
         return rearrange(self.table[self.index], "n m heads -> heads n m")
 
     def resampled(self, name: str, value: Tensor) -> Tensor | None:
-        """The weight `name` of another square grid for this one; None if it cannot be."""
-        grid = square(len(value) - 3)
+        """The weight `name` of another square grid, interpolated for this one; None if that is not possible."""
+        grid = square_grid(len(value) - 3)
         if name != "table" or value.shape[1:] != self.table.shape[1:] or grid is None:
             return None
         to = (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)
@@ -169,11 +196,14 @@ class RelativePositions(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalized before and added to what came in.
+    """A pre-norm transformer block: attention and MLP, each behind a LayerNorm in a residual branch.
 
     Args:
-        drop_path: probability of leaving out a branch for an image in training (stochastic depth, arXiv:1603.09382).
-        layer_scale: what the learned factors of the branches start at; null leaves them out.
+        dim: width of a token.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP in units of `dim`.
+        drop_path: probability of dropping a branch for an image in training (stochastic depth, arXiv:1603.09382).
+        layer_scale: initial value of the branches' learned factors; null for none.
     """
 
     def __init__(
@@ -207,7 +237,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts images into patches and maps each linearly: a convolution whose stride is its size."""
+    """A linear layer of every patch: a convolution whose stride is its size."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -235,13 +265,16 @@ class VisionTransformer(nn.Module):
         patch_size: side of a patch.
         dim: width of a token, and of the feature.
         depth: number of blocks.
-        heads: number of attention heads.
-        mlp_ratio: hidden width of the feed-forward network in units of `dim`.
+        num_heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP in units of `dim`.
         positions: `sincos`: MAE's fixed table; `learned`: parameters; `relative`: none are added to the tokens, but
             attention has a learned bias for every offset between two patches, shared by all blocks (BEiT).
-        pool: what becomes the feature after the last norm: the `cls` token, or the `mean` of the patch tokens.
-        drop_path: probability of leaving out a branch in the last block, rising linearly from 0 in the first.
-        layer_scale: what the learned factors of all branches start at, such as 0.1; null leaves them out.
+        pool: the feature after the last norm: the `cls` token, or the `mean` of the patch tokens.
+        drop_path: probability of dropping a residual branch in the last block, rising linearly from 0 in the first.
+        layer_scale: initial value of the learned factors of all branches, such as 0.1; null for none.
+        drop_path_uniform: the same probability in every block, as DINOv2 has it.
+        positions_offset: at other image sizes positions are resampled by the factor (side + offset) / old side; 0.1 in
+            DINO and DINOv2, whose weights need it. 0 resamples to the new size.
     """
 
     def __init__(
@@ -256,21 +289,14 @@ class VisionTransformer(nn.Module):
         pool: Literal["cls", "mean"] = "cls",
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        drop_path_uniform: bool = False,
+        positions_offset: float = 0.0,
     ) -> None:
+        init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.init_args = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "dim": dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "positions": positions,
-            "pool": pool,
-            "drop_path": drop_path,
-            "layer_scale": layer_scale,
-        }
+        self.init_args = init_args
         self.dim, self.patch_size, self.pool = dim, patch_size, pool
+        self.positions_offset = positions_offset
         self.token_dim, self.stride, self.num_prefix_tokens = dim, patch_size, 1  # of the protocol TokenBackbone
         self.grid = patch_grid(image_size, image_size, patch_size)
         self.patch_embed = PatchEmbedding(patch_size, dim)
@@ -284,9 +310,9 @@ class VisionTransformer(nn.Module):
             table[0, 1:] = sincos_positions(dim, *self.grid)
             self.register_buffer("pos_embed", table)
         else:
-            self.register_buffer("pos_embed", table)  # zeros: what is added to the tokens is nothing
+            self.register_buffer("pos_embed", table)  # zeros
             self.rel_pos_bias = RelativePositions(self.grid, num_heads)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = [drop_path if drop_path_uniform else drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, rate, layer_scale) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         init_transformer(self)
@@ -297,27 +323,29 @@ class VisionTransformer(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
         mask_token: Float[Tensor, "... dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Patch tokens with their positions, row by row, without the cls token.
+        """Patch tokens with their positions, row by row, without the class token.
 
-        Where `mask` is true, `mask_token` stands in place of the patch, at the patch's position.
+        Where `mask` is true, `mask_token` replaces the embedded patch, at the patch's position.
 
-        Raises a `UserError` if the images cannot be cut evenly into patches.
+        Raises:
+            UserError: the images do not divide into patches.
         """
         grid = patch_grid(x.shape[2], x.shape[3], self.patch_size)
         tokens = self.patch_embed(x)
         if mask is not None and mask_token is not None:
             tokens = torch.where(mask[:, :, None], mask_token.to(tokens.dtype), tokens)
-        return tokens + resample_positions(self.pos_embed[0, 1:], self.grid, grid)
+        return tokens + resample_positions(self.pos_embed[0, 1:], self.grid, grid, self.positions_offset)
 
-    def start(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1+tokens dim"]:
-        """Any tokens with the cls token in front: what comes into the first block."""
+    def prepend_cls(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1+tokens dim"]:
+        """The input of the first block: the class token, then any tokens."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return torch.cat([cls.to(tokens.dtype), tokens], dim=1)
 
     def layers(self, tokens: Float[Tensor, "batch tokens dim"]) -> Iterator[Float[Tensor, "batch 1+tokens dim"]]:
-        """Puts the cls token in front of any tokens and yields what every block makes of them, before the last norm.
+        """The output of every block, before the last norm, for any tokens; the class token is prepended.
 
-        Raises a `UserError` if positions are relative and the tokens are not those of the whole grid.
+        Raises:
+            UserError: positions are relative and the tokens are not those of the whole grid.
         """
         bias = None
         if self.rel_pos_bias is not None:
@@ -327,14 +355,14 @@ class VisionTransformer(nn.Module):
                     "give the backbone the images' image_size, or use positions sincos or learned"
                 )
             bias = self.rel_pos_bias()
-        x = self.start(tokens)
+        x = self.prepend_cls(tokens)
         for block in self.blocks:
             x = block(x, bias)
             yield x
 
     def encode(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1+tokens dim"]:
-        """Puts the cls token in front of any tokens and runs the blocks and the last norm."""
-        for x in self.layers(tokens):  # noqa: B007 (the last is what counts)
+        """The tokens after all blocks and the last norm; the class token is prepended."""
+        for x in self.layers(tokens):  # noqa: B007 (the last is returned)
             pass
         return self.norm(x)
 
@@ -351,79 +379,55 @@ class VisionTransformer(nn.Module):
         """The patch tokens after the last norm, as a feature map."""
         return rearrange(self.forward_tokens(x)[:, 1:], "b (h w) c -> b c h w", h=x.shape[2] // self.patch_size)
 
+    def forward_attention(
+        self, x: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
+        """As `forward_tokens`, and how much the class token attends to each token in the last block, over all heads."""
+        tokens = self.embed(x)
+        *_, before, last = [self.prepend_cls(tokens), *self.layers(tokens)]
+        bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
+        block = self.blocks[-1]
+        return self.norm(last), block.attn.first_row(block.norm1(before), bias)  # pyrefly: ignore
+
     def resampled(self, name: str, value: Tensor) -> Tensor | None:
-        """The weight `name` of a network for another image size, for this one; None if it cannot be."""
-        grid = square(value.shape[1] - 1) if value.ndim == 3 else None
+        """The weight `name` for another image size, interpolated for this one; None if that is not possible."""
+        grid = square_grid(value.shape[1] - 1) if value.ndim == 3 else None
         if name != "pos_embed" or grid is None or value.shape[2] != self.dim:
             return None
-        return torch.cat([value[:, :1], resample_positions(value[0, 1:], grid, self.grid)[None]], dim=1)
+        table = resample_positions(value[0, 1:], grid, self.grid, self.positions_offset)
+        return torch.cat([value[:, :1], table[None]], dim=1)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         tokens = self.forward_tokens(x)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
 
-def vit_tiny(
-    image_size: int = 224,
-    patch_size: int = 16,
-    positions: Literal["sincos", "learned"] = "sincos",
-    pool: Literal["cls", "mean"] = "cls",
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """ViT-Ti: 5.5 million parameters, 192 features. For the arguments see `VisionTransformer`."""
-    return VisionTransformer(image_size, patch_size, 192, 12, 3, 4.0, positions, pool, drop_path)
+def _named(
+    name: str, size: str, dim: int, depth: int, num_heads: int, patch: int = 16, mlp_ratio: float = 4.0
+) -> Callable[..., VisionTransformer]:
+    """A function that makes a transformer of a known size; the command line reads its options from the signature."""
+
+    def make(
+        image_size: int = 224,
+        patch_size: int = patch,
+        positions: Literal["sincos", "learned", "relative"] = "sincos",
+        pool: Literal["cls", "mean"] = "cls",
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        drop_path_uniform: bool = False,
+        positions_offset: float = 0.0,
+    ) -> VisionTransformer:
+        shape = (image_size, patch_size, dim, depth, num_heads, mlp_ratio)
+        return VisionTransformer(*shape, positions, pool, drop_path, layer_scale, drop_path_uniform, positions_offset)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = f"{size} parameters, {dim} features. For the arguments see `VisionTransformer`."
+    return make
 
 
-def vit_small(
-    image_size: int = 224,
-    patch_size: int = 16,
-    positions: Literal["sincos", "learned"] = "sincos",
-    pool: Literal["cls", "mean"] = "cls",
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """ViT-S: 21.7 million parameters, 384 features. For the arguments see `VisionTransformer`."""
-    return VisionTransformer(image_size, patch_size, 384, 12, 6, 4.0, positions, pool, drop_path)
-
-
-def vit_base(
-    image_size: int = 224,
-    patch_size: int = 16,
-    positions: Literal["sincos", "learned"] = "sincos",
-    pool: Literal["cls", "mean"] = "cls",
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """ViT-B: 85.8 million parameters, 768 features. For the arguments see `VisionTransformer`."""
-    return VisionTransformer(image_size, patch_size, 768, 12, 12, 4.0, positions, pool, drop_path)
-
-
-def vit_large(
-    image_size: int = 224,
-    patch_size: int = 16,
-    positions: Literal["sincos", "learned"] = "sincos",
-    pool: Literal["cls", "mean"] = "cls",
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """ViT-L: 303 million parameters, 1024 features. For the arguments see `VisionTransformer`."""
-    return VisionTransformer(image_size, patch_size, 1024, 24, 16, 4.0, positions, pool, drop_path)
-
-
-def vit_huge(
-    image_size: int = 224,
-    patch_size: int = 14,
-    positions: Literal["sincos", "learned"] = "sincos",
-    pool: Literal["cls", "mean"] = "cls",
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """ViT-H: 631 million parameters, 1280 features. For the arguments see `VisionTransformer`."""
-    return VisionTransformer(image_size, patch_size, 1280, 32, 16, 4.0, positions, pool, drop_path)
-
-
-def vit_giant(
-    image_size: int = 224,
-    patch_size: int = 14,
-    positions: Literal["sincos", "learned"] = "sincos",
-    pool: Literal["cls", "mean"] = "cls",
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """ViT-g: 1,011 million parameters, 1408 features (arXiv:2106.04560). For the arguments see `VisionTransformer`."""
-    return VisionTransformer(image_size, patch_size, 1408, 40, 16, 48 / 11, positions, pool, drop_path)
+vit_tiny = _named("vit_tiny", "ViT-Ti: 5.5 million", 192, 12, 3)
+vit_small = _named("vit_small", "ViT-S: 21.7 million", 384, 12, 6)
+vit_base = _named("vit_base", "ViT-B: 85.8 million", 768, 12, 12)
+vit_large = _named("vit_large", "ViT-L: 303 million", 1024, 24, 16)
+vit_huge = _named("vit_huge", "ViT-H: 631 million", 1280, 32, 16, patch=14)
+vit_giant = _named("vit_giant", "ViT-g (arXiv:2106.04560): 1,011 million", 1408, 40, 16, patch=14, mlp_ratio=48 / 11)
