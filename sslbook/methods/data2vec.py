@@ -1,15 +1,21 @@
-"""data2vec: predict what a teacher that sees everything makes of the patches one does not see.
+"""data2vec: predict the averaged top layers of an EMA teacher at masked positions.
 
-The student gets an image with blocks of patches replaced by a mask token. For each of these it predicts the average of
-what the teacher's upper blocks say there; the teacher is a moving average of the student and sees the whole image, so
-its answers hold more than the patch. Normalizing every block's output before averaging keeps one block from deciding
-alone, and all of them from becoming constant.
+The student gets an image in which blocks of patches are replaced by a mask token. At each of these positions it predicts
+the average of the teacher's top blocks. The teacher is a moving average of the student and sees the whole image, so that
+its features describe more than the patch.
 
 Baevski, Hsu, Xu, Babu, Gu and Auli, 2022, "data2vec: A general framework for self-supervised learning in speech, vision
-and language" (arXiv:2202.03555), section 3, for vision. The values are those of the authors' published commands for
-ViT-B, with which targets are normalized twice (each block's, and their average) and the teacher's momentum stays at
-0.9998: they name a start of 0.999 as well, but no steps for the way from there. What differs from the authors' code:
-masks are keyed by image and epoch; attention has no dropout; initialization is that of MAE.
+and language" (arXiv:2202.03555), section 3, for vision. The defaults are those of the authors' published commands for
+ViT-B: targets are normalized twice (each block's output, and their average), and the EMA momentum stays at 0.9998. The
+commands name a start of 0.999 as well, but no steps over which it would rise.
+
+What differs from the authors' code:
+
+- masks are a function of seed, image and epoch, where they are drawn from Python's generator;
+- colors are jittered after the crop, where they are before it;
+- attention has no dropout;
+- keys have a bias, which changes no attention weight; theirs have none;
+- initialization is that of MAE, where it is a truncated normal of 0.02, rescaled at the end of every branch.
 """
 
 from collections.abc import Iterable
@@ -22,19 +28,22 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.data.loader import Batch
-from sslbook.data.masks import block_mask
+from sslbook.data.masks import block_mask, require_mask
 from sslbook.data.views import BEIT, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
-from sslbook.nn.vit import init_transformer, patch_grid
+from sslbook.nn.vit import init_transformer, patch_grid, require_transformer
 from sslbook.schedules import Clock, Linear
 
 
 def average_of_layers(
     layers: Iterable[Float[Tensor, "*batch dim"]], normalize_layers: bool = True, normalize_average: bool = True
 ) -> Float[Tensor, "*batch dim"]:
-    """Section 3.3: the mean of what several blocks say, normalized before and after."""
+    """The mean of the outputs of several blocks, each normalized before, and the mean after (section 3.3).
+
+    Normalization keeps a block with large outputs from dominating, and the targets from becoming constant.
+    """
     outputs = [x.float() for x in layers]
     if normalize_layers:
         outputs = [F.layer_norm(x, x.shape[-1:]) for x in outputs]
@@ -43,12 +52,12 @@ def average_of_layers(
 
 
 def regression_loss(
-    prediction: Float[Tensor, "hidden dim"], target: Float[Tensor, "hidden dim"], beta: float
+    prediction: Float[Tensor, "masked dim"], target: Float[Tensor, "masked dim"], beta: float
 ) -> Float[Tensor, ""]:
-    """Section 3.4, averaged over the hidden patches of all processes: squared error / (2 beta) up to an error of beta.
+    """Smooth L1 (section 3.4): squared error / (2 beta) up to an error of beta, linear beyond.
 
-    Beyond it grows in a straight line. Its mean over processes is the mean over all hidden patches, however many are
-    in which.
+    The sum over this process's masked patches is divided by their mean number over processes: averaged over processes
+    this is the mean over all masked patches, of which processes have different numbers.
     """
     number = distributed.all_reduce_mean(torch.tensor(float(len(target)), device=target.device))
     number = torch.where(number > 0, number, 1.0)
@@ -60,15 +69,19 @@ class Data2Vec(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what an image becomes.
-        mask_ratio: greatest part of the patches that is hidden.
-        min_block: the smallest area of a block of hidden patches.
-        top_layers: over how many of the teacher's last blocks the targets are averaged.
-        normalize_layers: normalize every block's output before averaging.
-        normalize_targets: normalize the average.
-        beta: the error at which the loss turns from a square to a straight line.
-        momentum: how much of itself the teacher keeps at a step, in the beginning.
-        momentum_end: how much in the end.
+        view: augmentation of an image.
+        mask_ratio: greatest fraction of the patches that is masked.
+        min_block: the smallest area of a block of masked patches, in patches.
+        num_top_layers: over how many of the teacher's last blocks the targets are averaged (K in the paper).
+        normalize_layers: whether every block's output is normalized before averaging.
+        normalize_targets: whether the average is normalized.
+        beta: the error at which the loss changes from quadratic to linear.
+        momentum: EMA momentum of the teacher at the start.
+        momentum_end: EMA momentum of the teacher at the end, reached linearly.
+
+    Raises:
+        UserError: the backbone is no `VisionTransformer` or has fewer blocks than are averaged, its patches do not fit
+            the view, or the mask ratio masks no patch or all of them.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -79,7 +92,7 @@ class Data2Vec(Method):
         view: View = BEIT,
         mask_ratio: float = 120 / 196,
         min_block: int = 16,
-        top_layers: int = 6,
+        num_top_layers: int = 6,
         normalize_layers: bool = True,
         normalize_targets: bool = True,
         beta: float = 2.0,
@@ -87,30 +100,19 @@ class Data2Vec(Method):
         momentum_end: float = 0.9998,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, VisionTransformer):
-            raise UserError(
-                f"data2vec hides patches from a vision transformer and cannot use a {type(backbone).__name__}: "
-                "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
-            )
-        if not 1 <= top_layers <= len(backbone.blocks):
-            raise UserError(
-                f"top_layers {top_layers}: the backbone has {len(backbone.blocks)} blocks; "
-                f"use 1 to {len(backbone.blocks)}"
-            )
+        backbone = require_transformer(backbone, "data2vec")
+        depth = len(backbone.blocks)
+        if not 1 <= num_top_layers <= depth:
+            raise UserError(f"num_top_layers {num_top_layers}: the backbone has {depth} blocks; use 1 to {depth}")
         self.view, self.min_block = view, min_block
-        self.top_layers, self.beta = top_layers, beta
+        self.num_top_layers, self.beta = num_top_layers, beta
         self.normalize_layers, self.normalize_targets = normalize_layers, normalize_targets
         self.momentum, self.momentum_end = momentum, momentum_end
-        rows, columns = patch_grid(view.size, view.size, backbone.patch_size)
-        self.grid, self.num_masked = (rows, columns), int(rows * columns * mask_ratio + 1e-6)
-        if not 0 < self.num_masked < rows * columns:
-            what = "see" if self.num_masked else "predict"
-            raise UserError(
-                f"mask ratio {mask_ratio} of {rows * columns} patches leaves nothing to {what}: "
-                f"use a ratio of at least {1 / (rows * columns):.3g} and less than 1"
-            )
+        self.grid = patch_grid(view.size, view.size, backbone.patch_size)
+        num_patches = self.grid[0] * self.grid[1]
+        self.num_masked = require_mask(int(num_patches * mask_ratio + 1e-6), num_patches)
         self.backbone = backbone
-        self.mask_token = nn.Parameter(0.02 * torch.randn(backbone.dim))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, backbone.dim))
         self.predictor = nn.Linear(backbone.dim, backbone.dim)
         init_transformer(self.predictor)
         self.teacher = EMA(backbone)
@@ -119,20 +121,21 @@ class Data2Vec(Method):
         return (self.view,)
 
     @torch.no_grad()
-    def targets(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
-        """What the teacher's upper blocks say of every patch of the whole image."""
-        network: Any = self.teacher.module
-        layers = list(network.layers(network.embed(images)))[-self.top_layers :]
+    def teacher_targets(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
+        """The average of the teacher's top blocks at every patch of the whole image (section 3.3)."""
+        teacher: Any = self.teacher.module
+        layers = list(teacher.layers(teacher.embed(images)))[-self.num_top_layers :]
         return average_of_layers([x[:, 1:] for x in layers], self.normalize_layers, self.normalize_targets)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        mask = block_mask(batch.index, self.grid, self.num_masked, clock, self.min_block)
-        y = self.targets(images)
-        tokens = self.backbone.encode(self.backbone.embed(images, mask, self.mask_token))
-        prediction = self.predictor(tokens[:, 1:][mask])
-        deviation = distributed.all_reduce_std(y).mean()
-        return {"loss": regression_loss(prediction, y[mask], self.beta), "target_deviation": deviation}
+        mask = block_mask(batch.index, self.grid, self.num_masked, clock, self.min_block)  # (batch, patches)
+        y = self.teacher_targets(images)  # contextualized targets, without gradient: (batch, patches, dim)
+        tokens = self.backbone.forward_tokens(images, mask, self.mask_token)  # (batch, 1 + patches, dim)
+        prediction = self.predictor(tokens[:, 1:][mask])  # f_t(x) at masked positions only: (masked, dim)
+        # A collapsed teacher gives all images the same targets: their standard deviation falls to 0.
+        target_std = distributed.all_reduce_std(y).mean()
+        return {"loss": regression_loss(prediction, y[mask], self.beta), "target_std": target_std}
 
     def after_step(self, clock: Clock) -> None:
-        self.teacher.update(self.backbone, Linear(self.momentum, self.momentum_end)(clock))
+        self.teacher.update(self.backbone, Linear(self.momentum, self.momentum_end)(clock))  # section 3.2, tau

@@ -1,15 +1,22 @@
-"""I-JEPA: say what is elsewhere in an image, in the teacher's words and not in pixels.
+"""I-JEPA: predict the EMA teacher's features of masked blocks from a context block.
 
-From the patches of one large block, the context, a narrow transformer predicts the features of several other blocks; it
-is told only where these are. The features come from a teacher that sees the whole image, a moving average of the
-encoder, and are normalized. There are no augmentations but the crop: masking is the only task.
+The encoder sees the patches of one large block, the context. From its features a narrow transformer, the predictor,
+predicts the features of several target blocks, given their positions. The target encoder, a moving average of the
+encoder, computes these features from the whole image; there are no augmentations but the crop.
 
 Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun and Ballas, 2023, "Self-supervised learning from images with a
-joint-embedding predictive architecture" (arXiv:2301.08243), section 3. As in the authors' code the loss is smooth L1,
-the targets are normalized by LayerNorm without parameters, each target block is predicted on its own, and masks are
-those of `sslbook.data.masks.multi_block_mask`. What differs: random numbers are counter-based; contexts are cut to the shortest of the
-global batch instead of one GPU's; the encoder has a cls token, which nothing predicts; initialization is that of MAE;
-the teacher's momentum counts the step just taken, so that it reaches 1 at the last one.
+joint-embedding predictive architecture" (arXiv:2301.08243), section 3. As in the authors' code the loss is smooth L1, the
+targets are normalized by LayerNorm without parameters, and each target block is predicted on its own. The masks are
+those of `sslbook.data.masks.multi_block_mask`.
+
+What differs from the authors' code:
+
+- masks are a function of seed, image, epoch and step, where they are drawn from torch's generator;
+- contexts are cut to the shortest of the global batch instead of one GPU's;
+- the encoder has a class token, which is not predicted;
+- initialization is that of MAE, where it is a truncated normal of 0.02, rescaled at the end of every branch;
+- the EMA momentum counts the step just taken, so that it reaches 1 at the last one;
+- learning rate and weight decay are one step behind: the authors' schedules advance before the first step.
 """
 
 from typing import Any
@@ -24,29 +31,39 @@ from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.masks import multi_block_mask
 from sslbook.data.views import View
-from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
-from sslbook.nn.vit import Block, init_transformer, patch_grid, resample_positions, sincos_positions
+from sslbook.nn.mask_tokens import gather_tokens
+from sslbook.nn.vit import (
+    Block,
+    init_transformer,
+    patch_grid,
+    require_transformer,
+    resample_positions,
+    sincos_positions,
+)
 from sslbook.schedules import Clock, Linear
 
 VIEW = View(crop=(0.3, 1.0), flip=0.0)
 
 
-def take(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
-    """The patches at the given places, image by image."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-
-
 def prediction_loss(
-    prediction: Float[Tensor, "batch patches dim"], target: Float[Tensor, "batch patches dim"]
+    prediction: Float[Tensor, "blocks patches dim"], target: Float[Tensor, "blocks patches dim"]
 ) -> Float[Tensor, ""]:
-    """Squared error where it is small, absolute error where it is large, averaged (smooth L1 with beta 1)."""
+    """Smooth L1 with beta 1, averaged over all values (the paper's section 3, "Loss", has a squared error)."""
     return F.smooth_l1_loss(prediction.float(), target.float())
 
 
 class Predictor(nn.Module):
-    """A narrow transformer from the features of a context to those of the patches of one block."""
+    """A narrow transformer that predicts the features of one block's patches from those of a context.
+
+    Args:
+        encoder_dim: width of the encoder's tokens.
+        dim: width of the predictor.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        grid: rows and columns of patches that the table of positions is made for.
+    """
 
     positions: Tensor
 
@@ -54,7 +71,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
         self.blocks = nn.Sequential(*[Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -63,16 +80,16 @@ class Predictor(nn.Module):
 
     def forward(
         self,
-        encoded: Float[Tensor, "batch context dim"],
-        context: Int[Tensor, "batch context"],
-        target: Int[Tensor, "batch patches"],
+        encoded: Float[Tensor, "blocks context encoder_dim"],
+        context: Int[Tensor, "blocks context"],
+        target: Int[Tensor, "blocks patches"],
         grid: tuple[int, int],
-    ) -> Float[Tensor, "batch patches dim"]:
-        positions = resample_positions(self.positions, self.grid, grid)
-        seen = self.embed(encoded) + positions[context]
-        asked = self.mask_token + positions[target]  # all that tells one target from another
-        tokens = self.blocks(torch.cat([seen, asked.to(seen.dtype)], dim=1))
-        return self.predict(self.norm(tokens[:, -target.shape[1] :]))
+    ) -> Float[Tensor, "blocks patches encoder_dim"]:
+        positions = resample_positions(self.positions, self.grid, grid)  # (grid, dim)
+        context_tokens = self.embed(encoded) + positions[context]
+        mask_tokens = self.mask_token + positions[target]  # {m_j}: only the positions distinguish the targets
+        tokens = self.blocks(torch.cat([context_tokens, mask_tokens.to(context_tokens.dtype)], dim=1))
+        return self.predict(self.norm(tokens[:, -target.shape[1] :]))  # the mask tokens come last
 
 
 class IJEPA(Method):
@@ -80,15 +97,18 @@ class IJEPA(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what an image becomes.
+        view: augmentation of an image.
         num_targets: number of target blocks.
-        target_scale: range of the part of an image that a target block covers.
+        target_scale: range of a target block's area, as a fraction of the image.
         target_aspect: range of a target block's height divided by its width.
-        context_scale: range of the part that the context covers, before the targets are taken away.
+        context_scale: range of the context block's area, as a fraction of the image, before targets are removed from it.
         predictor_dim: width of the predictor.
-        predictor_depth: blocks of the predictor.
+        predictor_depth: number of blocks of the predictor.
         predictor_num_heads: attention heads of the predictor.
-        momentum: how much of itself the teacher keeps at a step, in the beginning; rises to 1 in a straight line.
+        momentum: EMA momentum of the target encoder at the start; rises to 1 linearly.
+
+    Raises:
+        UserError: the backbone is no `VisionTransformer` with absolute positions, or its patches do not fit the view.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -107,11 +127,7 @@ class IJEPA(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, VisionTransformer):
-            raise UserError(
-                f"I-JEPA shows parts of an image to a vision transformer and cannot use a {type(backbone).__name__}: "
-                "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
-            )
+        backbone = require_transformer(backbone, "I-JEPA", drops_patches=True)
         self.view, self.num_targets, self.momentum = view, num_targets, momentum
         self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
         grid = patch_grid(view.size, view.size, backbone.patch_size)
@@ -123,31 +139,35 @@ class IJEPA(Method):
         return (self.view,)
 
     @torch.no_grad()
-    def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
-        """What the teacher says of every patch of the whole image, normalized."""
-        network: Any = self.teacher.module
-        tokens = network.encode(network.embed(images))[:, 1:].float()
+    def teacher_targets(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
+        """The target encoder's features of every patch of the whole image, each normalized."""
+        teacher: Any = self.teacher.module
+        tokens = teacher.forward_tokens(images)[:, 1:].float()
         return F.layer_norm(tokens, tokens.shape[-1:])
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
         grid = patch_grid(images.shape[2], images.shape[3], self.backbone.patch_size)
-        context, targets = multi_block_mask(
+        context, targets = multi_block_mask(  # B_x: (batch, context), B_i: (batch, num_targets, patches)
             batch.index, grid, clock, self.num_targets, self.target_scale, self.target_aspect, self.context_scale
         )
-        h = self.features(images)
-        target = take(h, rearrange(targets, "batch block patch -> batch (block patch)"))
+        # Targets: masked in the output of the target encoder and not in its input, so that they are of a high level.
+        s_y = self.teacher_targets(images)  # without gradient: (batch, grid, dim)
+        target = gather_tokens(s_y, rearrange(targets, "batch block patch -> batch (block patch)"))
         target = rearrange(target, "batch (block patch) dim -> (batch block) patch dim", block=self.num_targets)
 
-        encoded = self.backbone.encode(take(self.backbone.embed(images), context))[:, 1:]
+        # Context: only its patches enter the encoder; the class token is dropped.
+        s_x = self.backbone.encode(gather_tokens(self.backbone.embed(images), context))[:, 1:]  # (batch, context, dim)
+
+        # Prediction: the predictor runs once for each target block, with the same context.
         prediction = self.predictor(
-            repeat(encoded, "batch patch dim -> (batch block) patch dim", block=self.num_targets),
+            repeat(s_x, "batch patch dim -> (batch block) patch dim", block=self.num_targets),
             repeat(context, "batch patch -> (batch block) patch", block=self.num_targets),
             rearrange(targets, "batch block patch -> (batch block) patch"),
             grid,
         )
-        deviation = distributed.all_reduce_std(h).mean()
-        return {"loss": prediction_loss(prediction, target), "target_deviation": deviation}
+        # A collapsed target encoder gives all images the same targets: their standard deviation falls to 0.
+        return {"loss": prediction_loss(prediction, target), "target_std": distributed.all_reduce_std(s_y).mean()}
 
     def after_step(self, clock: Clock) -> None:
         self.teacher.update(self.backbone, Linear(self.momentum, 1.0)(clock))

@@ -14,10 +14,10 @@ from sslbook.schedules import Clock
 from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
 
 CASE = Case(
-    options={"view": VIEW, "min_block": 2, "top_layers": 2},
-    command={"method.backbone": TRANSFORMER, "method.view.size": 16, "method.min_block": 2, "method.top_layers": 1},
-    # The loss of who predicts 0 is about 0.25; a teacher that has collapsed would say the same of all images.
-    learned=lambda method, batch, out: bool(out["loss"] < 0.1 and out["target_deviation"] > 0.3),
+    options={"view": VIEW, "min_block": 2, "num_top_layers": 2},
+    command={"method.backbone": TRANSFORMER, "method.view.size": 16, "method.min_block": 2, "method.num_top_layers": 1},
+    # Predicting 0 gives a loss of about 0.25; a collapsed teacher would give all images the same targets.
+    learned=lambda method, batch, out: bool(out["loss"] < 0.1 and out["target_std"] > 0.3),
     backbone=transformer,
     full_scale="vit_base",
     overfit={"backbone": VisionTransformer(SIZE, 4, 32, 2, 4)},
@@ -34,7 +34,7 @@ def normalized(x: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True), (False, False)])
-def test_targets_are_averages_normalized_twice(before: bool, after: bool) -> None:
+def test_targets_are_normalized_before_and_after_averaging(before: bool, after: bool) -> None:
     layers = torch.randn(3, 2, 5) * torch.tensor([1.0, 10.0, 0.1])[:, None, None] + 1
     average = average_of_layers(list(layers), before, after)
     for i in range(2):
@@ -44,7 +44,7 @@ def test_targets_are_averages_normalized_twice(before: bool, after: bool) -> Non
 
 
 @pytest.mark.parametrize(("n", "beta"), [(3, 2.0), (1, 0.12)])
-def test_the_loss_is_smooth_l1_with_beta(n: int, beta: float) -> None:
+def test_loss_is_smooth_l1_with_beta(n: int, beta: float) -> None:
     prediction, target = 2 * torch.randn(2, n, 4)
     expected = 0.0
     for a, b in zip(prediction.flatten().tolist(), target.flatten().tolist()):
@@ -62,11 +62,11 @@ def _loss(counts: list[int]) -> float:
 
 
 @pytest.mark.parametrize("counts", [[3, 5], [0, 4]])
-def test_every_hidden_patch_counts_alike_in_whatever_process(counts: list[int], pool) -> None:
+def test_loss_averages_masked_patches_over_processes(counts: list[int], pool) -> None:
     assert pool.run(_loss, counts) == pytest.approx([_loss(counts)] * 2)
 
 
-def test_forward_from_its_parts() -> None:
+def test_forward_matches_literal_computation() -> None:
     method, clock = make("data2vec"), Clock(step=3, steps_per_epoch=2, seed=1)
     batch = make_batch(method, 3)
     mask = block_mask(batch.index, (4, 4), 9, clock, min_block=2)
@@ -87,7 +87,7 @@ def test_forward_from_its_parts() -> None:
     assert all(p.grad is None for p in method.teacher.parameters())
 
 
-def test_the_momentum_rises_in_a_straight_line() -> None:
+def test_momentum_rises_linearly() -> None:
     method = make("data2vec", momentum=0.5, momentum_end=0.9)
     start = method.teacher.module.cls_token.clone()
     with torch.no_grad():
@@ -96,25 +96,25 @@ def test_the_momentum_rises_in_a_straight_line() -> None:
     torch.testing.assert_close(method.teacher.module.cls_token, start + 0.3)
 
 
-def test_without_normalization_one_layer_decides() -> None:
-    """Blocks add to what came before, so that the last one is the loudest."""
+def test_without_normalization_one_layer_dominates() -> None:
+    """The outputs of a residual network grow with depth, so that the last block would dominate the average."""
     layers = [torch.randn(200, 8) * scale for scale in (1.0, 30.0)]
 
-    def shares(normalize: bool) -> list[float]:
+    def similarities(normalize: bool) -> list[float]:
         average = average_of_layers(layers, normalize_layers=normalize)
         return [float(torch.cosine_similarity(average, average_of_layers([x]), dim=1).mean()) for x in layers]
 
-    quiet, loud = shares(False)
-    assert loud > 0.98
-    assert quiet < 0.2
-    quiet, loud = shares(True)
-    assert quiet == pytest.approx(loud, abs=0.1)
+    small, large = similarities(False)
+    assert large > 0.98
+    assert small < 0.2
+    small, large = similarities(True)
+    assert small == pytest.approx(large, abs=0.1)
 
 
 def loss_after_training() -> float:
-    """On images whose patches have nothing to do with each other: only who sees one can say what the teacher says."""
+    """On images with independent patches: the teacher's features of a patch can be predicted only if it is visible."""
     backbone = VisionTransformer(SIZE, 4, 32, 1, 4)
-    method = make("data2vec", backbone=backbone, top_layers=1, momentum=1.0, momentum_end=1.0)
+    method = make("data2vec", backbone=backbone, num_top_layers=1, momentum=1.0, momentum_end=1.0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     losses = []
@@ -128,22 +128,22 @@ def loss_after_training() -> float:
     return sum(losses[-10:]) / 10
 
 
-def test_without_the_mask_it_copies_the_teacher(monkeypatch) -> None:
+def test_without_masking_it_copies_the_teacher(monkeypatch) -> None:
     assert loss_after_training() > 0.1
     embed = VisionTransformer.embed
 
-    def cover_nothing(self: VisionTransformer, x: Tensor, mask: Tensor | None = None, token: Tensor | None = None):
+    def embed_unmasked(self: VisionTransformer, x: Tensor, mask: Tensor | None = None, token: Tensor | None = None):
         return embed(self, x) if token is None else embed(self, x) + 0 * token
 
-    monkeypatch.setattr(VisionTransformer, "embed", cover_nothing)
+    monkeypatch.setattr(VisionTransformer, "embed", embed_unmasked)
     assert loss_after_training() < 0.05
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"cannot use a ResNet: choose .*VisionTransformer"):
         make("data2vec", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match="the backbone has 2 blocks; use 1 to 2"):
-        make("data2vec", top_layers=3)
+        make("data2vec", num_top_layers=3)
     with pytest.raises(UserError, match="leaves nothing to predict"):
         make("data2vec", mask_ratio=0.01)
     with pytest.raises(UserError, match="leaves nothing to see"):
@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused() -> None:
         make("data2vec", view=View(size=19))
 
 
-def test_full_scale() -> None:
+def test_paper_scale() -> None:
     with torch.device("meta"):
         method = Data2Vec(vit_base())
     assert (method.num_masked, method.grid) == (120, (14, 14))
