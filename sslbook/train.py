@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.is_main():
             print(options["data"].describe())
         run = pretrain(**options, config=resolved)
+        is_main = distributed.is_main()
         distributed.shutdown()  # what is measured now is one process's work, and must not wait for the others
-        if distributed.is_main():
+        if is_main:
             if not run.finished:
                 print(f"stopped after step {run.clock.step}; go on with: python -m sslbook.train --resume {run.folder}")
             elif report_kind != "none":
