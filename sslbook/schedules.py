@@ -1,10 +1,9 @@
-"""Time, and what changes with it.
+"""Schedules: what changes during training, as a pure function of the step.
 
-A schedule is a pure function of the `Clock`. Nothing stores "the current learning rate", so a resumed run needs to know
-its step and nothing else. The value of a schedule is a factor: of the learning rate, of the weight decay, or of whatever
-a method schedules itself.
+A schedule computes its value from the `Clock` alone. No "current learning rate" is stored, so a resumed run needs only
+its step. The value is a factor: of the learning rate, of the weight decay, or of whatever a method schedules itself.
 
-Lengths are durations: a number means epochs, `"500 steps"` means optimizer steps, `"10 %"` a part of the run.
+Lengths are durations: a number means epochs, `"500 steps"` optimizer steps, `"10 %"` a fraction of the run.
 
 >>> warm = Warmup(length=10, then=Cosine())
 >>> warm(Clock(step=50, total_steps=1000, steps_per_epoch=10))
@@ -12,6 +11,7 @@ Lengths are durations: a number means epochs, `"500 steps"` means optimizer step
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from sslbook.errors import UserError
@@ -42,51 +42,45 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """The part of the run that lies behind, from 0 to 1."""
+        """The fraction of the run that is done, from 0 to 1."""
         return self.step / max(1, self.total_steps)
 
 
 def in_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
-    """A duration in optimizer steps: `10` and `"10 epochs"`, `"500 steps"`, `"5 %"` of the run."""
-    number, unit = math.nan, "epochs"
-    if not isinstance(duration, str):
-        number = float(duration)
-    else:
-        text = duration.strip().removesuffix("%").strip()
-        head, _, tail = text.partition(" ")
-        unit = "%" if duration.strip().endswith("%") else (tail.strip() or "epochs")
-        try:
-            number = float(head)
-        except ValueError:
-            number = math.nan
-    scale = {"epochs": steps_per_epoch, "epoch": steps_per_epoch, "steps": 1, "step": 1, "%": total_steps / 100}
-    if unit not in scale or not math.isfinite(number) or number < 0:
+    """A duration in optimizer steps: `10` and `"10 epochs"`, `"500 steps"`, `"5 %"` of the run.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*(epochs?|steps?|%)?\s*", str(duration))
+    if match is None:
         raise UserError(f"{duration!r} is not a duration: write a number of epochs, or such as '500 steps' or '5 %'")
-    return round(number * scale[unit])
+    unit = (match[2] or "epochs")[0]
+    return round(float(match[1]) * {"e": steps_per_epoch, "s": 1, "%": total_steps / 100}[unit])
 
 
 class Schedule:
-    """A factor that changes over the run. Compose them: `Warmup(10, then=Cosine())`."""
+    """A factor that changes over the run. Schedules compose: `Warmup(10, then=Cosine())`."""
 
     def __call__(self, clock: Clock) -> float:
         """The factor at this step."""
         return self.value(clock, 0, clock.total_steps)
 
     def value(self, clock: Clock, begin: int, end: int) -> float:
-        """The factor at this step for a schedule that has the steps from `begin` to `end` to itself."""
+        """The factor at this step, for a schedule that runs from step `begin` to step `end`."""
         raise NotImplementedError
 
 
-def _part_done(clock: Clock, begin: int, end: int) -> float:
+def _fraction_done(clock: Clock, begin: int, end: int) -> float:
     return min(1.0, max(0.0, (clock.step - begin) / max(1, end - begin)))
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """Always the same.
+    """A constant.
 
     Args:
-        factor: the value.
+        factor: its value.
     """
 
     factor: float = 1.0
@@ -108,7 +102,7 @@ class Linear(Schedule):
     stop: float = 0.0
 
     def value(self, clock: Clock, begin: int, end: int) -> float:
-        return self.start + (self.stop - self.start) * _part_done(clock, begin, end)
+        return self.start + (self.stop - self.start) * _fraction_done(clock, begin, end)
 
 
 @dataclass(frozen=True)
@@ -118,23 +112,25 @@ class Cosine(Schedule):
     Args:
         start: value at the beginning.
         stop: value at the end.
+        stretch: decay as in a run `stretch` times as long, and stop early: `stop` is then not reached (MSN: 1.25).
     """
 
     start: float = 1.0
     stop: float = 0.0
+    stretch: float = 1.0
 
     def value(self, clock: Clock, begin: int, end: int) -> float:
-        wave = (1 + math.cos(math.pi * _part_done(clock, begin, end))) / 2
+        wave = (1 + math.cos(math.pi * _fraction_done(clock, begin, round(self.stretch * end)))) / 2
         return self.stop + (self.start - self.stop) * wave
 
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """Multiply at every milestone. Milestones count from the start of the run, whatever stands before them.
+    """Multiply by a factor at every milestone.
 
     Args:
-        milestones: durations at which the factor falls.
-        factor: what it is multiplied by.
+        milestones: durations since the start of the run, also where this schedule follows another one.
+        factor: multiplies the value at each milestone.
     """
 
     milestones: list[Duration]
@@ -147,12 +143,14 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class Warmup(Schedule):
-    """Grow linearly to where another schedule begins, then follow it.
+    """Grow linearly to the first value of another schedule, then follow it.
+
+    The full value is first reached at step `length`; the code of DINO and SwAV reaches it one step earlier.
 
     Args:
-        length: duration of the growth.
-        then: the schedule that has the rest of the run.
-        start: part of its first value to begin from.
+        length: duration of the warm-up.
+        then: the schedule for the rest of the run.
+        start: fraction of that schedule's first value to start from.
     """
 
     length: Duration
@@ -172,6 +170,9 @@ class Sequence(Schedule):
     Args:
         parts: the schedules, in order.
         lengths: a duration for each but the last, which has the rest of the run.
+
+    Raises:
+        UserError: their numbers do not fit.
     """
 
     parts: list[Schedule]

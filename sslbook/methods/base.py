@@ -1,4 +1,4 @@
-"""The contract of a method: a module whose forward is the loss."""
+"""The interface of a method: a module whose forward pass returns the loss."""
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -9,17 +9,20 @@ from sslbook.schedules import Clock
 
 
 class Method(nn.Module):
-    """Base of every self-supervised method.
+    """Base class of every self-supervised method.
 
-    A method owns everything that changes while it learns as a parameter or a buffer: teacher, queue, memory, center.
-    Saving, moving to a device and spreading over processes then need no further code.
+    Everything that changes during training is a parameter or a buffer: teacher, queue, memory bank, center. Saving,
+    moving to a device and broadcasting to other processes then need no further code.
+
+    The events of a training step, in order: `forward` and backward (once, or for each part of an accumulated batch),
+    `before_optimizer_step`, the optimizer, `after_step`.
     """
 
     backbone: nn.Module
-    """What is kept when training ends: maps images `(n, 3, h, w)` to features `(n, backbone.dim)`."""
+    """The network that training is for: images `(n, 3, height, width)` to features `(n, backbone.dim)`."""
 
     def views(self) -> tuple[View, ...]:
-        """What one image becomes; `batch.views` holds one tensor for each entry."""
+        """The views made of each image; `batch.views` holds one tensor for each of them."""
         raise NotImplementedError
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
@@ -27,26 +30,35 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def setup(self, data: Data) -> None:
-        """Called once before training, and before any state is loaded: memories with a row per image are sized here.
+        """Called once before training, and before any state is loaded: memory banks are sized here.
 
-        Raises a `UserError` if the data do not suit the method.
+        Raises:
+            UserError: the data do not suit the method.
         """
 
     def on_weights_loaded(self, taken: list[str]) -> None:
-        """Called when a new run has begun from weights, with the names of the state's tensors that were taken.
+        """Called when a new run starts from given weights; `taken` names the tensors of the state that they set.
 
-        Teachers need nothing: where the weights know none, they became copies of their students.
+        EMA teachers need nothing here: those that the weights do not contain have become copies of their students.
         """
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
-        """Called before every epoch, in every process: clusterings are made here."""
+        """Called before every epoch, in every process; clustering methods cluster here."""
 
     def sample_order(self, data: Data, clock: Clock) -> Int[Tensor, "images"] | None:
-        """Which images the epoch shows, in order, where a plain permutation will not do; the same in every process.
+        """The images of an epoch in order, the same in every process; None for a random permutation of all.
 
         A pure function of the method's state and the clock's epoch, since a resumed run asks again.
         """
         return None
 
+    def before_optimizer_step(self, clock: Clock) -> None:
+        """Called once per step when all gradients are complete, before they are clipped and the optimizer uses them.
+
+        They are averaged over processes and free of mixed precision's scale. A gradient that is removed here
+        (`parameter.grad = None`) does not count in the norm that is clipped, and the optimizer neither moves nor decays
+        its parameter, nor starts a state for it.
+        """
+
     def after_step(self, clock: Clock) -> None:
-        """Called once after every optimizer step: teachers and centers move here."""
+        """Called once after every optimizer step, with the clock already advanced; EMA teachers are updated here."""

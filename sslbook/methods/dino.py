@@ -1,20 +1,19 @@
-"""DINO: a student names each image as its teacher does, with names nobody gave.
+"""DINO: self-distillation in which the student matches the EMA teacher's output distribution over multi-crop views.
 
-The teacher, a moving average of the student, turns two large crops into distributions over a great many outputs. The
-student sees small crops as well and must give each the teacher's distribution for another crop: from a part, the whole.
-Collapse is prevented by two opposite forces on the teacher's scores alone: centering (no output wins for all images)
-and sharpening (each image decides).
+The teacher sees two global crops and turns each into a distribution over many outputs. The student sees local crops as
+well, and predicts from each crop the teacher's distribution for another one: the whole from a part. Two opposite
+operations on the teacher's scores prevent collapse: centering (no output wins for all images) and sharpening (each
+image has a winner).
 
 Caron, Touvron, Misra, Jégou, Mairal, Bojanowski and Joulin, 2021, "Emerging properties in self-supervised vision
-transformers" (arXiv:2104.14294), equations 1 to 4, algorithm 1. As in the authors' code, the scores of a batch are
-centered by the mean of the batches before it. What differs from it:
+transformers" (arXiv:2104.14294), equations 1 to 4, algorithm 1. The defaults are those of the authors' code
+(facebookresearch/dino), where the scores of a batch are centered by the mean of the batches before it. What differs:
 
-- The teacher's temperature rises with every step instead of every epoch, and the teacher's momentum counts the step
-  just taken, so that it reaches 1 at the last one.
-- In the first epoch the last layer gets a gradient of zero instead of none. Weight decay then shortens its rows, which
-  changes nothing, since they are normalized.
+- The teacher's temperature rises with every step instead of every epoch. It reaches its final value when the warm-up's
+  last epoch ends; in the authors' code that epoch already has it, one epoch earlier.
+- The teacher's EMA momentum counts the step just taken, so that it reaches 1 at the last one.
 - The engine clips the norm of the whole gradient; the authors clip that of every parameter tensor.
-- A transformer's linear layers start by Xavier here, from a truncated normal of 0.02 there.
+- A transformer's linear layers start from Xavier's distribution; the authors' from a truncated normal of 0.02.
 """
 
 from dataclasses import replace
@@ -28,6 +27,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, DINOHead, VisionTransformer, backbone_dim
+from sslbook.nn.precision import full_precision
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
 
@@ -39,16 +39,19 @@ LOCAL = replace(BYOL_1, size=96, crop=(0.05, 0.4), blur=0.5)
 def teacher_distribution(
     scores: Float[Tensor, "*batch outputs"], center: Float[Tensor, "outputs"], temperature: float
 ) -> Float[Tensor, "*batch outputs"]:
-    """Equation 1 for the teacher: centered and sharpened."""
+    """Equation 1 for the teacher, centered and sharpened."""
     return ((scores - center) / temperature).softmax(dim=-1)
 
 
 def dino_loss(
     student: Float[Tensor, "crops n outputs"], teacher: Float[Tensor, "globals n outputs"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Equation 3, averaged: the cross-entropy of the student's distribution of every crop to the teacher's of another.
+    """Equation 3 as a mean: cross-entropy of the student's distribution for a crop and the teacher's for another.
 
-    The first crops are those that the teacher saw; `teacher` holds distributions, `student` scores.
+    Args:
+        student: scores of all crops; the global ones come first.
+        teacher: distributions of the global crops.
+        temperature: divides the student's scores.
     """
     log_p = (student / temperature).log_softmax(dim=-1)
     terms = [
@@ -58,7 +61,7 @@ def dino_loss(
 
 
 def entropy(p: Float[Tensor, "*batch outputs"]) -> Float[Tensor, "*batch"]:
-    """In nats: 0 if one output has everything, the logarithm of their number if all have the same."""
+    """In nats: 0 for a one-hot distribution, the logarithm of the number of outputs for the uniform one."""
     return torch.special.entr(p).sum(dim=-1)
 
 
@@ -66,26 +69,26 @@ class DINO(Method):
     """Self-distillation with no labels (arXiv:2104.14294).
 
     Args:
-        backbone: the network to train; with crops of two sizes a transformer resamples its positions.
-        global_1: the first large crop.
-        global_2: the second large crop.
-        local: what the small crops are like, which only the student sees.
-        num_local: number of small crops.
+        backbone: the network to train; a transformer must be able to resize its positions to both crop sizes.
+        global_1: the first global crop.
+        global_2: the second global crop.
+        local: a local crop, which only the student sees.
+        num_local: number of local crops.
         hidden_dim: hidden width of the head.
         bottleneck_dim: width of the head before its last layer.
         num_outputs: width of the head's output.
-        head_batch_norm: normalize the head's hidden layers by batch.
+        head_batch_norm: batch norm in the head's hidden layers.
         student_temperature: divides the student's scores.
         teacher_temperature: divides the teacher's scores; smaller than the student's, which sharpens.
-        teacher_temperature_start: the teacher's temperature in the beginning.
-        teacher_temperature_warmup: duration of the way from the one to the other.
-        center_momentum: how much of itself the center keeps at a step; with 1 it stays at zero.
-        momentum: how much of itself the teacher keeps at a step, in the beginning; rises to 1.
-        freeze_last_layer: for how long the head's last layer stays as it is.
+        teacher_temperature_start: the teacher's temperature at the beginning.
+        teacher_temperature_warmup: duration of the change from the start to the final temperature.
+        center_momentum: EMA momentum of the center; with 1 it stays at zero.
+        momentum: EMA momentum of the teacher at the beginning; rises to 1 along a cosine.
+        freeze_last_layer: duration at the beginning in which the head's last layer is frozen.
     """
 
     center: Tensor
-    seen: Tensor
+    score_sum: Tensor
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class DINO(Method):
         self.crops = (global_1, global_2, *[local] * num_local)
         if isinstance(backbone, VisionTransformer):
             for view in self.crops:
-                patch_grid(view.size, view.size, backbone.patch_size)  # refuses crops that cannot be cut into patches
+                patch_grid(view.size, view.size, backbone.patch_size)  # raises if a crop is no grid of patches
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.teacher_temperature_start = teacher_temperature_start
         self.teacher_temperature_warmup = teacher_temperature_warmup
@@ -119,41 +122,51 @@ class DINO(Method):
         self.head = DINOHead(backbone_dim(backbone), hidden_dim, bottleneck_dim, num_outputs, 3, head_batch_norm)
         self.teacher_backbone, self.teacher_head = EMA(self.backbone), EMA(self.head)
         self.register_buffer("center", torch.zeros(num_outputs))
-        # What the center moves to when the step is taken: a batch may come in several parts.
-        self.register_buffer("seen", torch.zeros(num_outputs), persistent=False)
-        self.parts = 0
+        # The batch's mean scores until the step is taken, summed over the parts of an accumulated batch.
+        self.register_buffer("score_sum", torch.zeros(num_outputs), persistent=False)
+        self.num_parts = 0
 
     def views(self) -> tuple[View, ...]:
         return self.crops
 
-    def sharpness(self, clock: Clock) -> float:
+    def current_teacher_temperature(self, clock: Clock) -> float:
         """The teacher's temperature at this step."""
         end = in_steps(self.teacher_temperature_warmup, clock.total_steps, clock.steps_per_epoch)
         return Linear(self.teacher_temperature_start, self.teacher_temperature).value(clock, 0, end)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        n, globals_ = len(batch.index), torch.cat(batch.views[:2])
+        n, globals_ = len(batch.index), torch.cat(batch.views[:2])  # (2 n, 3, height, width)
         # Crops of one size go through together, so that batch norm sees all of them, as in the authors' code.
         features = [self.backbone(globals_)]
         if len(batch.views) > 2:
             features.append(self.backbone(torch.cat(batch.views[2:])))
-        frozen = clock.step < in_steps(self.freeze_last_layer, clock.total_steps, clock.steps_per_epoch)
-        student = self.head(torch.cat(features), frozen).unflatten(0, (len(batch.views), n))
+        student = self.head(torch.cat(features)).unflatten(0, (len(batch.views), n))  # (crops, n, outputs)
+        # The teacher sees the global crops only. EMA modules compute no gradient.
         scores = self.teacher_head(self.teacher_backbone(globals_)).unflatten(0, (2, n))
-        with torch.autocast(scores.device.type, enabled=False):
-            teacher = teacher_distribution(scores, self.center, self.sharpness(clock))
+        with full_precision(scores):
+            teacher = teacher_distribution(scores, self.center, self.current_teacher_temperature(clock))
             loss = dino_loss(student, teacher, self.student_temperature)
-            if self.training:
-                self.seen += distributed.all_reduce_mean(scores.mean(dim=(0, 1)))
-                self.parts += 1
-            average = distributed.all_reduce_mean(teacher.mean(dim=(0, 1)))
-        return {"loss": loss, "teacher_entropy": entropy(teacher).mean(), "average_entropy": entropy(average)}
+            if self.training:  # equation 4 needs the mean scores; the center itself moves after the step
+                self.score_sum += distributed.all_reduce_mean(scores.mean(dim=(0, 1)))
+                self.num_parts += 1
+            mean_distribution = distributed.all_reduce_mean(teacher.mean(dim=(0, 1)))
+        return {
+            "loss": loss,
+            "teacher_entropy": entropy(teacher).mean(),
+            "marginal_entropy": entropy(mean_distribution),  # 0: collapse to one output
+        }
+
+    def before_optimizer_step(self, clock: Clock) -> None:
+        # As in the authors' code: no gradient at all. With one of zero, Adam's second moment would start at zero, and
+        # the layer's first steps after the freeze would be several times too large.
+        if clock.step < in_steps(self.freeze_last_layer, clock.total_steps, clock.steps_per_epoch):
+            self.head.prototypes.grad = None
 
     def after_step(self, clock: Clock) -> None:
-        if self.parts:
-            self.center.lerp_(self.seen / self.parts, 1 - self.center_momentum)
-            self.seen.zero_()
-            self.parts = 0
+        if self.num_parts:
+            self.center.lerp_(self.score_sum / self.num_parts, 1 - self.center_momentum)  # equation 4
+            self.score_sum.zero_()
+            self.num_parts = 0
         momentum = Cosine(self.momentum, 1.0)(clock)
         self.teacher_backbone.update(self.backbone, momentum)
         self.teacher_head.update(self.head, momentum)

@@ -1,17 +1,19 @@
-"""MSN: an image with patches missing must be assigned to the same prototypes as the whole one.
+"""MSN: match the soft prototype assignment of an image with dropped patches to the EMA teacher's for the whole image.
 
-A teacher, a moving average of the student, sees one view whole and assigns it softly to a few learned prototypes. The
-student sees another view with patches dropped, and several small crops, and must come to the same assignment. Sharpened
-targets forbid the answer "all prototypes alike"; the mean-entropy term, and Sinkhorn on the targets, forbid "always the
-same one". Nothing is ever painted, and dropped patches cost nothing.
+The teacher assigns a whole view softly to a few learned prototypes. The student sees other views of the image, one with
+patches dropped and several small crops, and must reach the same assignment. Sharpened targets prevent the uniform
+assignment; the mean-entropy term, and Sinkhorn on the targets, prevent one prototype for all images.
 
 Assran, Caron, Misra, Bojanowski, Bordes, Vincent, Joulin, Rabbat and Ballas, 2022, "Masked siamese networks for
-label-efficient learning" (arXiv:2204.07141), section 3, equation 1. As in the authors' code, the mean-entropy term
-carries the constant log K, so that it is zero where all prototypes are used alike, and the teacher's momentum rises by
-four fifths of the way to 1. What differs: which patches are dropped is keyed by image and epoch instead of drawn once
-for a batch; Sinkhorn is computed with logarithms; linear layers start by Xavier (the head's as torch's do), the authors'
-from a truncated normal of 0.02; the engine clips the prototypes' gradient with the rest, which the
-authors leave as it is.
+label-efficient learning" (arXiv:2204.07141), section 3, equation 1. The defaults are those of the authors' code
+(facebookresearch/msn). As there, the mean-entropy term carries the constant log K, so that it is zero where all
+prototypes are equally frequent, and the EMA momentum rises four fifths of the way to 1. What differs:
+
+- Which patches are dropped is random for each image and epoch, instead of the same for a whole batch.
+- Sinkhorn-Knopp is computed with logarithms.
+- Linear layers start from Xavier's distribution (the head's from torch's default), the authors' from a truncated normal
+  of 0.02.
+- The engine clips the prototypes' gradient with the rest; the authors leave it as it is.
 """
 
 import math
@@ -29,6 +31,8 @@ from sslbook.data.views import MOCO_V2, View
 from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
+from sslbook.nn.mask_tokens import gather_tokens
+from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Linear
@@ -38,25 +42,25 @@ FOCAL = replace(MOCO_V2, size=96, crop=(0.05, 0.3))
 
 
 def sharpen(log_p: Float[Tensor, "n prototypes"], temperature: float) -> Float[Tensor, "n prototypes"]:
-    """Logarithms of probabilities to these to the power 1 / temperature, normalized again (section 3, "Sharpening")."""
+    """Log-probabilities of p to the power 1 / temperature, normalized again (section 3, "Sharpening")."""
     return (log_p / temperature).log_softmax(dim=1)
 
 
 def assignment_loss(
     log_p: Float[Tensor, "anchors n prototypes"], target: Float[Tensor, "n prototypes"]
 ) -> Float[Tensor, ""]:
-    """First part of equation 1: the cross-entropy of every anchor's assignment to the target's."""
+    """First term of equation 1: the cross-entropy of every anchor's assignment with its target."""
     return -(target * log_p).sum(dim=-1).mean()
 
 
 def mean_entropy_loss(log_p: Float[Tensor, "anchors n prototypes"]) -> Float[Tensor, ""]:
-    """Second part of equation 1: log K minus the entropy of the mean assignment of all processes' anchors."""
+    """Second term of equation 1: log K minus the entropy of the mean assignment of all processes' anchors."""
     mean = distributed.all_reduce_sum_with_grad(log_p.exp().mean(dim=(0, 1))) / distributed.world_size()
     return math.log(log_p.shape[-1]) - torch.special.entr(mean).sum()
 
 
 class Head(nn.Sequential):
-    """Three linear layers, batch norm and GELU after the first two."""
+    """Three linear layers, with batch norm and GELU after the first two."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         modules: list[nn.Module] = []
@@ -70,19 +74,22 @@ class MSN(Method):
 
     Args:
         backbone: the vision transformer to train.
-        large: what the large views are like: one for the teacher, and the anchors whose patches are dropped.
-        focal: what the small crops are like, which are anchors too.
-        num_large: number of anchors whose patches are dropped.
+        large: a large view: one for the teacher, and the anchors whose patches are dropped.
+        focal: a small crop, which is an anchor too.
+        num_large: number of large anchors.
         num_focal: number of small crops.
-        patch_drop: part of a large anchor's patches that is dropped.
+        patch_drop: fraction of a large anchor's patches that is dropped.
         hidden_dim: hidden width of the head.
         output_dim: width of the head's output and of the prototypes.
         num_prototypes: number of prototypes.
         temperature: divides the cosines to the prototypes.
-        sharpening: temperature that the targets are sharpened with.
-        sinkhorn_targets: let the targets use all prototypes alike (three rounds of Sinkhorn-Knopp).
+        sharpening: temperature by which the targets are sharpened.
+        sinkhorn_targets: balance the targets over the prototypes (three iterations of Sinkhorn-Knopp).
         mean_entropy_weight: weight of the mean-entropy term.
-        momentum: how much of itself the teacher keeps at a step, in the beginning.
+        momentum: EMA momentum of the teacher at the beginning; rises linearly, four fifths of the way to 1.
+
+    Raises:
+        UserError: the backbone is no vision transformer, there are no anchors, or no patches would be left.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -105,22 +112,19 @@ class MSN(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        at_least_one(num_prototypes=num_prototypes)
+        at_least_one(num_prototypes=num_prototypes, num_anchors=num_large + num_focal)
         if not isinstance(backbone, VisionTransformer):
             raise UserError(
-                f"MSN drops patches from a vision transformer and cannot use a {type(backbone).__name__}: "
+                f"MSN drops patches of a vision transformer and cannot use a {type(backbone).__name__}: "
                 "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
             )
-        if num_large + num_focal < 1:
-            raise UserError("MSN without anchors has nothing to learn: use num_large or num_focal of at least 1")
         self.crops = (large, *[large] * num_large, *[focal] * num_focal)
         for view in self.crops:
-            rows, columns = patch_grid(view.size, view.size, backbone.patch_size)
-        rows, columns = patch_grid(large.size, large.size, backbone.patch_size)
-        if not 0 <= patch_drop < 1 or int(rows * columns * (1 - patch_drop) + 1e-6) < 1:
+            patch_grid(view.size, view.size, backbone.patch_size)  # raises if a crop is no grid of patches
+        patches = math.prod(patch_grid(large.size, large.size, backbone.patch_size))
+        if not 0 <= patch_drop < 1 or int(patches * (1 - patch_drop) + 1e-6) < 1:
             raise UserError(
-                f"patch drop {patch_drop} of {rows * columns} patches leaves nothing to see: "
-                f"use at most {1 - 1 / (rows * columns):.3g}"
+                f"patch_drop {patch_drop} leaves none of {patches} patches: use {1 - 1 / patches:.3g} or less"
             )
         self.num_large, self.patch_drop = num_large, patch_drop
         self.temperature, self.sharpening = temperature, sharpening
@@ -135,54 +139,54 @@ class MSN(Method):
     def views(self) -> tuple[View, ...]:
         return self.crops
 
-    def drop(
+    def drop_patches(
         self, tokens: Float[Tensor, "n patches dim"], index: Int[Tensor, "n"], clock: Clock, anchor: int
     ) -> Float[Tensor, "n kept dim"]:
-        """The patches of a large anchor that are kept, in random order."""
+        """The kept patches of a large anchor, in random order."""
         patches = tokens.shape[1]
         order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + anchor, patches).argsort(dim=1)
-        kept = order[:, : int(patches * (1 - self.patch_drop) + 1e-6)]
-        return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return gather_tokens(tokens, order[:, : int(patches * (1 - self.patch_drop) + 1e-6)])
 
     def log_assignments(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n prototypes"]:
-        """Logarithms of the soft assignments of outputs to the prototypes."""
+        """Log-probabilities of the soft assignments to the prototypes."""
         cosine = F.normalize(z.float(), dim=1) @ F.normalize(self.prototypes, dim=1).T
         return (cosine / self.temperature).log_softmax(dim=1)
 
     @torch.no_grad()
-    def targets(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n prototypes"]:
-        """The teacher's assignments of whole views, sharpened."""
+    def teacher_targets(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n prototypes"]:
+        """The teacher's sharpened assignments of whole views."""
         z = self.teacher_head(self.teacher_backbone(images))
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             target = sharpen(self.log_assignments(z), self.sharpening)
             return sinkhorn(target, 1.0) if self.sinkhorn_targets else target.exp()
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         n, (whole, *anchors) = len(batch.index), batch.views
-        target = self.targets(whole)
+        target = self.teacher_targets(whole)  # p+ of equation 1, without gradient, (n, prototypes)
         large, focal = anchors[: self.num_large], anchors[self.num_large :]
         features = []
         if large:
-            tokens = [self.drop(self.backbone.embed(x), batch.index, clock, i) for i, x in enumerate(large)]
+            # Only the kept patches go through the transformer, so dropped ones cost nothing.
+            tokens = [self.drop_patches(self.backbone.embed(x), batch.index, clock, i) for i, x in enumerate(large)]
             features.append(self.pool(self.backbone.encode(torch.cat(tokens))))
         if focal:
             features.append(self.backbone(torch.cat(focal)))
         z = torch.cat([self.head(x) for x in features])  # one call per size: batch norm sees each by itself
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             log_p = rearrange(self.log_assignments(z), "(anchor n) k -> anchor n k", n=n)
             assignment, mean_entropy = assignment_loss(log_p, target), mean_entropy_loss(log_p)
-            loss = assignment + self.mean_entropy_weight * mean_entropy
-            average = distributed.all_reduce_mean(target.mean(dim=0))
+            loss = assignment + self.mean_entropy_weight * mean_entropy  # equation 1
+            mean_target = distributed.all_reduce_mean(target.mean(dim=0))
         return {
             "loss": loss,
             "assignment": assignment.detach(),
             "mean_entropy": mean_entropy.detach(),
             "target_entropy": torch.special.entr(target).sum(dim=1).mean(),
-            "average_entropy": torch.special.entr(average).sum(),
+            "marginal_entropy": torch.special.entr(mean_target).sum(),  # 0: collapse to one prototype
         }
 
     def pool(self, tokens: Float[Tensor, "n tokens dim"]) -> Float[Tensor, "n dim"]:
-        """The feature, as the backbone takes it from whole images."""
+        """The image's feature, pooled from the tokens as the backbone does for whole images."""
         return tokens[:, 0] if self.backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def after_step(self, clock: Clock) -> None:

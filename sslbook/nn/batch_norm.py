@@ -1,9 +1,8 @@
-"""Batch norm over the global batch, in any number of processes, on any device.
+"""Batch norm with statistics of the global batch, in any number of processes, on any device.
 
-`torch.nn.SyncBatchNorm` refuses CPU tensors and knows only "all processes". Here the statistics belong to the global
-batch: all of it, or `groups` contiguous parts of it, which imitates the statistics that so many GPUs would each take.
-One process and several then compute the same, and methods that depend on small groups (MoCo) do so by choice instead of
-by accident of the machine.
+`torch.nn.SyncBatchNorm` does not support CPU tensors, and without it the statistics depend on the number of GPUs. Here
+they are those of the whole global batch, or of `groups` contiguous chunks of it, which imitates the statistics of that
+many GPUs. One process and several then compute the same, and a method that relies on small groups (MoCo) chooses them.
 
 Ioffe and Szegedy, 2015, "Batch normalization" (arXiv:1502.03167).
 """
@@ -24,10 +23,10 @@ class BatchNorm(_BatchNorm):
     Args:
         num_features: channels.
         eps: added to the variance.
-        momentum: weight of the new statistics in the running ones; None: plain average of all so far.
+        momentum: weight of the new statistics in the running ones; None: the average of all so far.
         affine: learn scale and shift.
         track_running_stats: keep running statistics for evaluation.
-        groups: into how many contiguous parts of the global batch the statistics fall.
+        groups: number of contiguous chunks of the global batch that are normalized separately.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class BatchNorm(_BatchNorm):
     def _in_chunks(
         self, x: Float[Tensor, "batch channels *space"]
     ) -> tuple[Float[Tensor, "batch channels *space"], Float[Tensor, "channels"], Float[Tensor, "channels"]]:
-        """Every group lies within one process: torch's own kernel on each; momentum 1 hands its statistics out."""
+        """Every group lies within one process: torch's kernel on each, whose momentum of 1 returns the statistics."""
         processes = distributed.world_size()
         if self.groups % processes or (len(x) * processes) % self.groups:
             raise UserError(
@@ -88,7 +87,7 @@ class BatchNorm(_BatchNorm):
     def _across_processes(
         self, x: Float[Tensor, "batch channels *space"]
     ) -> tuple[Float[Tensor, "batch channels *space"], Float[Tensor, "channels"], Float[Tensor, "channels"]]:
-        """One group over all processes. Each sends its own mean and variance, which combine without cancellation."""
+        """One group over all processes, from each one's mean and variance, which combine without cancellation."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1] * distributed.world_size()
@@ -118,11 +117,11 @@ class BatchNorm(_BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), new)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of axes will do."""
+        """Any number of axes is allowed."""
 
 
 class BatchNormAct(BatchNorm):
-    """Batch norm and what timm keeps in the same module: dropout and activation, which come after it."""
+    """Batch norm followed by dropout and activation, which timm keeps in the same module."""
 
     drop: nn.Module
     act: nn.Module
@@ -138,10 +137,10 @@ def convert_batch_norm(module: nn.Module, groups: int | None = None) -> nn.Modul
 
     Args:
         module: changed in place; returned, since it may be a batch norm itself.
-        groups: as for `BatchNorm`; by default 1 for new ones, and what is a `BatchNorm` already stays as it is.
+        groups: as for `BatchNorm`; by default 1, and a `BatchNorm` keeps its own.
 
     Raises:
-        UserError: there is a batch norm that computes something else besides, and not as timm's with an activation.
+        UserError: a subclass of batch norm computes something else as well (other than timm's, with an activation).
     """
     if isinstance(module, BatchNorm):
         module.groups = groups or module.groups
@@ -150,16 +149,16 @@ def convert_batch_norm(module: nn.Module, groups: int | None = None) -> nn.Modul
         act = getattr(module, "act", None)
         if act is None and type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
             raise UserError(
-                f"{type(module).__name__} is more than a batch norm, and what else it does would be lost: "
-                "use a torch.nn.BatchNorm2d and a module of its own for the rest"
+                f"{type(module).__name__} does more than batch norm, which would be lost: "
+                "use a torch.nn.BatchNorm2d and a separate module for the rest"
             )
         new = (BatchNorm if act is None else BatchNormAct)(
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, groups or 1
         )
-        # The same tensors, not copies: an optimizer made before goes on working.
+        # The same tensors, not copies: an optimizer made before still updates them.
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(new, name, getattr(module, name))
-        if act is not None:  # under the same names, so that weights go in and out unchanged
+        if act is not None:  # under the same names, so that weights load unchanged
             new.drop, new.act = getattr(module, "drop", nn.Identity()), act
         return new.train(module.training)
     for name, child in module.named_children():

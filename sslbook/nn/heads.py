@@ -1,4 +1,4 @@
-"""The small networks between a backbone and a loss."""
+"""Projection and prediction heads: the small networks between a backbone and a loss."""
 
 from typing import Literal
 
@@ -7,20 +7,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sslbook.nn.precision import full_precision
+
 
 class MLP(nn.Sequential):
     """Linear layers with ReLU in between: the projector and predictor of most methods.
 
-    A linear layer that batch norm follows has no bias, since batch norm subtracts it again.
+    A linear layer followed by batch norm has no bias, since batch norm subtracts it again.
 
     Args:
-        in_dim: width of what comes in.
+        in_dim: width of the input.
         hidden_dim: width of the hidden layers.
-        out_dim: width of what comes out.
+        out_dim: width of the output.
         num_layers: number of linear layers; with 1 there is no hidden layer.
         batch_norm: normalize every hidden layer.
-        last_batch_norm: normalize the output: `none`; `plain` without learned scale and shift; `scale` with a learned
-            scale and the shift kept at zero; `affine` with both.
+        last_batch_norm: batch norm on the output: `none`; `plain` without learned scale and shift; `scale` with a
+            learned scale and the shift fixed at zero; `affine` with both.
         last_bias: give the last linear layer a bias, unless batch norm follows.
     """
 
@@ -51,16 +53,17 @@ class MLP(nn.Sequential):
 
 
 class DINOHead(nn.Module):
-    """An MLP with GELU to a point on the unit sphere, and its cosine to every prototype (DINO, arXiv:2104.14294).
+    """An MLP with GELU to the unit sphere, then the cosine to every prototype (DINO, arXiv:2104.14294, section 3.1).
 
-    The prototypes are the rows of the authors' weight-normalized last layer with its scale fixed at 1. They are
-    computed in float32, since the temperatures that follow magnify rounding.
+    The prototypes are the rows of the authors' weight-normalized last layer, whose scale is fixed at 1. As there they
+    start with a length of about 0.58, torch's default for a linear layer: the shorter a row, the faster a gradient
+    step rotates it. Cosines are computed in float32, since the temperatures that follow magnify rounding.
 
     Args:
-        in_dim: width of what comes in.
+        in_dim: width of the input.
         hidden_dim: width of the hidden layers.
-        bottleneck_dim: width of the point on the sphere.
-        num_prototypes: width of what comes out.
+        bottleneck_dim: dimension of the sphere's space.
+        num_prototypes: width of the output.
         num_layers: number of linear layers before the sphere.
         batch_norm: normalize every hidden layer.
     """
@@ -89,11 +92,10 @@ class DINOHead(nn.Module):
             if i < num_layers - 1:
                 modules.append(nn.GELU())
         self.mlp = nn.Sequential(*modules)
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, bottleneck_dim), dim=1))
+        bound = bottleneck_dim**-0.5  # torch's default for a linear layer
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim).uniform_(-bound, bound))
 
-    def forward(self, x: Float[Tensor, "*batch in_dim"], frozen: bool = False) -> Float[Tensor, "*batch prototypes"]:
-        """Cosines to the prototypes; these get a gradient of zero if `frozen`, instead of none, which DDP waits for."""
-        weight = self.prototypes.detach() + 0 * self.prototypes if frozen else self.prototypes
+    def forward(self, x: Float[Tensor, "*batch in_dim"]) -> Float[Tensor, "*batch prototypes"]:
         z = self.mlp(x)
-        with torch.autocast(z.device.type, enabled=False):
-            return F.normalize(z.float(), dim=-1) @ F.normalize(weight, dim=1).T
+        with full_precision(z):
+            return F.normalize(z.float(), dim=-1) @ F.normalize(self.prototypes, dim=1).T

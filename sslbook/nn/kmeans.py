@@ -1,7 +1,7 @@
-"""Features of all images, and clusters of them.
+"""K-means, PCA whitening, and the features of all training images that they are applied to.
 
-Everything here gives the same in one process and in several: the images are shared out in whole batches, k-means runs
-on process 0, and all get its answer.
+The results do not depend on the number of processes: images are divided among them in whole batches, k-means runs on
+process 0 and its result is broadcast.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,15 @@ from sslbook import distributed, rng
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
-DISTANCES_AT_ONCE = 2**25  # 128 MB: a million images have ten thousand million distances to ten thousand centroids
-PERTURBATION = 1 / 1024  # what tells the two halves of a split cluster apart, as in faiss
+DISTANCES_AT_ONCE = 2**25  # 128 MB; a million images and 10,000 centroids have 10^10 distances
+PERTURBATION = 1 / 1024  # relative distance between the two halves of a split cluster, as in faiss
 
 
 def check_clusters(num_clusters: int, images: int) -> None:
-    """A `UserError` if there are fewer images than clusters, or no clusters."""
+    """Raises a `UserError` if there are fewer images than clusters, or no clusters."""
     at_least_one(num_clusters=num_clusters)
     if num_clusters > images:
         raise UserError(f"{num_clusters} clusters of {images} images: ask for at most {images} (num_clusters)")
@@ -33,17 +34,17 @@ def check_clusters(num_clusters: int, images: int) -> None:
 def kmeans(
     x: Float[Tensor, "n dim"], num_clusters: int, iterations: int, seed: int, spherical: bool = False
 ) -> tuple[Float[Tensor, "clusters dim"], Int[Tensor, "n"]]:
-    """Lloyd's algorithm: so many centroids, and to which of them every row belongs.
+    """Lloyd's algorithm: the centroids, and the index of every row's cluster.
 
-    It starts from rows chosen with counter-based random numbers. A cluster that runs empty gets half of the largest one, as in faiss
-    (which draws the cluster to split by size instead): its centroid twice, a little apart. With all features the same a
-    cluster may stay empty even so. The distances are exact, and only some of them exist at a time.
+    The first centroids are random rows. A cluster that runs empty takes half of the largest one, as in faiss (where the
+    cluster to split is sampled by size): both start from its centroid, a little apart. Distances are exact and computed
+    in chunks.
 
     Args:
         x: the rows, the same in every process.
-        num_clusters: how many clusters.
-        iterations: how often centroids are moved.
-        seed: of the first centroids.
+        num_clusters: number of clusters; some may stay empty if many rows are equal.
+        iterations: updates of the centroids.
+        seed: seed of the first centroids.
         spherical: normalize the centroids and compare by inner product; for unit vectors.
 
     Raises:
@@ -51,12 +52,12 @@ def kmeans(
     """
     check_clusters(num_clusters, len(x))
     if not x.isfinite().all():
-        raise UserError("features to be clustered hold NaN or Inf: lower the learning rate")
+        raise UserError("the features to be clustered contain NaN or Inf: lower the learning rate")
     x = x.float()
     centroids = x.new_empty(num_clusters, x.shape[1])
     assignment = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if distributed.is_main():
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             centroids = x[rng.permutation(seed, 0, len(x))[:num_clusters].to(x.device)]
             centroids = F.normalize(centroids, dim=1) if spherical else centroids
             for _ in range(iterations):
@@ -68,7 +69,7 @@ def kmeans(
 def nearest(
     x: Float[Tensor, "n dim"], centroids: Float[Tensor, "clusters dim"], spherical: bool = False
 ) -> Int[Tensor, "n"]:
-    """The centroid closest to every row, or (spherical) with the greatest inner product."""
+    """The index of the closest centroid for every row, or (spherical) of the one with the largest inner product."""
     # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2), of which the first term is the same for all centroids.
     offset = torch.zeros_like(centroids[:, 0]) if spherical else centroids.square().sum(dim=1) / 2
     rows = max(1, DISTANCES_AT_ONCE // len(centroids))
@@ -81,8 +82,8 @@ def _move(
     centroids: Float[Tensor, "clusters dim"],
     spherical: bool,
 ) -> Float[Tensor, "clusters dim"]:
-    """Every centroid to the mean of its rows, and the empty ones beside those of the largest clusters."""
-    sums = torch.zeros_like(centroids, dtype=torch.float64)  # whose rounding leaves no trace of the order of summation
+    """Moves every centroid to the mean of its rows, and fills empty clusters."""
+    sums = torch.zeros_like(centroids, dtype=torch.float64)  # float64: the order of summation leaves no trace
     for rows, clusters in zip(x.split(2**16), assignment.split(2**16)):
         sums.index_add_(0, clusters, rows.double())
     sizes = assignment.bincount(minlength=len(centroids))
@@ -94,7 +95,7 @@ def _move(
 def split_largest(
     centroids: Float[Tensor, "clusters dim"], sizes: Int[Tensor, "clusters"]
 ) -> Float[Tensor, "clusters dim"]:
-    """Each empty cluster in turn takes half of what is then the largest one."""
+    """The centroids after each empty cluster in turn has taken half of what is then the largest one."""
     sizes, centroids = sizes.clone(), centroids.clone()
     sign = 1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2)
     for empty in (sizes == 0).nonzero()[:, 0]:
@@ -108,14 +109,21 @@ def split_largest(
 
 @torch.no_grad()
 def pca_whiten(x: Float[Tensor, "n dim"], dim: int, power: float = -0.5) -> Float[Tensor, "n {dim}"]:
-    """Rows projected on their first `dim` principal components, scaled to equal variance, then to unit length.
+    """Rows projected onto their first `dim` principal components, whitened, then normalized to unit length.
 
-    DeepCluster, section 3.3, "Implementation details". `power` is the exponent of the components' variances by which
-    they are scaled: -0.5 whitens, 0 leaves them as they are. Components without any variance become 0.
+    DeepCluster, section 3.3, "Implementation details".
+
+    Args:
+        x: the rows.
+        dim: number of principal components; those without any variance become 0.
+        power: components are multiplied by this power of their variance: -0.5 whitens, 0 does not scale.
+
+    Raises:
+        UserError: there are fewer rows or columns than components.
     """
     if dim > min(x.shape):
         raise UserError(f"{dim} principal components of {x.shape[0]} features of width {x.shape[1]}: ask for fewer")
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         parts = x.split(2**16)
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
         covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -134,10 +142,10 @@ def pca_whiten(x: Float[Tensor, "n dim"], dim: int, power: float = -0.5) -> Floa
 def embed(
     network: nn.Module, data: Data, view: View, batch_size: int = 256
 ) -> tuple[Float[Tensor, "readable dim"], Int[Tensor, "readable"]]:
-    """What the network in evaluation mode says of every image that is learned from, and which images these are.
+    """Features of all training images from the network in evaluation mode, and the indices of these images.
 
-    The processes share the images in whole batches, so that the numbers do not depend on how many there are, and all
-    get all rows, in float32 on the network's device. Images that cannot be read are left out.
+    Processes divide the images in whole batches, so that the numbers do not depend on how many processes there are.
+    All get all rows, in float32 on the network's device. Unreadable images are left out.
 
     Raises:
         UserError: there are fewer images than processes, or none can be read.
@@ -145,18 +153,18 @@ def embed(
     rank, processes = distributed.rank(), distributed.world_size()
     _check_processes(data.num_train)
     device = next(network.parameters()).device
-    rows, seen = None, torch.zeros(data.num_train, dtype=torch.int64, device=device)
+    rows, readable = None, torch.zeros(data.num_train, dtype=torch.int64, device=device)
     with _mode(network, training=False), torch.autocast(device.type, enabled=False):
         for batch in data.evaluation_batches("pretrain", view, batch_size, device, rank=rank, world_size=processes):
             x = network(batch.views[0]).float()
             rows = x.new_zeros(data.num_train, x.shape[1]) if rows is None else rows
-            rows[batch.index], seen[batch.index] = x, 1
+            rows[batch.index], readable[batch.index] = x, 1
     width = distributed.all_reduce_max(torch.tensor(0 if rows is None else rows.shape[1], device=device))
     if not width:
         raise UserError("none of the images can be read: check the folder and its files")
     if rows is None:
         rows = torch.zeros(data.num_train, int(width), device=device)
-    index = distributed.all_reduce_sum(seen).nonzero()[:, 0]
+    index = distributed.all_reduce_sum(readable).nonzero()[:, 0]
     return distributed.all_reduce_sum(rows)[index], index
 
 
@@ -164,15 +172,18 @@ def embed(
 def embed_views(
     network: nn.Module, data: Data, views: tuple[View, ...], clock: Clock, batch_size: int = 256
 ) -> tuple[Float[Tensor, "views some dim"], Int[Tensor, "some"]]:
-    """What the network in training mode says of the views that an epoch shows, and which images these are.
+    """Features of an epoch's views from the network in training mode, and the indices of their images.
 
-    As in training, every view has a pass of its own, a batch is shared by all processes, and the last incomplete one is
-    left out. Batch norm's running statistics move along.
+    As in training, every view has a forward pass of its own, processes divide each batch, and the last incomplete batch
+    is left out. Batch norm's running statistics are updated.
+
+    Raises:
+        UserError: there are fewer images than processes.
     """
     rank, processes = distributed.rank(), distributed.world_size()
     _check_processes(data.num_train)
     device = next(network.parameters()).device
-    rows, seen = None, torch.zeros(data.num_train, dtype=torch.int64, device=device)
+    rows, readable = None, torch.zeros(data.num_train, dtype=torch.int64, device=device)
     size = min(batch_size, data.num_train) // processes * processes
     batches = data.batches(
         views, size, seed=clock.seed, epoch=clock.epoch, rank=rank, world_size=processes, device=device
@@ -182,9 +193,9 @@ def embed_views(
             x = torch.stack([network(view).float() for view in batch.views], dim=1)
             x, index = distributed.all_gather(x), distributed.all_gather(batch.index)
             rows = x.new_zeros(data.num_train, *x.shape[1:]) if rows is None else rows
-            rows[index], seen[index] = x, 1
+            rows[index], readable[index] = x, 1
     assert rows is not None
-    index = seen.nonzero()[:, 0]
+    index = readable.nonzero()[:, 0]
     return rows[index].transpose(0, 1), index
 
 
@@ -196,11 +207,11 @@ def _check_processes(images: int) -> None:
 
 @contextmanager
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Another mode for a while; afterwards every part is in the mode it was in before."""
+    """Puts the module in training or evaluation mode; afterwards every submodule is in its former mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:
         yield
     finally:
-        for part, was in modes:  # `module.train` would also wake up parts that are kept in evaluation mode
+        for part, was in modes:  # `module.train` would also change submodules that are kept in evaluation mode
             part.training = was

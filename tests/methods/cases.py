@@ -1,4 +1,4 @@
-"""The methods at the smallest size that still shows what they do, shared by the tests of this folder."""
+"""The methods at a small size, shared by the tests of this folder."""
 
 import json
 from collections.abc import Callable
@@ -35,19 +35,19 @@ NAMES = list(METHODS)
 
 @dataclass(frozen=True)
 class Case:
-    """A method at the smallest size that still shows what it does; `CASE` in its `test_NAME.py`.
+    """A method at the smallest size at which it still learns; `CASE` in its `test_NAME.py`.
 
     Args:
         options: of the constructor, besides the backbone.
         command: the same on the command line, the backbone included.
-        learned: whether the method, given what it says of a batch of 32 images, has learned these by heart.
+        learned: whether the method overfits a batch of 32 images, from its outputs.
         backbone: makes the network.
         full_scale: the name in `sslbook.nn` of a network that the defaults are for.
-        full_options: makes what the constructor needs besides, such as a teacher.
-        overfit: options with which it learns 32 images by heart ...
-        overfit_lr: ... and the rate.
-        lr: rate at which two processes are compared with one.
-        corners: further sizes, rates and options for that comparison.
+        full_options: makes further arguments that the constructor needs, such as a teacher.
+        overfit: options with which it overfits 32 images ...
+        overfit_lr: ... and the learning rate.
+        lr: learning rate at which two processes are compared with one.
+        corners: further batch sizes, learning rates and options for that comparison.
         order_free: options with which the order of the images in a batch does not matter.
         other_backbones: further networks it must work with.
     """
@@ -71,7 +71,7 @@ def case(name: str) -> Case:
 
 
 class Convolutions(nn.Module):
-    """A backbone with batch norm that costs next to nothing."""
+    """A cheap backbone with batch norm."""
 
     dim = 16
 
@@ -95,7 +95,7 @@ def transformer() -> VisionTransformer:
 
 
 def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options) -> Method:
-    this = case(name)  # before the seed: importing it may draw
+    this = case(name)  # before the seed: importing it may use random numbers
     torch.manual_seed(seed)
     method = load(name)(this.backbone() if backbone is None else backbone, **{**this.options, **options})
     method.setup(Data(shapes=TINY_SHAPES))
@@ -105,7 +105,7 @@ def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options)
 
 
 def make_batch(method: Method, size: int, seed: int = 0) -> Batch:
-    """Random images, whose further views are the first with noise, each at the size that the method asks for."""
+    """Random images; each further view is the first one plus noise, at the size that the method asks for."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(size, 3, SIZE, SIZE, generator=generator)
     views = []
@@ -121,7 +121,7 @@ def gradient(method: nn.Module) -> Tensor:
 
 
 def train(name: str, size: int = 8, lr: float = 0.05, options: dict | None = None) -> dict[str, object]:
-    """Three steps of the engine, alone or in several processes, each with its part of the same global batches."""
+    """Three training steps in one or several processes, each with its rows of the same global batches."""
     steps = 3
     method = convert_batch_norm(make(name, seed=distributed.rank(), **(options or {})))
     model = method
@@ -133,13 +133,14 @@ def train(name: str, size: int = 8, lr: float = 0.05, options: dict | None = Non
     for step in range(steps):
         batch = make_batch(method, size, seed=step)
         r, n = distributed.rank(), size // distributed.world_size()
-        mine = slice(r * n, (r + 1) * n)
-        batch = Batch(tuple(view[mine] for view in batch.views), batch.index[mine], batch.label[mine])
+        own = slice(r * n, (r + 1) * n)
+        batch = Batch(tuple(view[own] for view in batch.views), batch.index[own], batch.label[own])
         out = model(batch, clock)
         optimizer.zero_grad()
         out["loss"].backward()
         logged.append({key: float(distributed.all_reduce_mean(value.detach())) for key, value in out.items()})
         gradients.append(gradient(method))
+        method.before_optimizer_step(clock)
         optimizer.step()
         clock = Clock(step + 1, steps, steps_per_epoch=2)
         method.after_step(clock)

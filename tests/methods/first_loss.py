@@ -2,7 +2,7 @@
 
 python -m tests.methods.first_loss [NAME ...]
 
-Run it only when a change is meant to change what a method computes, and say so in the commit.
+Run it only after a change that is meant to alter what a method computes, and say so in the commit.
 """
 
 import json
@@ -20,7 +20,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 
 def clamped_normal(x: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
-    """In the place of torch's truncated normal, which does not draw the same numbers in all its versions."""
+    """Replaces torch's truncated normal, whose random numbers differ between versions of torch."""
     with torch.no_grad():
         return x.normal_(mean, std).clamp_(a, b)
 

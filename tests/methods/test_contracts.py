@@ -1,4 +1,4 @@
-"""What every method promises."""
+"""Properties that every method must have."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from tests.methods.first_loss import FILE, first_loss
 methods = pytest.mark.parametrize("name", NAMES)
 
 
-def test_a_wrong_name_gets_the_nearest() -> None:
+def test_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean simclr"):
         load("simcrl")
 
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_finite(name: str) -> None:
 
 
 @methods
-def test_the_defaults_are_for_full_scale(name: str) -> None:
+def test_defaults_are_for_full_scale(name: str) -> None:
     with torch.device("meta"):
         method = load(name)(getattr(nets, case(name).full_scale)(), **case(name).full_options())
     assert max(view.size for view in method.views()) >= 224
@@ -60,7 +60,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @methods
-def test_two_processes_are_one(name: str, pool) -> None:
+def test_two_processes_equal_one(name: str, pool) -> None:
     lr = case(name).lr
     check(train(name, lr=lr), pool.run(train, name, 8, lr))
 
@@ -84,8 +84,8 @@ def check(one: dict, two: list[dict], tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "lr", "options"), [(name, *corner) for name in NAMES for corner in case(name).corners]
 )
-def test_two_processes_are_one_in_corners(name: str, size: int, lr: float, options: dict, pool) -> None:
-    # Temperatures of 0.01 and batches of two magnify rounding, by how much depends on the processor.
+def test_two_processes_equal_one_in_corner_cases(name: str, size: int, lr: float, options: dict, pool) -> None:
+    # Temperatures of 0.01 and batches of two magnify rounding, by an amount that depends on the processor.
     check(train(name, size, lr, options), pool.run(train, name, size, lr, options), tolerance=1e-4)
 
 
@@ -106,12 +106,12 @@ def test_bfloat16(name: str) -> None:
 
 
 @methods
-def test_state_goes_round(name: str) -> None:
+def test_state_dict_round_trip(name: str) -> None:
     method, other = make(name), make(name, seed=1)
     clock = Clock(0, 10)
     method(make_batch(method, 8), clock)["loss"].backward()
     state = method.state_dict()
-    assert len({value.data_ptr() for value in state.values()}) == len(state), "two names for one tensor"
+    assert len({value.data_ptr() for value in state.values()}) == len(state), "two names share one tensor"
     other.load_state_dict(deepcopy(state))
     batch = make_batch(method, 8, seed=1)
     assert torch.equal(method(batch, clock)["loss"], other(batch, clock)["loss"])
@@ -120,8 +120,8 @@ def test_state_goes_round(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if hasattr(import_module(f"sslbook.methods.{name}"), "EMA")])
-def test_a_teacher_begins_as_its_student(name: str, tmp_path: Path) -> None:
-    """Also where the weights are those of a backbone alone, such as torchvision's; its own are kept where they are in."""
+def test_teacher_starts_as_copy_of_its_student(name: str, tmp_path: Path) -> None:
+    """Also if only a backbone's weights are loaded, such as torchvision's; weights of its own are kept."""
     source, target = make(name), make(name, seed=1)
     teachers = {path: part for path, part in target.named_modules() if isinstance(part, EMA)}
     torch.save(source.backbone.state_dict(), tmp_path / "backbone.pt")
@@ -147,13 +147,13 @@ def test_a_teacher_begins_as_its_student(name: str, tmp_path: Path) -> None:
 
 
 @methods
-def test_first_loss_is_as_ever(name: str) -> None:
+def test_first_loss_equals_stored_value(name: str) -> None:
     assert first_loss(name) == pytest.approx(json.loads(FILE.read_text(encoding="utf-8"))[name], rel=1e-4, abs=1e-4)
 
 
 @methods
-def test_chance_is_keyed(name: str) -> None:
-    """The same images in another order, whatever torch's own generator does, give the same loss."""
+def test_randomness_depends_on_image_and_epoch_alone(name: str) -> None:
+    """The same images in another order give the same loss, whatever the state of torch's generator."""
     method = make(name, **case(name).order_free)
     batch, clock = make_batch(method, 8), Clock(seed=3)
     order = torch.randperm(8)
@@ -165,14 +165,14 @@ def test_chance_is_keyed(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backbone"), [(name, backbone) for name in NAMES for backbone in case(name).other_backbones]
 )
-def test_other_backbones_will_do(name: str, backbone: Callable[[], nn.Module]) -> None:
+def test_other_backbones(name: str, backbone: Callable[[], nn.Module]) -> None:
     method = make(name, backbone=backbone())
     method(make_batch(method, 8), Clock())["loss"].backward()
     assert gradient(method).isfinite().all()
 
 
 @methods
-def test_it_learns_32_images_by_heart(name: str) -> None:
+def test_overfits_32_images(name: str) -> None:
     method = make(name, **deepcopy(case(name).overfit))
     batch = make_batch(method, 32)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=case(name).overfit_lr)
@@ -180,10 +180,11 @@ def test_it_learns_32_images_by_heart(name: str) -> None:
         clock = Clock(step, 400, steps_per_epoch=400)
         out = method(batch, clock)
         if case(name).learned(method, batch, out):
-            assert step > 0, "nothing was learned: the test is too easy"
+            assert step > 0, "fulfilled before training: the test is too easy"
             return
         optimizer.zero_grad()
         out["loss"].backward()
+        method.before_optimizer_step(clock)
         optimizer.step()
         method.after_step(clock)
-    pytest.fail(f"not learned: {out}")
+    pytest.fail(f"not overfitted: {out}")

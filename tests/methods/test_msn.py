@@ -32,8 +32,8 @@ CASE = Case(
         "method.output_dim": 8,
         "method.num_prototypes": 8,
     },
-    learned=lambda method, batch, out: bool(out["assignment"] < 0.5 and out["average_entropy"] > 2.0),
-    # Cls tokens hardly differ between images in the beginning, and batch norm magnifies their rounding.
+    learned=lambda method, batch, out: bool(out["assignment"] < 0.5 and out["marginal_entropy"] > 2.0),
+    # Cls tokens hardly differ between images at first, and batch norm magnifies their rounding.
     backbone=lambda: VisionTransformer(SIZE, 4, 16, 2, 2, pool="mean"),
     full_scale="vit_small",
     overfit={"momentum": 0.9, "num_prototypes": 16},
@@ -45,7 +45,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize(("n", "anchors", "scale"), [(3, 2, 1.0), (1, 1, 1.0), (5, 3, 100.0)])
-def test_the_loss_is_equation_1(n: int, anchors: int, scale: float) -> None:
+def test_loss_equals_equation_1(n: int, anchors: int, scale: float) -> None:
     log_p = (scale * torch.rand(anchors, n, 4, dtype=torch.float64)).log_softmax(dim=-1)
     target = torch.randn(n, 4, dtype=torch.float64).softmax(dim=-1)
     cross_entropy, mean = 0.0, [0.0] * 4
@@ -59,7 +59,7 @@ def test_the_loss_is_equation_1(n: int, anchors: int, scale: float) -> None:
     assert float(mean_entropy_loss(log_p)) == pytest.approx(math.log(4) - entropy, rel=1e-9, abs=1e-12)
 
 
-def test_the_mean_entropy_term_is_zero_where_all_are_used_alike() -> None:
+def test_mean_entropy_loss_is_zero_for_equally_frequent_prototypes() -> None:
     log_p = (1000 * torch.eye(6)).log_softmax(dim=1)[None]
     assert float(mean_entropy_loss(log_p)) == pytest.approx(0.0, abs=1e-6)
     assert float(mean_entropy_loss(log_p[:, :1])) == pytest.approx(math.log(6), rel=1e-6)
@@ -74,61 +74,61 @@ def _mean_entropy(x: Tensor) -> tuple[float, Tensor]:
     return float(loss.detach()), own.grad / distributed.world_size()
 
 
-def test_the_mean_is_over_all_processes(pool) -> None:
+def test_mean_is_over_all_processes(pool) -> None:
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     loss, gradient = _mean_entropy(x)
-    answers = pool.run(_mean_entropy, x)
-    assert [answer[0] for answer in answers] == pytest.approx([loss, loss])
-    torch.testing.assert_close(torch.cat([answer[1] for answer in answers]), gradient)
+    both = pool.run(_mean_entropy, x)
+    assert [one[0] for one in both] == pytest.approx([loss, loss])
+    torch.testing.assert_close(torch.cat([one[1] for one in both]), gradient)
 
 
-def test_sharpening() -> None:
+def test_sharpening_is_a_power() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]])
     expected = p**4 / (p**4).sum()
     torch.testing.assert_close(sharpen(p.log(), 0.25).exp(), expected)
     torch.testing.assert_close(sharpen(p.log(), 1.0).exp(), p)
 
 
-def test_targets_are_sharpened_then_shared_out() -> None:
+def test_targets_are_sharpened_then_balanced() -> None:
     method = make("msn")
     x = make_batch(method, 6).views[0]
     z = F.normalize(method.teacher_head(method.teacher_backbone(x)), dim=1)
     p = (z @ F.normalize(method.prototypes, dim=1).T / 0.1).softmax(dim=1)
-    torch.testing.assert_close(method.targets(x), sinkhorn(sharpen(p.log(), 0.25), 1.0), rtol=1e-4, atol=1e-6)
-    assert not method.targets(x).requires_grad
+    torch.testing.assert_close(method.teacher_targets(x), sinkhorn(sharpen(p.log(), 0.25), 1.0), rtol=1e-4, atol=1e-6)
+    assert not method.teacher_targets(x).requires_grad
     method.sinkhorn_targets = False
-    torch.testing.assert_close(method.targets(x), sharpen(p.log(), 0.25).exp().detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(method.teacher_targets(x), sharpen(p.log(), 0.25).exp().detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_forward_from_its_parts() -> None:
+def test_forward_equals_its_parts() -> None:
     method, clock = make("msn"), Clock()
     batch = make_batch(method, 5)
     whole, large, *focal = batch.views
-    kept = method.drop(method.backbone.embed(large), batch.index, clock, 0)
+    kept = method.drop_patches(method.backbone.embed(large), batch.index, clock, 0)
     assert kept.shape[1] == 12
     small = torch.cat([method.backbone(x) for x in focal])
     # The head is called once for every size, so that its batch norm does not mix them.
     z = [method.head(method.backbone.encode(kept)[:, 1:].mean(dim=1)), method.head(small)]
     log_p = method.log_assignments(torch.cat(z)).unflatten(0, (3, 5))
-    expected = assignment_loss(log_p, method.targets(whole)) + mean_entropy_loss(log_p)
+    expected = assignment_loss(log_p, method.teacher_targets(whole)) + mean_entropy_loss(log_p)
     torch.testing.assert_close(method(batch, clock)["loss"], expected)
 
 
-def test_other_patches_are_dropped_from_every_image_and_epoch() -> None:
+def test_dropped_patches_differ_between_images_and_epochs() -> None:
     method = make("msn", patch_drop=0.5)
     tokens = torch.arange(16.0)[None, :, None].expand(300, -1, 2)
     index = torch.arange(300)
-    kept = method.drop(tokens, index, Clock(), 0)[:, :, 0].long()
+    kept = method.drop_patches(tokens, index, Clock(), 0)[:, :, 0].long()
     assert kept.shape == (300, 8)
     assert all(len(set(row)) == 8 for row in kept.tolist())
-    share = kept.flatten().bincount(minlength=16) / 300
-    torch.testing.assert_close(share, torch.full((16,), 0.5), rtol=0, atol=0.12)
-    assert torch.equal(method.drop(tokens[:1], index[7:8], Clock(), 0)[0, :, 0].long(), kept[7])
-    assert not torch.equal(method.drop(tokens, index, Clock(step=1), 0)[:, :, 0].long(), kept)
-    assert not torch.equal(method.drop(tokens, index, Clock(), 1)[:, :, 0].long(), kept)
+    fraction = kept.flatten().bincount(minlength=16) / 300
+    torch.testing.assert_close(fraction, torch.full((16,), 0.5), rtol=0, atol=0.12)
+    assert torch.equal(method.drop_patches(tokens[:1], index[7:8], Clock(), 0)[0, :, 0].long(), kept[7])
+    assert not torch.equal(method.drop_patches(tokens, index, Clock(step=1), 0)[:, :, 0].long(), kept)
+    assert not torch.equal(method.drop_patches(tokens, index, Clock(), 1)[:, :, 0].long(), kept)
 
 
-def test_the_teacher_follows_in_a_straight_line() -> None:
+def test_momentum_rises_linearly() -> None:
     method = make("msn", momentum=0.5)
     start = method.teacher_backbone.module.cls_token.clone()
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_the_teacher_follows_in_a_straight_line() -> None:
 
 
 def entropy_of_the_mean(**options: object) -> float:
-    """Of the targets' mean after training: 0 if all images are assigned to one prototype; at most log 12 = 2.48."""
+    """Entropy of the mean target after training: 0 if all images have one prototype; at most log 12 = 2.48."""
     method = make("msn", momentum=0.9, **options)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
     out: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def entropy_of_the_mean(**options: object) -> float:
         out["loss"].backward()
         optimizer.step()
         method.after_step(Clock(0, 1000))
-    return float(out["average_entropy"])
+    return float(out["marginal_entropy"])
 
 
 def test_without_mean_entropy_and_sinkhorn_it_collapses() -> None:
@@ -156,21 +156,21 @@ def test_without_mean_entropy_and_sinkhorn_it_collapses() -> None:
     assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 1.2
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"cannot use a ResNet: choose .*VisionTransformer"):
         make("msn", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match="nearest size that works is 8x8"):
         make("msn", focal=View(size=9))
-    with pytest.raises(UserError, match=r"leaves nothing to see: use at most 0\.938"):
+    with pytest.raises(UserError, match=r"leaves none of 16 patches: use 0\.938 or less"):
         make("msn", patch_drop=0.99)
-    with pytest.raises(UserError, match="use num_large or num_focal of at least 1"):
+    with pytest.raises(UserError, match="num_anchors is 0: give 1 or more"):
         make("msn", num_large=0, num_focal=0)
     method = make("msn", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
     with pytest.raises(UserError, match="use positions sincos or learned"):
         method(make_batch(method, 2), Clock())
 
 
-def test_full_scale() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = MSN(vit_small())
     assert [view.size for view in method.views()] == [224] * 2 + [96] * 10

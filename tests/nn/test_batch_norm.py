@@ -1,5 +1,3 @@
-"""Batch norm of the global batch: torch's own in one process, and the same in two."""
-
 from copy import deepcopy
 
 import pytest
@@ -11,7 +9,7 @@ from sslbook.errors import UserError
 from sslbook.nn import BatchNorm, convert_batch_norm
 
 
-def torchs(like: BatchNorm, x: Tensor) -> nn.Module:
+def torch_batch_norm(like: BatchNorm, x: Tensor) -> nn.Module:
     module = (nn.BatchNorm1d if x.ndim == 2 else nn.BatchNorm2d)(x.shape[1]).to(x.dtype)
     module.load_state_dict(like.state_dict())
     return module
@@ -41,10 +39,10 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (6, 3, 4, 4), (2, 3, 1, 2)])
-def test_one_process_is_torchs(shape: tuple[int, ...]) -> None:
+def test_one_process_equals_torch(shape: tuple[int, ...]) -> None:
     x, weights = torch.randn(2, *shape, dtype=torch.float64)
     module = make(shape[1])
-    expected = step(torchs(module, x), x, weights)
+    expected = step(torch_batch_norm(module, x), x, weights)
     for name, got in step(module, x, weights).items():
         torch.testing.assert_close(got, expected[name], msg=name)
 
@@ -56,7 +54,7 @@ def _half(groups: int, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(8, 3), (8, 3, 3, 2)])
-def test_two_processes_are_one(pool, groups: int, shape: tuple[int, ...]) -> None:
+def test_two_processes_equal_one(pool, groups: int, shape: tuple[int, ...]) -> None:
     x, weights = torch.randn(2, *shape, dtype=torch.float64)
     # A mean far from zero: a variance computed as the mean of squares less the squared mean would lose its digits.
     x = x + 1e4
@@ -81,16 +79,16 @@ def test_one_sample_in_each_process(pool) -> None:
 def test_groups_are_separate_batches(groups: int) -> None:
     x = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     module = make(4, groups)
-    parts = [torchs(module, x) for _ in range(groups)]
+    parts = [torch_batch_norm(module, x) for _ in range(groups)]
     y = torch.cat([part(chunk) for part, chunk in zip(parts, x.chunk(groups))])
     torch.testing.assert_close(module(x), y)
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(module, name), torch.stack([getattr(part, name) for part in parts]).mean(0))
     module.eval()
-    torch.testing.assert_close(module(x), torchs(module, x).eval()(x))
+    torch.testing.assert_close(module(x), torch_batch_norm(module, x).eval()(x))
 
 
-def test_what_cannot_be_split_is_refused() -> None:
+def test_rejects_batches_that_groups_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"batch of 5 .* into 2 groups"):
         make(3, groups=2)(torch.randn(5, 3, dtype=torch.float64))
     with pytest.raises(UserError, match="use a larger batch"):
@@ -105,12 +103,12 @@ def _refusal(groups: int) -> str:
     return "accepted"
 
 
-def test_groups_that_cross_processes_are_refused(pool) -> None:
+def test_rejects_groups_that_cross_processes(pool) -> None:
     assert "into 3 groups" in pool.run(_refusal, 3)[0]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_conversion_keeps_everything(momentum: float | None) -> None:
+def test_conversion_keeps_outputs_parameters_and_modes(momentum: float | None) -> None:
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)
     )
@@ -133,7 +131,7 @@ def test_conversion_keeps_everything(momentum: float | None) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnetv2_50"])
-def test_conversion_keeps_what_timm_puts_into_its_batch_norm(name: str, training: bool) -> None:
+def test_conversion_keeps_timms_activation(name: str, training: bool) -> None:
     timm = pytest.importorskip("timm", reason="needs timm")
     options = {"layers": (1, 1, 1, 1)} if name == "resnetv2_50" else {}
     plain = timm.create_model(name, num_classes=0, drop_rate=0.0, drop_path_rate=0.0, **options).train(training)
@@ -160,8 +158,8 @@ class Renamed(nn.BatchNorm2d):
     """The same computation under another name."""
 
 
-def test_conversion_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(UserError, match=r"ActsFirst is more than a batch norm, .*: use a torch\.nn\.BatchNorm2d"):
+def test_conversion_rejects_unknown_subclasses() -> None:
+    with pytest.raises(UserError, match=r"ActsFirst does more than batch norm, .*: use a torch\.nn\.BatchNorm2d"):
         convert_batch_norm(nn.Sequential(ActsFirst(3)))
     assert type(convert_batch_norm(nn.Sequential(Renamed(3)))[0]) is BatchNorm
 

@@ -29,14 +29,14 @@ def literal(x: Tensor, clusters: int, iterations: int, spherical: bool) -> tuple
         return [v / math.hypot(*row) for v in row] if spherical else row
 
     def assign() -> list[int]:
-        answer = []
+        nearest = []
         for row in x.tolist():
             if spherical:
                 scores = [sum(a * b for a, b in zip(row, c)) for c in centroids]
             else:
                 scores = [-sum((a - b) ** 2 for a, b in zip(row, c)) for c in centroids]
-            answer.append(scores.index(max(scores)))
-        return answer
+            nearest.append(scores.index(max(scores)))
+        return nearest
 
     centroids = [unit(x[i].tolist()) for i in rng.permutation(3, 0, len(x))[:clusters]]
     for _ in range(iterations):
@@ -50,7 +50,7 @@ def literal(x: Tensor, clusters: int, iterations: int, spherical: bool) -> tuple
 
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize(("n", "clusters", "iterations"), [(37, 5, 3), (5, 5, 1), (9, 1, 2), (20, 4, 0)])
-def test_kmeans_is_lloyds(n: int, clusters: int, iterations: int, spherical: bool, monkeypatch) -> None:
+def test_kmeans_equals_literal_lloyd(n: int, clusters: int, iterations: int, spherical: bool, monkeypatch) -> None:
     x = torch.randn(n, 3, dtype=torch.float64)
     x = (F.normalize(x, dim=1) if spherical else x).float()
     expected, places = literal(x.double(), clusters, iterations, spherical)
@@ -61,31 +61,30 @@ def test_kmeans_is_lloyds(n: int, clusters: int, iterations: int, spherical: boo
     torch.testing.assert_close(kmeans(x, clusters, iterations, 3, spherical)[0], centroids)
 
 
-def test_clusters_far_apart_are_found() -> None:
-    centers = 100 * torch.randn(6, 8)
-    x = (centers[:, None] + torch.randn(6, 50, 8)).flatten(0, 1)
-    # All six, although some of the first centroids stand in the same cluster and none in another.
-    first = rng.permutation(5, 0, 300)[:12] // 50
-    assert len(first.unique()) < 12
+def test_finds_well_separated_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers = 100 * torch.randn(6, 8, generator=generator)
+    x = (centers[:, None] + torch.randn(6, 50, 8, generator=generator)).flatten(0, 1)
+    assert 4 not in rng.permutation(5, 0, 300)[:12] // 50  # none of the first centroids lies in the fifth cluster
     _, assignment = kmeans(x, 12, 30, 5)
     for cluster in range(12):
         assert len((torch.arange(300) // 50)[assignment == cluster].unique()) <= 1
 
 
-def test_empty_clusters_are_halves_of_the_largest() -> None:
+def test_empty_clusters_take_half_of_the_largest() -> None:
     centroids = torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0], [8.0, 8.0]])
     split = split_largest(centroids, torch.tensor([10, 0, 4, 0]))
     up, down = 1 + 1 / 1024, 1 - 1 / 1024
     first, second = torch.tensor([1.0 * up, 2.0 * down]), torch.tensor([1.0 * down, 2.0 * up])
     torch.testing.assert_close(split[1], first)
     torch.testing.assert_close(split[2], centroids[2])
-    # What is left of the largest has 5 of 10, as many as the new one and more than 4: it is split once more.
+    # The rest of the largest has 5 of 10, as many as the new one and more than 4: it is split once more.
     torch.testing.assert_close(split[3], second * torch.tensor([up, down]))
     torch.testing.assert_close(split[0], second * torch.tensor([down, up]))
     assert torch.equal(split_largest(centroids, torch.tensor([1, 1, 1, 1])), centroids)
 
 
-def used_clusters(iterations: int) -> int:
+def num_filled_clusters(iterations: int) -> int:
     x = torch.cat([torch.zeros(100, 2), torch.randn(20, 2) + 3])
     x[rng.permutation(0, 0, 120)[12:]] += 0.1 * torch.randn(108, 2)
     x[rng.permutation(0, 0, 120)[:12]] = 1.0  # twelve centroids begin on the same point
@@ -93,17 +92,17 @@ def used_clusters(iterations: int) -> int:
 
 
 def test_without_splitting_clusters_stay_empty(monkeypatch) -> None:
-    assert used_clusters(30) == 12
+    assert num_filled_clusters(30) == 12
     torch.manual_seed(0)
-    kept = used_clusters(3)
+    kept = num_filled_clusters(3)
     monkeypatch.setattr(kmeans_module, "split_largest", lambda centroids, sizes: centroids)
     torch.manual_seed(0)
-    removed = used_clusters(3)
+    removed = num_filled_clusters(3)
     assert kept >= 6
     assert removed <= 4
 
 
-def test_identical_rows_end_all_the_same() -> None:
+def test_identical_rows_give_finite_centroids() -> None:
     centroids, assignment = kmeans(torch.ones(6, 2), 4, 5, 0)
     assert centroids.isfinite().all()
     assert ((assignment >= 0) & (assignment < 4)).all()
@@ -112,7 +111,7 @@ def test_identical_rows_end_all_the_same() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The number of values in the largest tensor that anything makes."""
+    """Records the number of values in the largest tensor that any operation returns."""
 
     values = 0
 
@@ -124,7 +123,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_all_distances_never_exist_at_once(monkeypatch) -> None:
+def test_distances_are_computed_in_chunks(monkeypatch) -> None:
     monkeypatch.setattr(kmeans_module, "DISTANCES_AT_ONCE", 2**12)
     x = torch.randn(2000, 4)
     with Largest() as largest:
@@ -132,7 +131,7 @@ def test_all_distances_never_exist_at_once(monkeypatch) -> None:
     assert largest.values <= 8000  # the features themselves
 
 
-def test_whitened_features_vary_alike_in_all_directions() -> None:
+def test_whitened_features_have_equal_variances() -> None:
     x = torch.randn(500, 6) @ torch.randn(6, 6) + 10
     y = pca_whiten(x, 4)
     torch.testing.assert_close(y.norm(dim=1), torch.ones(500))
@@ -143,14 +142,14 @@ def test_whitened_features_vary_alike_in_all_directions() -> None:
     )
     white = torch.from_numpy(expected)
     torch.testing.assert_close(white.T @ white / 500, torch.eye(4, dtype=torch.float64))
-    agreement = (F.normalize(white, dim=1) * y).sum(dim=0).abs()  # the sign of a component means nothing
+    agreement = (F.normalize(white, dim=1) * y).sum(dim=0).abs()  # the sign of a component is arbitrary
     torch.testing.assert_close(agreement, (y.double() ** 2).sum(dim=0), rtol=1e-4, atol=1e-4)
     plain = pca_whiten(x, 6, power=0.0)
     centered = F.normalize(x - x.mean(dim=0), dim=1)
-    torch.testing.assert_close(plain @ plain.T, centered @ centered.T, rtol=1e-3, atol=1e-3)  # only turned
+    torch.testing.assert_close(plain @ plain.T, centered @ centered.T, rtol=1e-3, atol=1e-3)  # only rotated
 
 
-def test_features_that_collapsed_can_be_whitened() -> None:
+def test_whitening_of_collapsed_features() -> None:
     assert torch.equal(pca_whiten(torch.ones(7, 4), 2), torch.zeros(7, 2))
     line = torch.randn(7, 1) @ torch.randn(1, 4)
     y = pca_whiten(line, 3)
@@ -158,7 +157,7 @@ def test_features_that_collapsed_can_be_whitened() -> None:
     torch.testing.assert_close(y[:, 0].abs(), torch.ones(7))
 
 
-def test_what_cannot_be_clustered() -> None:
+def test_rejects_invalid_input() -> None:
     with pytest.raises(UserError, match="9 clusters of 8 images: ask for at most 8"):
         kmeans(torch.randn(8, 2), 9, 1, 0)
     with pytest.raises(UserError, match="num_clusters is 0"):
@@ -187,14 +186,14 @@ def _clusters(images: int, batch_size: int) -> tuple[Tensor, ...]:
     assert not model[1].training
     views, shown = embed_views(model, data, (View(size=16), View(size=16)), Clock(seed=3), batch_size)
     white = pca_whiten(x, 3)
-    torch.manual_seed(distributed.rank())  # a process's own chance must not matter
+    torch.manual_seed(distributed.rank())  # the processes' own generators must not matter
     centroids, assignment = kmeans(white, 4, 5, 1)
     assert isinstance(model[2].running_mean, Tensor)
     return x, index, centroids, assignment, views, shown, model[2].running_mean
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(50, 7), (16, 64)])
-def test_two_processes_embed_and_cluster_as_one(images: int, batch_size: int, pool) -> None:
+def test_two_processes_equal_one(images: int, batch_size: int, pool) -> None:
     batch_size += batch_size % 2 if images == 50 else 0
     one = _clusters(images, batch_size)
     for got in pool.run(_clusters, images, batch_size):
@@ -205,7 +204,7 @@ def test_two_processes_embed_and_cluster_as_one(images: int, batch_size: int, po
     assert one[1].tolist() == list(range(images))
 
 
-def test_embedded_images_are_the_networks_own() -> None:
+def test_embed_returns_the_networks_features() -> None:
     data = Data(shapes=Shapes(num_train=20, num_test=4, size=16))
     model = network()
     x, _ = embed(model, data, VIEW, 8)
@@ -240,5 +239,5 @@ def _too_few() -> str:
     return "no error"
 
 
-def test_fewer_images_than_processes(pool) -> None:
+def test_rejects_fewer_images_than_processes(pool) -> None:
     assert pool.run(_too_few) == ["1 images for 2 processes: start at most 1"] * 2

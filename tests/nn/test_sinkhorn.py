@@ -22,24 +22,24 @@ def literal(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 @pytest.mark.parametrize(("n", "clusters"), [(7, 3), (1, 4), (2, 9), (5, 1)])
 @pytest.mark.parametrize(("epsilon", "iterations"), [(0.05, 3), (1.0, 1), (0.01, 10)])
-def test_it_normalizes_in_turn(n: int, clusters: int, epsilon: float, iterations: int) -> None:
+def test_normalizes_columns_and_rows_in_turn(n: int, clusters: int, epsilon: float, iterations: int) -> None:
     scores = 2 * torch.rand(n, clusters, dtype=torch.float64) - 1
     torch.testing.assert_close(
         sinkhorn(scores, epsilon, iterations), literal(scores, epsilon, iterations), rtol=1e-3, atol=1e-5
     )
 
 
-def test_all_clusters_are_used_alike_in_the_end() -> None:
-    scores = torch.randn(12, 4) + torch.tensor([3.0, 0.0, 0.0, 0.0])  # everybody prefers the first
+def test_converges_to_equally_full_clusters() -> None:
+    scores = torch.randn(12, 4) + torch.tensor([3.0, 0.0, 0.0, 0.0])  # all rows prefer the first
     q = sinkhorn(scores, 0.5, 200)
     torch.testing.assert_close(q.sum(dim=1), torch.ones(12))
     torch.testing.assert_close(q.sum(dim=0), torch.full((4,), 3.0), rtol=1e-3, atol=1e-3)
     assert (scores / 0.5).softmax(dim=1).sum(dim=0)[0] > 8
 
 
-def test_a_tiny_epsilon_neither_overflows_nor_empties_a_cluster() -> None:
+def test_small_epsilon_neither_overflows_nor_empties_a_cluster() -> None:
     scores = torch.rand(9, 3) + torch.tensor([1.0, 0.0, 0.0])
-    q = sinkhorn(scores, 1e-4, 3)  # exp(10,000) is no number
+    q = sinkhorn(scores, 1e-4, 3)  # exp(10,000) overflows
     assert q.isfinite().all()
     torch.testing.assert_close(q.sum(dim=1), torch.ones(9))
     assert q.sum(dim=0).min() > 0.1
@@ -51,6 +51,6 @@ def _rows(scores: Tensor, first: int) -> Tensor:
 
 
 @pytest.mark.parametrize("first", [4, 1, 7, 0])
-def test_processes_with_unequal_rows_are_one(first: int, pool) -> None:
+def test_two_processes_with_unequal_rows_equal_one(first: int, pool) -> None:
     scores = torch.randn(7, 5)
     torch.testing.assert_close(torch.cat(pool.run(_rows, scores, first)), sinkhorn(scores, 0.05, 3))
