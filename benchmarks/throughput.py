@@ -14,8 +14,8 @@ from timing import table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslbook import configuration, results
+from sslbook.data.executors import apply_batch
 from sslbook.data.loader import Batch
-from sslbook.data.views import apply_batch
 from sslbook.methods.base import Method
 from sslbook.schedules import Clock
 from sslbook.train import pretrain

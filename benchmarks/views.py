@@ -7,7 +7,8 @@ from timing import table, take_turns
 from torchvision.transforms import v2
 
 from sslbook import results
-from sslbook.data.views import View, apply_batch
+from sslbook.data.executors import apply_batch
+from sslbook.data.views import View
 
 
 def torchvision_view(view: View, tensor: bool) -> v2.Compose:

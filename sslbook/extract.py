@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from sslbook import checkpoint
-from sslbook.data.images import FileList
+from sslbook.data.datasets.base import FileList
 from sslbook.data.loader import Data
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of

@@ -11,13 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslbook import checkpoint
+from sslbook.data.executors import apply_one
 from sslbook.data.loader import Data
-from sslbook.data.views import View, apply_one
+from sslbook.data.views import View
+from sslbook.engine.hooks import read_metrics
+from sslbook.engine.run import Run
 from sslbook.evaluation import controls, factors, knn, linear
 from sslbook.evaluation.features import center_view, extract_features, extract_with_index
 from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
-from sslbook.engine.hooks import read_metrics
-from sslbook.engine.run import Run
 from sslbook.methods.base import Method
 from sslbook.notebook import plots, style
 
@@ -64,7 +65,7 @@ def report(run: Run, full: bool = True) -> dict[str, object]:
         print(f"skipped {data.skipped} images that could not be read")
         result["skipped"] = data.skipped
     before = _fresh(run) if (folder / "initial.safetensors").exists() else None
-    labeled = data.measurable
+    labeled = data.has_test_labels
     split: Split = "test" if data.num_test else "train"
     features, places = {}, torch.arange(0)
     if labeled:

@@ -1,25 +1,15 @@
-"""A view is a description, not code.
+"""A view describes how an image is augmented; `executors` carries it out.
 
-Augmentation is half of self-supervised learning, and the slow half. A `View` only says what is done to an image; two
-executors do it:
-
-- `apply_one`: one image of any size, with torchvision's functions, in the processes that decode files;
-- `apply_batch`: a whole batch of equal-sized images on the training device, every sample with its own parameters.
-
-Both read their chance from one `draw`, which depends on `(seed, epoch, index, stream)` alone. They therefore give the
-same image up to rounding, except that a bicubic resize may differ visibly at sharp edges and in noise: Pillow cuts
-its overshoots off at 0 and 255 between rows and columns, the batched executor only at the end.
-
-A crop with an antialiased resize is a linear layer that separates into rows and columns, so the batched executor writes
-it as two matrices per sample and two batched matrix products; Gaussian blur is treated alike.
+Augmentation is half of self-supervised learning, and the slow half. A `View` only says what is done to an image. Its
+random parameters are sampled here, once for both executors, as a function of `(seed, epoch, index, stream)` alone.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sslbook.errors import UserError
@@ -29,7 +19,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ATTEMPTS = 10  # at a random resized crop, as in torchvision
-# Which uniform number decides what. The columns are fixed, so that a new field never shifts the draws of the old ones.
+# Which uniform number decides what. The columns are fixed, so that a new field never changes the numbers of the others.
 _FLIP, _JITTER_P, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = range(6)
 _FACTORS = slice(6, 10)
 _ORDER = slice(10, 14)
@@ -38,30 +28,29 @@ _AREA = slice(16, 16 + ATTEMPTS)
 _RATIO = slice(16 + ATTEMPTS, 16 + 2 * ATTEMPTS)
 _COLUMNS = 16 + 2 * ATTEMPTS  # the next field starts here
 
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
-
 
 @dataclass(frozen=True)
 class View:
-    """What an image becomes before a network sees it.
+    """The augmentation of one view of an image: random crop, flip, color distortion, blur, normalization.
 
     The steps come in the order of the arguments: crop and resize, flip, color jitter, grayscale, blur, solarize,
-    normalize (SimCLR, appendix A; solarize from BYOL, appendix B).
+    normalize (SimCLR, appendix A; solarize from BYOL, appendix B). In the authors' code of BEiT, BEiT v2, data2vec and
+    W-MSE the color jitter comes before the crop, so that its contrast refers to the mean of the whole image, and in
+    that of MoCo v1 grayscale comes before the jitter; here the order is the same for all methods.
 
     Args:
         size: side of the square result, in pixels.
-        crop: range of the part of the image's area that a random crop keeps; null cuts the center instead.
+        crop: range of the fraction of the image's area that a random crop keeps; null crops the center instead.
         ratio: range of the random crop's width divided by its height.
-        resize: only without a random crop: the shorter side is brought to this length before the center is cut;
+        resize: only without a random crop: the shorter side is brought to this length before the center is cropped;
             null means `size`.
         interpolation: filter of the resize; always antialiased.
-        flip: probability of a mirror image.
+        flip: probability of a horizontal flip.
         color_jitter: greatest change of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
         color_jitter_p: probability of the color jitter.
-        grayscale: probability of losing all color.
+        grayscale: probability of conversion to grayscale.
         blur: probability of a Gaussian blur, whose kernel is a tenth of `size` (SimCLR, appendix A).
-        blur_sigma: range of the blur's standard deviation, in pixels.
+        blur_sigma: range of the blur kernel's standard deviation, in pixels.
         solarize: probability of inverting every value above one half.
         mean: subtracted from red, green and blue.
         std: divides red, green and blue afterwards.
@@ -108,7 +97,7 @@ class View:
         std: tuple[float, float, float] = IMAGENET_STD,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     ) -> "View":
-        """The view for evaluation, without any chance: resize the shorter side, cut the center."""
+        """The view for evaluation, without randomness: resize the shorter side, crop the center."""
         return View(size, crop=None, resize=resize, flip=0.0, mean=mean, std=std, interpolation=interpolation)
 
 
@@ -137,7 +126,7 @@ BEIT = View(interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.0), color_ji
 
 
 class CropParams(NamedTuple):
-    """Where the pixels come from: the image inside `box` is resized to `grid`, of which a square is kept."""
+    """The geometric parameters: the image inside `box` is resized to `grid`, of which a square is kept."""
 
     box: Int[Tensor, "batch 4"]
     """top, left, height, width"""
@@ -147,7 +136,7 @@ class CropParams(NamedTuple):
 
 
 class ColorParams(NamedTuple):
-    """What happens to the values."""
+    """The photometric parameters."""
 
     jitter: Bool[Tensor, "batch"]
     factors: Float[Tensor, "batch 4"]
@@ -161,9 +150,9 @@ class ColorParams(NamedTuple):
 
 
 class ViewParams(NamedTuple):
-    """All the chance of one view."""
+    """All random parameters of one view."""
 
-    cut: CropParams
+    crop: CropParams
     color: ColorParams
 
 
@@ -176,12 +165,18 @@ def sample_params(
     heights: Int[Tensor, "batch"],
     widths: Int[Tensor, "batch"],
 ) -> ViewParams:
-    """All the chance of `view` for the images `index` of the given sizes.
+    """All random parameters of `view` for the images `index` of the given sizes.
 
-    It is made on the CPU, in float64 where numbers are rounded to pixels, so that every device cuts the same boxes.
+    They are computed on the CPU, in float64 where numbers are rounded to pixels, so that every device crops the same
+    boxes.
     """
     u = uniform(seed, epoch, index.cpu(), stream, _COLUMNS)
     return ViewParams(_sample_crop(view, u, heights, widths), _sample_color(view, u))
+
+
+def sample_color(view: View, seed: int, epoch: int, index: Int[Tensor, "batch"], stream: int) -> ColorParams:
+    """The photometric part of `sample_params`, which needs no sizes."""
+    return _sample_color(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS))
 
 
 def _sample_crop(
@@ -196,7 +191,7 @@ def _sample_crop(
         zero = torch.zeros_like(heights)
         return CropParams(torch.stack([zero, zero, heights, widths], 1), torch.cat([grid, offset], 1), flip)
 
-    # torchvision's RandomResizedCrop: draw area and ratio until the box fits, at most ten times.
+    # torchvision's RandomResizedCrop: area and ratio are sampled until the box fits, at most ten times.
     area_low, area_high = view.crop
     ratio_low, ratio_high = math.log(view.ratio[0]), math.log(view.ratio[1])
     area = (heights * widths)[:, None] * (area_low + (area_high - area_low) * u[:, _AREA].double())
@@ -233,278 +228,3 @@ def _sample_color(view: View, u: Float[Tensor, "batch columns"]) -> ColorParams:
         sigma=sigma_low + (sigma_high - sigma_low) * u[:, _SIGMA],
         solarize=u[:, _SOLARIZE] < view.solarize,
     )
-
-
-def _kernel_size(size: int) -> int:
-    """A tenth of the image, odd, and at least 3 (but a reflected border must lie within the image)."""
-    return min(max(3, size // 10 // 2 * 2 + 1), 2 * size - 1)
-
-
-# One image ---------------------------------------------------------------------------------------------------------
-
-
-def apply_one(view: View, image: Any, seed: int, epoch: int, index: int, stream: int) -> Float[Tensor, "3 size size"]:
-    """Executor 1: one image, with torchvision's functions.
-
-    Args:
-        view: what is to be done.
-        image: a PIL image in mode RGB or L, or a uint8 tensor `(channels, height, width)`.
-        seed: first part of the key.
-        epoch: second part of the key.
-        index: third part of the key: which image this is.
-        stream: last part of the key: which view of the image this is.
-    """
-    from torchvision.transforms.v2 import functional as F
-
-    image = as_pil(image)
-    chance = sample_params_one(view, seed, epoch, index, stream, image.height, image.width)
-    x = crop_one(view, image, chance.cut).float() / 255
-    color = chance.color
-    if color.jitter[0]:
-        factors = color.factors[0].tolist()
-        steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-        for step in color.order[0].tolist():
-            if view.color_jitter[step] > 0:
-                x = steps[step](x, factors[step])
-    if color.grayscale[0]:
-        x = F.rgb_to_grayscale(x, num_output_channels=3)
-    if color.blur[0]:
-        x = F.gaussian_blur(x, [_kernel_size(view.size)] * 2, [color.sigma[0].item()] * 2)
-    if color.solarize[0]:
-        x = F.solarize(x, 0.5)
-    return F.normalize(x, list(view.mean), list(view.std))
-
-
-def sample_params_one(
-    view: View, seed: int, epoch: int, index: int, stream: int, height: int, width: int
-) -> ViewParams:
-    """`draw` for one image."""
-    return sample_params(
-        view, seed, epoch, torch.tensor([index]), stream, torch.tensor([height]), torch.tensor([width])
-    )
-
-
-def crop_one(view: View, image: Any, cut: CropParams) -> UInt8[Tensor, "3 size size"]:
-    """The geometric part of executor 1: crop, resize and flip one PIL image."""
-    import numpy as np
-    from PIL import Image
-
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    top, left, height, width = cut.box[0].tolist()
-    grid_height, grid_width, y, x = cut.grid[0].tolist()
-    size = view.size
-    if (top, left, height, width) != (0, 0, image.height, image.width):
-        image = image.crop((left, top, left + width, top + height))
-    if (grid_height, grid_width) != (height, width):
-        # The part that is kept, in the image's own pixels: only it is computed, however long the image is.
-        scale_y, scale_x = height / grid_height, width / grid_width
-        part = (x * scale_x, y * scale_y, min((x + size) * scale_x, width), min((y + size) * scale_y, height))
-        image = image.resize((size, size), filters[view.interpolation], box=part)
-    elif (height, width) != (size, size):
-        image = image.crop((x, y, x + size, y + size))
-    if cut.flip[0]:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels.permute(2, 0, 1).contiguous()
-
-
-def as_pil(image: Any) -> Any:
-    """A uint8 tensor as a PIL image; a PIL image as it is."""
-    from PIL import Image
-
-    if isinstance(image, Tensor):
-        array = image.cpu().numpy()
-        return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0).copy())
-    return image
-
-
-# A batch -------------------------------------------------------------------------------------------------------------
-
-
-def apply_batch(
-    view: View,
-    images: UInt8[Tensor, "batch channels height width"],
-    seed: int,
-    epoch: int,
-    index: Int[Tensor, "batch"],
-    stream: int,
-) -> Float[Tensor, "batch 3 size size"]:
-    """Executor 2: a batch of equal-sized images on their own device, each with its own parameters.
-
-    Args:
-        view: what is to be done.
-        images: the images; one channel is taken as gray.
-        seed: first part of the key.
-        epoch: second part of the key.
-        index: third part of the key: which images these are.
-        stream: last part of the key: which view of the images this is.
-    """
-    height, width = (torch.full((len(images),), side) for side in images.shape[2:])
-    chance = sample_params(view, seed, epoch, index, stream, height, width)
-    return color_batch(view, crop_batch(view, images, chance.cut), chance.color)
-
-
-def apply_color(
-    view: View,
-    cuts: UInt8[Tensor, "batch 3 size size"],
-    seed: int,
-    epoch: int,
-    index: Int[Tensor, "batch"],
-    stream: int,
-) -> Float[Tensor, "batch 3 size size"]:
-    """The second half of executor 2, for images that `cut_one` has already cut with the same key."""
-    color = _sample_color(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS))
-    return color_batch(view, cuts.transpose(0, 1).contiguous().float().mul_(1 / 255), color)
-
-
-def crop_batch(
-    view: View, images: UInt8[Tensor, "batch channels height width"], cut: CropParams
-) -> Float[Tensor, "3 batch size size"]:
-    """Crop, resize and flip; returns values in [0, 1], color planes first, since the color steps work by plane."""
-    batch, channels, height, width = images.shape
-    size = view.size
-    if view.crop is None and view.resize in (None, size) and (height, width) == (size, size):
-        x = images.transpose(0, 1).float().mul_(1 / 255)
-        mirrored = cut.flip.nonzero()[:, 0].to(images.device)
-        if len(mirrored):
-            x.index_copy_(1, mirrored, x.index_select(1, mirrored).flip(-1))
-        x = x.contiguous()
-    else:
-        flip = cut.flip[:, None].to(images.device)
-        box, grid = (part.to(images.device).float() for part in (cut.box, cut.grid))
-        no_flip = torch.zeros_like(flip)
-        rows = _resampling(size, height, box[:, 0], box[:, 2], grid[:, 0], grid[:, 2], no_flip, view.interpolation)
-        columns = _resampling(size, width, box[:, 1], box[:, 3], grid[:, 1], grid[:, 3], flip, view.interpolation)
-        rows = rows.mul_(1 / 255)
-        columns = columns.transpose(1, 2)
-        x = images.new_empty((channels, batch, size, size), dtype=torch.float32)
-        for channel in range(channels):
-            torch.bmm(torch.bmm(rows, images[:, channel].float()), columns, out=x[channel])
-        if view.interpolation == "bicubic":
-            x.clamp_(0, 1)  # its negative lobes overshoot
-    return x.expand(3, -1, -1, -1).clone() if channels == 1 else x
-
-
-def _resampling(
-    size: int,
-    source: int,
-    start: Float[Tensor, "batch"],
-    length: Float[Tensor, "batch"],
-    grid: Float[Tensor, "batch"],
-    offset: Float[Tensor, "batch"],
-    flip: Bool[Tensor, "batch 1"],
-    interpolation: str,
-) -> Float[Tensor, "batch {size} {source}"]:
-    """For every sample the matrix that resizes `[start, start + length)` to `grid` and keeps `size` from `offset`.
-
-    A row is the filter laid around the point of the source that the output pixel falls on, stretched where the
-    image shrinks, cut at the borders of the box and normalized: the antialiased resize of Pillow and torch.
-    """
-    scale = (length / grid)[:, None]
-    stretch = scale.clamp(min=1)
-    output = torch.arange(size, device=start.device) + 0.5
-    output = torch.where(flip, size - output, output)
-    center = start[:, None] + (output + offset[:, None]) * scale
-    pixel = torch.arange(source, device=start.device) + 0.5
-    x = (center / stretch)[:, :, None] - (pixel / stretch)[:, None, :]
-    x = x.abs_()
-    if interpolation == "bilinear":
-        weight = x.neg_().add_(1).clamp_(min=0)
-    else:  # Keys' cubic with a = -1/2
-        near = (1.5 * x - 2.5) * x * x + 1
-        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
-    weight = weight.mul_(inside[:, None, :])
-    return weight.div_(weight.sum(2, keepdim=True))
-
-
-def color_batch(
-    view: View, x: Float[Tensor, "3 batch size size"], color: ColorParams
-) -> Float[Tensor, "batch 3 size size"]:
-    """Color jitter, grayscale, blur, solarize, normalize; overwrites `x`."""
-
-    def chosen(mask: Bool[Tensor, "batch"]) -> Int[Tensor, "few"]:
-        return mask.nonzero()[:, 0]  # on the CPU, where chance is made: the device never waits to count
-
-    if any(view.color_jitter) and view.color_jitter_p > 0:
-        factors = color.factors.to(x.device)
-        for place in range(4):  # each sample has its own order: the first step of all, then the second, ...
-            for step, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-                few = chosen(color.jitter & (color.order[:, place] == step))
-                if view.color_jitter[step] > 0 and len(few):
-                    few = few.to(x.device)
-                    x.index_copy_(1, few, change(x.index_select(1, few), factors[few, step, None, None]))
-    if view.grayscale > 0 and len(few := chosen(color.grayscale)):
-        few = few.to(x.device)
-        x.index_copy_(1, few, _gray(x.index_select(1, few)).expand(3, -1, -1, -1))
-    if view.blur > 0 and len(few := chosen(color.blur)):
-        sigma, few = color.sigma[few].to(x.device), few.to(x.device)
-        x.index_copy_(1, few, _gaussian_blur(x.index_select(1, few), sigma))
-    if view.solarize > 0 and len(few := chosen(color.solarize)):
-        few = few.to(x.device)
-        part = x.index_select(1, few)
-        x.index_copy_(1, few, torch.minimum(part, 1 - part))  # above one half, 1 - x is the smaller
-
-    result = x.new_empty((x.shape[1], 3, *x.shape[2:]))
-    for channel, (mean, std) in enumerate(zip(view.mean, view.std)):
-        torch.sub(x[channel] * (1 / std), mean / std, out=result[:, channel])
-    return result
-
-
-def _gray(x: Float[Tensor, "3 n h w"]) -> Float[Tensor, "n h w"]:
-    return (x[0] * _GRAY[0]).add_(x[1], alpha=_GRAY[1]).add_(x[2], alpha=_GRAY[2])
-
-
-def _brightness(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
-    mean = sum(weight * plane.mean((1, 2), keepdim=True) for weight, plane in zip(_GRAY, x))
-    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def _saturation(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
-    gray = _gray(x)
-    return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
-
-
-def _hue(x: Float[Tensor, "3 n h w"], shift: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
-    """Turn the hue by `shift` of a full circle.
-
-    With the largest value V, the chroma C = V - smallest and the hue H in sixths of the circle, HSV leads back to RGB
-    by V - C * clamp(2 - |d|, 0, 1), d being how far H stands from the channel's opposite hue (cyan, magenta, yellow).
-    """
-    red, green, blue = x
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    scale = 1 / chroma.clamp(min=1e-12)  # a gray pixel has chroma 0 and keeps its value, whatever its hue
-    hue = torch.where(
-        value == red,
-        (green - blue) * scale,
-        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
-    )
-    hue = hue + 6 * shift
-    for channel, opposite in enumerate((3.0, 5.0, 1.0)):
-        distance = hue - opposite
-        distance = distance.sub_((distance / 6).round_().mul_(6)).abs_()
-        torch.addcmul(value, distance.neg_().add_(2).clamp_(0, 1), chroma, value=-1, out=x[channel])
-    return x
-
-
-def _gaussian_blur(x: Float[Tensor, "3 n size size"], sigma: Float[Tensor, "n"]) -> Float[Tensor, "3 n size size"]:
-    """Blur by a banded matrix for each sample: rows from the left, columns from the right, borders reflected."""
-    size = x.shape[-1]
-    half = _kernel_size(size) // 2
-    offset = torch.arange(-half, half + 1, device=x.device)
-    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    weight = weight / weight.sum(1, keepdim=True)
-    place = torch.arange(size, device=x.device)
-    source = (place[:, None] + offset).abs()  # reflects at the first pixel ...
-    source = (size - 1) - ((size - 1) - source).abs()  # ... and at the last
-    hit = (source.T[:, :, None] == place).to(x.dtype)  # (offset, output, input)
-    matrix = (weight @ hit.flatten(1)).unflatten(1, (size, size))
-    for plane in x:
-        torch.bmm(torch.bmm(matrix, plane), matrix.transpose(1, 2), out=plane)
-    return x

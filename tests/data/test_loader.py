@@ -1,5 +1,6 @@
-"""Workers, processes and restarts change no view; broken images stop nothing, or everything."""
+"""Workers, processes and restarts change no view; unreadable images are skipped, or stop everything if asked."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -29,7 +30,7 @@ SMALL = Shapes(num_train=50, num_test=13, size=16)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """46 images of three classes and many sizes: 40 to learn from, 6 to be judged on."""
+    """46 images of three classes and many sizes: 40 training images, 6 test images."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(46):
@@ -55,12 +56,16 @@ def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
             assert torch.equal(x, y)
 
 
+def children() -> set[multiprocessing.Process]:
+    return set(multiprocessing.active_children())
+
+
 def make(kind: str, folder: Path, **options: object) -> Data:
     return Data(shapes=SMALL, **options) if kind == "shapes" else Data(folder=folder, **{"workers": 0} | options)
 
 
 @pytest.mark.parametrize("kind", ["shapes", "files"])
-def test_an_epoch_shows_every_image_once(kind, folder) -> None:
+def test_epoch_shows_every_image_once(kind, folder) -> None:
     data = make(kind, folder)
     batches = epoch(data)
     assert len(batches) == data.steps_per_epoch(8) == data.num_train // 8
@@ -87,23 +92,19 @@ def test_spawned_workers_change_no_view(folder) -> None:
 
 
 @pytest.mark.parametrize("stop", [None, 1])  # 1: the rest of the epoch fills no step of several parts
-def test_workers_live_on_when_the_caller_counts_batches(folder, stop) -> None:
-    data = Data(folder=folder, workers=1)
-
-    def processes() -> list[int]:
-        assert data._idle is not None
-        return [worker.pid for worker in data._idle[1]._iterator._workers]
-
-    seen = []
+def test_workers_are_kept_for_the_next_epoch(folder, stop) -> None:
+    data, others = Data(folder=folder, workers=1), children()
+    workers = []
     for number in range(2):
         batches = data.batches(VIEWS, 8, seed=0, epoch=number, stop=stop)
         for _ in range(stop or data.steps_per_epoch(8)):
             next(batches)
-        seen.append(processes())
-    assert seen[0] == seen[1]
+        workers.append(children() - others)
+    assert len(workers[0]) == 1
+    assert workers[0] == workers[1]
 
 
-def test_two_passes_at_once_do_not_meet(folder) -> None:
+def test_two_passes_at_the_same_time(folder) -> None:
     data = Data(folder=folder, workers=1)
     epoch(data)
     first, second = (data.batches(VIEWS, 8, seed=0, epoch=number) for number in (1, 2))
@@ -132,12 +133,12 @@ def test_processes_change_no_view(kind, folder) -> None:
 
 @pytest.mark.parametrize("kind", ["shapes", "files"])
 @pytest.mark.parametrize("start", [1, 4])
-def test_a_restart_changes_no_view(kind, folder, start) -> None:
+def test_restart_changes_no_view(kind, folder, start) -> None:
     data = make(kind, folder)
     assert_same(epoch(data, start=start), epoch(data)[start:])
 
 
-def test_the_state_of_torchs_generator_is_left_alone(folder) -> None:
+def test_consumes_no_number_of_torchs_generator(folder) -> None:
     for data in (make("shapes", folder), make("files", folder), make("files", folder, workers=1)):
         before = torch.get_rng_state()
         epoch(data)
@@ -145,8 +146,8 @@ def test_the_state_of_torchs_generator_is_left_alone(folder) -> None:
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_resident_images_take_either_way() -> None:
-    """Through workers or not, the views agree but for the rounding to bytes."""
+def test_images_in_memory_with_and_without_workers() -> None:
+    """The views agree up to the rounding to bytes."""
     here = epoch(Data(shapes=SMALL))
     workers = epoch(Data(shapes=SMALL, augment="workers", workers=1))
     for a, b in zip(here, workers):
@@ -164,7 +165,7 @@ def test_evaluation_shows_every_image_in_order(kind, folder) -> None:
     assert batches[0].views[0].shape == (min(6, count), 3, 16, 16)
 
 
-def test_evaluation_of_shapes_shows_it_as_it_is() -> None:
+def test_evaluation_shows_images_without_augmentation() -> None:
     data = Data(shapes=SMALL)
     view = View.center(16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     images, factors = SMALL.render("test")
@@ -176,7 +177,7 @@ def test_evaluation_of_shapes_shows_it_as_it_is() -> None:
     assert np.array_equal(np.asarray(data.image("test", 3)), images[3].permute(1, 2, 0).numpy())
 
 
-def test_limit_keeps_some_images_always_the_same() -> None:
+def test_limit_selects_the_same_images_every_time() -> None:
     data, whole = Data(shapes=SMALL, limit=20), Data(shapes=SMALL)
     assert (data.num_train, data.num_test) == (20, 13)
     kept = data.factors("train")["x"]
@@ -188,14 +189,14 @@ def test_limit_keeps_some_images_always_the_same() -> None:
     assert sum(len(batch.index) for batch in epoch(data)) == 16
 
 
-def test_description(folder) -> None:
+def test_describe(folder) -> None:
     assert Data(shapes=SMALL).describe() == "shapes: 50 training images, 10 classes, 13 test images"
     data = make("files", folder)
     assert data.describe() == f"{folder.name}: 40 training images, 3 classes, 6 test images"
     assert make("files", folder / "a").describe() == "a: 16 training images, no labels, no test images"
 
 
-def test_data_can_be_sent_to_another_process(folder) -> None:
+def test_data_can_be_pickled(folder) -> None:
     data = make("files", folder, workers=1)
     expected = epoch(data)
     assert_same(epoch(pickle.loads(pickle.dumps(data))), expected)
@@ -206,7 +207,7 @@ def test_data_can_be_sent_to_another_process(folder) -> None:
 
 @pytest.fixture
 def broken(tmp_path) -> Path:
-    """16 images, each of one color, of which 3, 8 and 9 are broken."""
+    """16 images, each of one color, of which 3, 8 and 9 are truncated."""
     for i in range(16):
         path = tmp_path / "train" / "ab"[i // 8] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ def colors(batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_readable_image_stands_in(broken, workers) -> None:
+def test_next_readable_image_replaces_an_unreadable_one(broken, workers) -> None:
     data = Data(folder=broken, workers=workers)
     with pytest.warns(UserWarning, match=r"skipped the unreadable image .*\.png") as caught:
         batches = list(data.batches((PLAIN,), 4, seed=0, epoch=0))
@@ -246,7 +247,7 @@ def test_the_next_readable_image_stands_in(broken, workers) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_leaves_the_unreadable_out(broken, workers) -> None:
+def test_evaluation_leaves_unreadable_images_out(broken, workers) -> None:
     data = Data(folder=broken, workers=workers)
     with pytest.warns(UserWarning, match="unreadable"):
         batches = list(data.evaluation_batches("test", View.center(8, mean=(0.0,) * 3, std=(1.0,) * 3), 2))
@@ -257,7 +258,7 @@ def test_evaluation_leaves_the_unreadable_out(broken, workers) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_strict_names_the_image_and_stops(broken, workers) -> None:
+def test_strict_raises_with_the_images_name(broken, workers) -> None:
     data = Data(folder=broken, workers=workers, strict=True)
     with pytest.raises(UserError, match=r"cannot read the image .*(03|08|09)\.png \(.+\)") as caught:
         list(data.batches((PLAIN,), 4, seed=0, epoch=0))
@@ -265,7 +266,7 @@ def test_strict_names_the_image_and_stops(broken, workers) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_without_one_readable_image_ends(tmp_path, workers) -> None:
+def test_folder_without_a_readable_image_raises(tmp_path, workers) -> None:
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_text("no image")
     data = Data(folder=tmp_path, workers=workers)
@@ -276,15 +277,14 @@ def test_a_folder_without_one_readable_image_ends(tmp_path, workers) -> None:
         list(data.batches((PLAIN,), 2, seed=0, epoch=0))
 
 
-# Other mishaps -------------------------------------------------------------------------------------------------------
+# Errors and signals -------------------------------------------------------------------------------------------------------
 
 
-def test_impossible_requests_are_refused() -> None:
+def test_rejects_invalid_options() -> None:
     data = Data(shapes=SMALL)
-    with pytest.raises(UserError, match="a batch of 51 is more than the 50 images"):
-        data.steps_per_epoch(51)
-    with pytest.raises(UserError, match="give at least 1"):
-        data.steps_per_epoch(0)
+    for batch_size in (51, 0):
+        with pytest.raises(UserError, match=f"a batch of {batch_size} images: give 1 to 50"):
+            data.steps_per_epoch(batch_size)
     with pytest.raises(UserError, match="does not divide among 3 processes"):
         data.batches(VIEWS, 8, seed=0, epoch=0, world_size=3)
     for options, name in (({"limit": 0}, "limit"), ({"workers": -1}, "workers")):
@@ -312,7 +312,7 @@ def deadly(monkeypatch) -> str:
     return "a_deadly_module.Deadly"
 
 
-def test_a_dead_worker_is_reported_in_one_line(deadly) -> None:
+def test_dead_worker_raises_one_line(deadly) -> None:
     data = Data(deadly, workers=1)
     with pytest.raises(UserError, match=r"a loader worker died .*--data\.workers") as caught:
         list(data.batches((PLAIN,), 4, seed=0, epoch=0))
@@ -328,21 +328,20 @@ class Faulty(Deadly):
         raise EOFError("the socket is shut")
 
 
-def test_a_datasets_own_error_is_not_taken_for_a_death(deadly) -> None:
+def test_error_of_the_dataset_is_not_taken_for_a_dead_worker(deadly) -> None:
     sys.modules["a_deadly_module"].Faulty = Faulty
     with pytest.raises(EOFError, match="the socket is shut"):
         list(Data("a_deadly_module.Faulty", workers=1).batches((PLAIN,), 4, seed=0, epoch=0))
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
-def test_workers_leave_stopping_to_their_parent(folder) -> None:
+def test_workers_ignore_signals_of_other_processes(folder) -> None:
     """A scheduler's SIGTERM reaches every process of the job; the main one must find its workers alive."""
-    data = Data(folder=folder, workers=1)
+    data, others = Data(folder=folder, workers=1), children()
     batches = data.batches(VIEWS, 8, seed=0, epoch=0)
     next(batches)
-    [frame] = [batches.gi_frame]
-    [worker] = frame.f_locals["cuts"]._workers
-    sender = os.fork()  # a stranger, not the worker's parent
+    [worker] = children() - others
+    sender = os.fork()  # not the worker's parent
     if sender == 0:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from sslbook.data.datasets.shapes import GROUNDS, KNOBS, SHAPES, Shapes
+from sslbook.data.datasets.shapes import BACKGROUNDS, NUISANCES, SHAPES, Shapes
 from sslbook.errors import UserError
 
-OFF = dict.fromkeys(KNOBS, 0.0)
-FULL = dict.fromkeys(KNOBS, 1.0)
+OFF = dict.fromkeys(NUISANCES, 0.0)
+FULL = dict.fromkeys(NUISANCES, 1.0)
 # which factors a knob moves; the others leave no factor, only pixels
 MOVES = {
     "hue": {"hue"},
@@ -24,7 +24,7 @@ MOVES = {
 }
 
 STORED_SHAPES = [5, 0, 0, 7, 5, 9, 4, 1, 7, 7, 7, 4]
-STORED_BACKGROUNDS = [1, 4, 4, 4, 7, 7, 1, 6, 7, 2, 3, 7]
+STORED_BACKBACKGROUNDS = [1, 4, 4, 4, 7, 7, 1, 6, 7, 2, 3, 7]
 STORED_X = [0.368682, 0.284287, -0.241549, 0.174152]
 STORED_MEAN = [125.594, 126.323, 123.238]  # red, green, blue over 200 images
 STORED_IMAGES = [125.104, 152.907, 148.716, 162.511, 61.84, 49.285]
@@ -60,7 +60,7 @@ def test_stored_images():
     """Stored once: images drawn on another machine or by a later version must be these."""
     images, factors = Shapes(**FULL, num_train=200, size=32).render("train")
     assert factors["shape"][:12].tolist() == STORED_SHAPES
-    assert factors["background"][:12].tolist() == STORED_BACKGROUNDS
+    assert factors["background"][:12].tolist() == STORED_BACKBACKGROUNDS
     torch.testing.assert_close(factors["x"][:4], torch.tensor(STORED_X), atol=1e-6, rtol=0)
     torch.testing.assert_close(images.float().mean((0, 2, 3)), torch.tensor(STORED_MEAN), atol=0.02, rtol=0)
     torch.testing.assert_close(images[:6].float().mean((1, 2, 3)), torch.tensor(STORED_IMAGES), atol=0.02, rtol=0)
@@ -105,7 +105,7 @@ def test_everything_off_leaves_one_image_per_shape():
     assert len({image.numpy().tobytes() for image in images}) == len(SHAPES)
 
 
-@pytest.mark.parametrize("knob", KNOBS)
+@pytest.mark.parametrize("knob", NUISANCES)
 def test_a_knob_moves_its_own_factor_only(knob):
     (_, full), (_, without) = small(**FULL).render("train"), small(**{**FULL, knob: 0.0}).render("train")
     assert varied(full) - varied(without) == MOVES[knob]
@@ -119,7 +119,7 @@ def test_a_knob_moves_its_own_factor_only(knob):
 
 
 def test_half_a_knob_is_half_the_range():
-    (_, full), (_, half) = small(**FULL).render("train"), small(**dict.fromkeys(KNOBS, 0.5)).render("train")
+    (_, full), (_, half) = small(**FULL).render("train"), small(**dict.fromkeys(NUISANCES, 0.5)).render("train")
     for name in ("x", "y", "orientation"):
         torch.testing.assert_close(half[name], full[name] / 2)
     assert half["hue"].max() < full["hue"].max()
@@ -129,7 +129,7 @@ def test_factors_say_where_the_shape_is():
     """The centroid of what differs from the bare ground follows x and y; its area follows the scale."""
     images, factors = Shapes(**{**OFF, "position": 1.0, "scale": 0.5}, num_train=400, size=48).render("train")
     hearts = (factors["shape"] == Shapes.class_names.index("heart")).nonzero()[:, 0]
-    sky = torch.tensor(GROUNDS["sky"])[:, None, None] * 255
+    sky = torch.tensor(BACKGROUNDS["sky"])[:, None, None] * 255
     ink = (images[hearts].float() - sky).abs().amax(1) > 40
     grid = (torch.arange(48) + 0.5) / 24 - 1
     area = ink.sum((1, 2)).float()
@@ -178,4 +178,4 @@ def test_bad_input_names_the_cure(changes, cure):
 
 
 def test_knobs_are_fields():
-    assert set(KNOBS) < {field.name for field in dataclasses.fields(Shapes)}
+    assert set(NUISANCES) < {field.name for field in dataclasses.fields(Shapes)}

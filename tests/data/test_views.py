@@ -1,4 +1,4 @@
-"""One description, two executors, one draw."""
+"""A view is one description, which both executors carry out with the same random parameters."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from sslbook.data.views import View, apply_batch, apply_color, apply_one, crop_one, sample_params, sample_params_one
+from sslbook.data.executors import apply_batch, apply_color, apply_one, crop_one
+from sslbook.data.views import View, sample_params
 from sslbook.errors import UserError
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -30,9 +31,11 @@ def sizes(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(32, 32), (20, 25), (110, 90), (30, 300)], ids=str)
-@pytest.mark.parametrize("cut", [{}, {"crop": None}, {"crop": None, "resize": 37}], ids=["crop", "center", "resize"])
-def test_both_executors_give_the_same_image(interpolation, shape, cut) -> None:
-    view = View(size=32, interpolation=interpolation, **cut, **PLAIN)
+@pytest.mark.parametrize(
+    "geometry", [{}, {"crop": None}, {"crop": None, "resize": 37}], ids=["crop", "center", "resize"]
+)
+def test_both_executors_give_the_same_image(interpolation, shape, geometry) -> None:
+    view = View(size=32, interpolation=interpolation, **geometry, **PLAIN)
     images, index = photographs(12, *shape), torch.arange(12) + 5
     batched = apply_batch(view, images, 3, 2, index, 1)
     single = torch.stack([apply_one(view, image, 3, 2, int(i), 1) for image, i in zip(images, index)])
@@ -42,7 +45,7 @@ def test_both_executors_give_the_same_image(interpolation, shape, cut) -> None:
     assert (batched - single).abs().mean() * 255 < 0.4
 
 
-def test_both_executors_agree_on_every_change_of_color() -> None:
+def test_both_executors_give_the_same_colors() -> None:
     """At the images' own size there is no rounding, so colors must agree to the last digits of a float."""
     view = View(size=32, crop=None, **STRONG)
     images, index = photographs(64, 32, 32), torch.arange(64)
@@ -54,20 +57,20 @@ def test_both_executors_agree_on_every_change_of_color() -> None:
     torch.testing.assert_close(batched, single, atol=2e-4, rtol=0)
 
 
-def test_colors_on_the_device_finish_what_workers_cut() -> None:
+def test_cropping_then_coloring_equals_apply_one() -> None:
     view = View(size=24, **STRONG)
     images, index = photographs(16, 40, 50), torch.arange(16)
-    cuts = []
+    crops = []
     for image, i in zip(images, index):
-        image = v2.functional.to_pil_image(image)
-        cuts.append(crop_one(view, image, sample_params_one(view, 1, 2, int(i), 3, 40, 50).cut))
-    finished = apply_color(view, torch.stack(cuts), 1, 2, index, 3)
+        params = sample_params(view, 1, 2, i[None], 3, *sizes(1, 40, 50))
+        crops.append(crop_one(view, v2.functional.to_pil_image(image), params.crop))
+    finished = apply_color(view, torch.stack(crops), 1, 2, index, 3)
     single = torch.stack([apply_one(view, image, 1, 2, int(i), 3) for image, i in zip(images, index)])
     torch.testing.assert_close(finished, single, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (60, 45), (300, 40)], ids=str)
-def test_center_is_torchvisions_resize_and_center_crop(shape) -> None:
+def test_center_equals_torchvision(shape) -> None:
     image = photographs(1, *shape)
     expected = F.center_crop(F.resize(image.float() / 255, 40, antialias=True), [32, 32])
     made = apply_batch(View.center(32, 40, **PLAIN), image, 0, 0, torch.tensor([0]), 0)
@@ -75,10 +78,10 @@ def test_center_is_torchvisions_resize_and_center_crop(shape) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_a_crop_is_torchvisions_resized_crop(interpolation) -> None:
+def test_crop_equals_torchvision(interpolation) -> None:
     view = View(size=32, interpolation=interpolation, flip=0.0, **PLAIN)
     images, index = photographs(8, 70, 50), torch.arange(8)
-    boxes = sample_params(view, 0, 0, index, 0, *sizes(8, 70, 50)).cut.box.tolist()
+    boxes = sample_params(view, 0, 0, index, 0, *sizes(8, 70, 50)).crop.box.tolist()
     mode = v2.InterpolationMode(interpolation)
     expected = [
         F.resized_crop(image.float() / 255, *box, [32, 32], interpolation=mode, antialias=True).clamp(0, 1)
@@ -88,7 +91,7 @@ def test_a_crop_is_torchvisions_resized_crop(interpolation) -> None:
 
 
 @pytest.mark.parametrize(("interpolation", "contrast"), [("bilinear", 256), ("bicubic", 128)])
-def test_executors_agree_where_nothing_overshoots(interpolation, contrast) -> None:
+def test_both_executors_agree_on_noise_without_overshoot(interpolation, contrast) -> None:
     noise = torch.randint(0, contrast, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0)) + 128 - contrast // 2
     images, index = noise.byte(), torch.arange(4)
     view = View(size=32, interpolation=interpolation, **PLAIN)
@@ -105,10 +108,10 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (50, 80), (20, 200)], ids=str)
-def test_boxes_are_distributed_as_torchvisions(shape) -> None:
+def test_distribution_of_boxes_equals_torchvision(shape) -> None:
     count = 4000
     view = View(size=32, crop=(0.2, 0.9))
-    ours = sample_params(view, 0, 0, torch.arange(count), 0, *sizes(count, *shape)).cut.box
+    ours = sample_params(view, 0, 0, torch.arange(count), 0, *sizes(count, *shape)).crop.box
     image = torch.empty(3, *shape)
     torch.manual_seed(0)
     crop = v2.RandomResizedCrop(32, scale=(0.2, 0.9))
@@ -120,16 +123,16 @@ def test_boxes_are_distributed_as_torchvisions(shape) -> None:
         assert distance(ours[:, column].float(), theirs[:, column].float()) < 0.045
 
 
-def test_color_factors_are_distributed_as_torchvisions() -> None:
+def test_distribution_of_color_factors_equals_torchvision() -> None:
     count, amounts = 4000, (0.4, 0.6, 1.5, 0.1)
     view = View(color_jitter=amounts, color_jitter_p=0.7)
     ours = sample_params(view, 0, 0, torch.arange(count), 0, *sizes(count, 9, 9)).color
     torch.manual_seed(0)
     jitter = v2.ColorJitter(*amounts)
-    drawn = [jitter.make_params([]) for _ in range(count)]
+    sampled = [jitter.make_params([]) for _ in range(count)]
     names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
     for step, name in enumerate(names):
-        theirs = torch.tensor([float(one[name]) for one in drawn])
+        theirs = torch.tensor([float(one[name]) for one in sampled])
         assert distance(ours.factors[:, step], theirs) < 0.045
     assert abs(ours.jitter.float().mean().item() - 0.7) < 0.03
     orders = ours.order @ torch.tensor([1000, 100, 10, 1])
@@ -138,18 +141,18 @@ def test_color_factors_are_distributed_as_torchvisions() -> None:
     assert counts.min() > 100  # of 167 expected
 
 
-def test_probabilities_are_kept() -> None:
+def test_probabilities() -> None:
     count = 20000
     view = View(flip=0.3, grayscale=0.2, blur=0.6, solarize=0.1, blur_sigma=(0.5, 1.5))
-    cut, color = sample_params(view, 1, 0, torch.arange(count), 0, *sizes(count, 32, 32))
-    for mask, expected in ((cut.flip, 0.3), (color.grayscale, 0.2), (color.blur, 0.6), (color.solarize, 0.1)):
+    crop, color = sample_params(view, 1, 0, torch.arange(count), 0, *sizes(count, 32, 32))
+    for mask, expected in ((crop.flip, 0.3), (color.grayscale, 0.2), (color.blur, 0.6), (color.solarize, 0.1)):
         assert abs(mask.float().mean().item() - expected) < 0.015
     assert not color.jitter.any()
     assert 0.5 <= color.sigma.min() < 0.51
     assert 1.49 < color.sigma.max() <= 1.5
 
 
-def test_a_view_depends_on_its_key_alone() -> None:
+def test_view_depends_on_its_key_alone() -> None:
     view = View(size=16, **STRONG)
     images = photographs(12, 16, 16)
     index = torch.arange(12)
@@ -160,25 +163,25 @@ def test_a_view_depends_on_its_key_alone() -> None:
         assert not torch.equal(apply_batch(view, images, *other), whole)
 
 
-def test_a_field_does_not_shift_the_draws_of_others() -> None:
+def test_other_fields_do_not_change_the_crop() -> None:
     view = View(size=16)
     more = replace(view, **STRONG)
     index = torch.arange(50)
     assert torch.equal(
-        sample_params(view, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box,
-        sample_params(more, 0, 0, index, 0, *sizes(50, 20, 20)).cut.box,
+        sample_params(view, 0, 0, index, 0, *sizes(50, 20, 20)).crop.box,
+        sample_params(more, 0, 0, index, 0, *sizes(50, 20, 20)).crop.box,
     )
 
 
-def test_these_draws_never_change() -> None:
+def test_stored_parameters() -> None:
     """A resumed run, and a figure printed in the book, rely on it."""
     view = View(size=16, **STRONG)
-    cut, color = sample_params(view, 0, 0, torch.arange(3), 0, *sizes(3, 40, 60))
-    assert cut.box.tolist() == [[3, 23, 31, 28], [4, 14, 20, 23], [16, 26, 20, 18]]
+    crop, color = sample_params(view, 0, 0, torch.arange(3), 0, *sizes(3, 40, 60))
+    assert crop.box.tolist() == [[3, 23, 31, 28], [4, 14, 20, 23], [16, 26, 20, 18]]
     assert color.order.tolist() == [[2, 1, 0, 3], [3, 2, 1, 0], [2, 3, 0, 1]]
 
 
-def test_images_are_left_alone_and_gray_ones_become_three_channels() -> None:
+def test_input_is_unchanged_and_gray_becomes_three_channels() -> None:
     view = View(size=16, **STRONG)
     images = photographs(8, 16, 16)
     before = images.clone()
@@ -186,8 +189,8 @@ def test_images_are_left_alone_and_gray_ones_become_three_channels() -> None:
     apply_batch(View.center(16), images, 0, 0, torch.arange(8), 0)
     assert torch.equal(images, before)
     gray = images[:, :1]
-    spread = apply_batch(view, gray.expand(-1, 3, -1, -1).contiguous(), 0, 0, torch.arange(8), 0)
-    torch.testing.assert_close(apply_batch(view, gray, 0, 0, torch.arange(8), 0), spread)
+    expanded = apply_batch(view, gray.expand(-1, 3, -1, -1).contiguous(), 0, 0, torch.arange(8), 0)
+    torch.testing.assert_close(apply_batch(view, gray, 0, 0, torch.arange(8), 0), expanded)
 
 
 def test_normalize() -> None:
@@ -220,6 +223,6 @@ def test_odd_shapes(shape) -> None:
         ("std", (0.0, 1.0, 1.0)),
     ],
 )
-def test_a_wrong_field_is_named(field, value) -> None:
+def test_rejects_invalid_fields(field, value) -> None:
     with pytest.raises(UserError, match=f"view.{field} = "):
         View(**{field: value})

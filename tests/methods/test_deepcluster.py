@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sslbook import nn as nets
-from sslbook.data.datasets.shapes import KNOBS, Shapes
+from sslbook.data.datasets.shapes import NUISANCES, Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -105,8 +105,8 @@ def test_processes_agree_about_clusters_classifier_and_order(pool) -> None:
 
 def clusters_made() -> int:
     """In five rounds of clustering and training; eight in each would be 40, of ten images twelve times each."""
-    knobs = dict.fromkeys(KNOBS, 0.0)
-    data = Data(shapes=Shapes(num_train=120, num_test=4, size=SIZE, **knobs))
+    off = dict.fromkeys(NUISANCES, 0.0)
+    data = Data(shapes=Shapes(num_train=120, num_test=4, size=SIZE, **off))
     method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False, num_clusters=8)
     method.setup(data)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)

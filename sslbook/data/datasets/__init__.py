@@ -1,1 +1,26 @@
-"""Data sets, one a file."""
+"""Data sets: one file each, and one line in `NAMED` for those that `--data.name` knows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sslbook.data.datasets.base import Splits
+from sslbook.data.datasets.imported import load_imported
+from sslbook.data.datasets.torchvision import ARRAYS, FOLDERS, load_torchvision
+from sslbook.errors import UserError, nearest
+
+NAMED: dict[str, Callable[[str, str | Path, bool], Splits]] = dict.fromkeys([*ARRAYS, *FOLDERS], load_torchvision)
+
+
+def load_named(name: str, root: str | Path, download: bool) -> Splits:
+    """The splits of a data set by its name in `NAMED`, or by the import path of a map-style dataset class.
+
+    Raises:
+        UserError: no data set has this name, or it cannot be loaded.
+    """
+    if name in NAMED:
+        return NAMED[name](name, root, download)
+    if "." in name:
+        return load_imported(name, root)
+    names = ["shapes", *NAMED]
+    hint = nearest(name, names) or f": choose one of {', '.join(names)}"
+    raise UserError(f"unknown data set {name!r}{hint} (or the import path of a class, or set data.folder)")

@@ -1,12 +1,12 @@
-"""The Shapes data set: images of ten shapes whose every factor is known.
+"""The Shapes data set: rendered images of ten shapes whose every factor is known.
 
-An image shows one shape (a boat, a cat, a crown, ...). Which shape is the label; everything else, such as its hue,
-its place, the light or the ground behind it, is a nuisance with a knob from 0 (off) to 1 (full). Because the factors
-are known, a probe per factor shows what a method kept of an image and what it threw away.
+An image shows one shape (a boat, a cat, a crown, ...). Which shape is the label. Everything else, such as its hue, its
+position, the lighting or the background, is a nuisance factor whose range is an option from 0 (off) to 1 (full). Because
+the factors are known, a probe per factor shows which of them a representation keeps and which it discards.
 
 Nothing is read from disk: a shape is a short table of parts, a part is a signed distance (negative inside), and a
 distance divided by the width of a pixel is an antialiased edge (Quilez, "2D distance functions"). What an image shows
-is a pure function of `(seed, split, index)`, and one knob moves nothing but its own factor. Per pixel there are only
+is a pure function of `(seed, split, index)`, and each option changes its own factor alone. Per pixel there are only
 sums, products, divisions and roots, which IEEE 754 rounds alike everywhere: the images are the same on every machine.
 
 >>> images, factors = Shapes(num_train=8, size=32).render("train")
@@ -24,13 +24,14 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sslbook import rng
-from sslbook.errors import UserError
+from sslbook.data.datasets.base import InMemory, Splits
+from sslbook.errors import UserError, at_least_one
 
-KNOBS = ("hue", "position", "scale", "orientation", "lighting", "background", "texture", "clutter", "noise")
-SIZES = (16, 96)  # smaller is illegible, larger is no longer drawn in seconds
+NUISANCES = ("hue", "position", "scale", "orientation", "lighting", "background", "texture", "clutter", "noise")
+SIZES = (16, 96)  # smaller is illegible, larger takes too long to render
 _STREAM = {"train": 3000, "test": 3010}  # rows of random numbers that no view, method or order uses
-_PIXELS = 1 << 18  # drawn at once: keeps every temporary tensor at 1 MB, in the cache, whatever the size of Shapes
-_CLUTTER = 6
+_PIXELS = 1 << 18  # rendered at once: keeps every temporary tensor at 1 MB, in the cache, at any number of images
+_NUM_DOTS = 6
 
 HUES = {
     "red": (0.86, 0.20, 0.22),
@@ -42,7 +43,7 @@ HUES = {
     "violet": (0.52, 0.30, 0.76),
     "pink": (0.94, 0.45, 0.68),
 }
-GROUNDS = {
+BACKGROUNDS = {
     "sky": (0.74, 0.87, 0.96),
     "sand": (0.95, 0.88, 0.72),
     "mint": (0.76, 0.92, 0.80),
@@ -101,14 +102,14 @@ def _box(x: float, y: float, half_width: float, half_height: float, tone: float 
 
 def _star(points: int, outer: float, inner: float) -> list[Point]:
     """Corners of a star, the first one up."""
-    turns = [math.pi * i / points for i in range(2 * points)]
+    angles = [math.pi * i / points for i in range(2 * points)]
     radii = [outer, inner] * points
-    return [(r * math.sin(t), r * math.cos(t)) for r, t in zip(radii, turns, strict=True)]
+    return [(r * math.sin(t), r * math.cos(t)) for r, t in zip(radii, angles, strict=True)]
 
 
-# Parts are painted in order, in a square from -1 to 1 with y upwards. Tone: 0 the hue itself, -1 black, 1 white.
-# Every shape has an up and a down (rotations can be told), its parts have their places (so can relative locations),
-# and no shape is another's mirror image (a flip keeps the class).
+# Parts are rendered in order, in a square from -1 to 1 with y upwards. Tone: 0 the hue itself, -1 black, 1 white.
+# Every shape has an up and a down (so rotations can be classified), its parts have fixed positions (so can relative
+# locations), and no shape is another's mirror image (a flip keeps the class).
 SHAPES: dict[str, Sequence[Disc | Polygon]] = {
     "boat": (
         Polygon([(0.0, 0.98), (0.0, -0.22), (0.8, -0.22)], 0.55),
@@ -179,21 +180,21 @@ SHAPES: dict[str, Sequence[Disc | Polygon]] = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """The Shapes data set: ten shapes drawn with known factors. Every nuisance has a knob, 0 (off) to 1 (full).
+    """The Shapes data set: ten shapes rendered from known factors; every nuisance ranges from 0 (off) to 1 (full).
 
     Args:
         num_train: number of training images
-        num_test: number of test images, drawn from another row of random numbers
-        size: height and width in pixels, 16 to 96; the same image is drawn at every size
-        seed: another seed is another shapes of the same kind
+        num_test: number of test images, from another row of random numbers
+        size: height and width in pixels, 16 to 96; the same images at every size
+        seed: of all factors; another seed gives other images
         hue: colors of the shape; 0 all red, 1 eight colors
         position: where the shape is; 0 the center, 1 up to half of the half image away on each axis
         scale: how large it is; 0 always 0.55 of the half image, 1 from 0.35 to 0.75
-        orientation: how it is turned; 0 upright, 1 any way up, in between a part of that: 1/6 is up to 30 degrees
+        orientation: how it is rotated; 0 upright, 1 by any angle, in between a fraction of that: 1/6 is up to 30 degrees
         lighting: the light's color and strength; 0 white, 1 red, green and blue each between 0.45 and 1
-        background: colors behind the shape; 0 all sky, 1 eight grounds, two of them dark
+        background: colors behind the shape; 0 all sky, 1 eight colors, two of them dark
         texture: contrast of a wave pattern behind the shape, different in every image (a shortcut for methods that
-            ask which image this is)
+            tell images apart)
         clutter: small dots of any color behind the shape; 1 six of them
         noise: independent noise on every pixel; 1 up to 0.2 of the range
     """
@@ -216,7 +217,7 @@ class Shapes:
     categories: ClassVar[dict[str, tuple[str, ...]]] = {
         "shape": tuple(SHAPES),
         "hue": tuple(HUES),
-        "background": tuple(GROUNDS),
+        "background": tuple(BACKGROUNDS),
     }  # the categorical factors and the names of their values
     factor_names: ClassVar[tuple[str, ...]] = (
         *("shape", "hue", "x", "y", "scale", "orientation"),
@@ -224,15 +225,10 @@ class Shapes:
     )
 
     def __post_init__(self) -> None:
-        low, high = SIZES
-        if not low <= self.size <= high:
-            raise UserError(f"Shapes draws images of {low} to {high} pixels, not {self.size}: change shapes.size")
-        for name in ("num_train", "num_test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"shapes.{name} is {getattr(self, name)}: ask for at least 1 image")
-        for name in KNOBS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"shapes.{name} is {getattr(self, name)}: a knob goes from 0 (off) to 1 (full)")
+        at_least_one(**{"shapes.num_train": self.num_train, "shapes.num_test": self.num_test})
+        for name, (low, high) in {"size": SIZES, **dict.fromkeys(NUISANCES, (0, 1))}.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"shapes.{name} is {getattr(self, name)}: give a number from {low} to {high}")
 
     def render(self, split: Literal["train", "test"]) -> tuple[UInt8[Tensor, "images 3 size size"], dict[str, Tensor]]:
         """Every image of `split`, and its factors: int64 where categorical, float32 where continuous.
@@ -241,22 +237,20 @@ class Shapes:
         `orientation` in degrees counter-clockwise; `light_red`, `light_green` and `light_blue` multiply the channels;
         `(wave_x, wave_y)` counts the coarser wave of the texture, in cycles per half image.
         """
-        if split not in _STREAM:
-            raise UserError(f"Shapes has the splits train and test, not {split}")
         index = torch.arange(self.num_train if split == "train" else self.num_test)
         factors = self._factors(split, index)
         images = torch.empty(len(index), 3, self.size, self.size, dtype=torch.uint8)
         chunk = max(1, _PIXELS // self.size**2)
         for label, name in enumerate(self.class_names):
             for part in (factors["shape"] == label).nonzero()[:, 0].split(chunk):
-                images[part] = self._draw(split, part, SHAPES[name], {k: v[part] for k, v in factors.items()})
+                images[part] = self._render(split, part, SHAPES[name], {k: v[part] for k, v in factors.items()})
         return images, factors
 
     def _factors(self, split: str, index: Int[Tensor, "batch"]) -> dict[str, Tensor]:
-        """What the images show. Every factor has a column of random numbers of its own, so no knob moves another factor."""
+        """The factors of the images. Each has its own column of random numbers, so no option changes another factor."""
         u = rng.uniform(self.seed, 0, index, _STREAM[split], count=12).double()  # float64: the same sin everywhere
         symmetric = 2 * u - 1
-        # a textured ground: 0.8 to 2 cycles per half image, in any direction of a half circle
+        # the texture: 0.8 to 2 cycles per half image, in any direction of a half circle
         wave, wave_to = (self.texture > 0) * (0.8 + 1.2 * u[:, 10]), math.pi * u[:, 11]
         factors = {
             "shape": (len(SHAPES) * u[:, 0]).long(),
@@ -268,50 +262,50 @@ class Shapes:
             "light_red": 1 - self.lighting * 0.55 * u[:, 6],
             "light_green": 1 - self.lighting * 0.55 * u[:, 7],
             "light_blue": 1 - self.lighting * 0.55 * u[:, 8],
-            "background": (len(GROUNDS) * self.background * u[:, 9]).long(),
+            "background": (len(BACKGROUNDS) * self.background * u[:, 9]).long(),
             "wave_x": wave * wave_to.cos(),
             "wave_y": wave * wave_to.sin(),
         }
         return {name: value.float() if value.is_floating_point() else value for name, value in factors.items()}
 
-    def _draw(
+    def _render(
         self, split: str, index: Int[Tensor, "batch"], shape: Sequence[Disc | Polygon], factors: dict[str, Tensor]
     ) -> UInt8[Tensor, "batch 3 size size"]:
-        """Images of one shape: ground, texture, clutter, the shape itself, light, noise."""
+        """Images of one shape: background, texture, clutter, the shape itself, lighting, noise."""
         size = self.size
         pixel = 2 / size
         column = (torch.arange(size) + 0.5) * pixel - 1
         x, y = column[None, None, :], -column[None, :, None]
-        hues, grounds = torch.tensor(list(HUES.values())), torch.tensor(list(GROUNDS.values()))
+        hues, backgrounds = torch.tensor(list(HUES.values())), torch.tensor(list(BACKGROUNDS.values()))
         f = {name: value[:, None, None] for name, value in factors.items()}
-        image = grounds[factors["background"]][:, :, None, None].expand(-1, -1, size, size).clone()
+        image = backgrounds[factors["background"]][:, :, None, None].expand(-1, -1, size, size).clone()
 
         if self.texture > 0:
             phase = rng.uniform(self.seed, 0, index, _STREAM[split] + 1, count=2)[:, :, None, None]
             coarse = _wave(x * f["wave_x"] + y * f["wave_y"] + phase[:, 0])
             fine = _wave((x * f["wave_y"] - y * f["wave_x"]) * 1.7 + phase[:, 1])
             image *= 1 + self.texture * (0.4 * coarse + 0.2 * fine)[:, None]
-            image += self.texture * 0.2 * (coarse + fine)[:, None].clamp(min=0)  # shows on a dark ground too
+            image += self.texture * 0.2 * (coarse + fine)[:, None].clamp(min=0)  # visible on a dark background too
 
-        dots = rng.uniform(self.seed, 0, index, _STREAM[split] + 2, count=4 * _CLUTTER)
-        for dot in dots.reshape(-1, _CLUTTER, 4, 1, 1).unbind(1)[: round(_CLUTTER * self.clutter)]:
+        dots = rng.uniform(self.seed, 0, index, _STREAM[split] + 2, count=4 * _NUM_DOTS)
+        for dot in dots.reshape(-1, _NUM_DOTS, 4, 1, 1).unbind(1)[: round(_NUM_DOTS * self.clutter)]:
             dx, dy = x - (2 * dot[:, 0] - 1), y - (2 * dot[:, 1] - 1)
             distance = (dx * dx + dy * dy).sqrt() - (0.08 + 0.08 * dot[:, 2])
-            _paint(image, hues[(len(HUES) * dot[:, 3, 0, 0]).long()], 0.5 - distance / pixel)
+            _blend(image, hues[(len(HUES) * dot[:, 3, 0, 0]).long()], 0.5 - distance / pixel)
 
-        turn = factors["orientation"].double().deg2rad()[:, None, None]
-        cos, sin = turn.cos().float(), turn.sin().float()
+        angle = factors["orientation"].double().deg2rad()[:, None, None]
+        cos, sin = angle.cos().float(), angle.sin().float()
         px, py = (x - f["x"]) / f["scale"], (y - f["y"]) / f["scale"]
         px, py = px * cos + py * sin, py * cos - px * sin
         edge = f["scale"] / pixel  # pixels per unit of the shape's own square
         color = hues[factors["hue"]]
         distances = [part.distance(px, py) for part in shape]
         outline = torch.stack(distances).amin(0) - 0.07
-        bright = (grounds[factors["background"]].mean(1) > 0.5).float()[:, None]  # dark on bright, bright on dark
-        _paint(image, color * 0.25 + 0.75 * (1 - bright), 0.5 - outline * edge)
+        bright = (backgrounds[factors["background"]].mean(1) > 0.5).float()[:, None]  # dark on bright, bright on dark
+        _blend(image, color * 0.25 + 0.75 * (1 - bright), 0.5 - outline * edge)
         for part, distance in zip(shape, distances, strict=True):
             toned = color * (1 + min(part.tone, 0.0)) + (1 - color) * max(part.tone, 0.0)
-            _paint(image, toned, 0.5 - distance * edge)
+            _blend(image, toned, 0.5 - distance * edge)
 
         image *= torch.stack([f["light_red"], f["light_green"], f["light_blue"]], 1)
         if self.noise > 0:
@@ -320,12 +314,21 @@ class Shapes:
         return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-def _paint(image: Float[Tensor, "batch 3 size size"], color: Float[Tensor, "batch 3"], cover: Plane) -> None:
-    """Lay `color` over `image` where `cover` is above 0, fully from 1 on, in place."""
+def _blend(image: Float[Tensor, "batch 3 size size"], color: Float[Tensor, "batch 3"], cover: Plane) -> None:
+    """Blend `color` into `image` in place, with opacity `cover` clamped to 0..1."""
     image += (color[:, :, None, None] - image) * cover.clamp(0, 1)[:, None]
 
 
 def _wave(cycles: Plane) -> Plane:
-    """A sine in all but name, of period 1, from sums and products alone."""
+    """Nearly a sine, of period 1, from sums and products alone."""
     triangle = ((cycles - cycles.floor()) - 0.5).abs() * 4 - 1
     return triangle * (1.5 - 0.5 * triangle * triangle)
+
+
+def load_shapes(shapes: Shapes) -> Splits:
+    """The Shapes data set, rendered."""
+    sources, factors = {}, {}
+    for split in ("train", "test"):
+        images, factors[split] = shapes.render(split)
+        sources[split] = InMemory(images, factors[split]["shape"])
+    return Splits(sources["train"], sources["train"], sources["test"], shapes.class_names, factors)

@@ -1,0 +1,120 @@
+"""What every data set is turned into: sources of images, and the splits made of them."""
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from sslbook.data.images import UnreadableImage, as_image, open_image
+from sslbook.errors import UserError
+from sslbook.rng import permutation
+
+DECODING_ERRORS = (OSError, ValueError, RuntimeError)  # what decoders raise within a user's dataset
+
+
+class ImageSource(ABC):
+    """Images in a fixed order, and their labels."""
+
+    labels: Int[Tensor, "images"]
+    """class of each image, -1 if unlabeled"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def open(self, position: int) -> Any:
+        """One image, as a PIL image in mode RGB or as a uint8 tensor; raises `UnreadableImage`."""
+
+    @abstractmethod
+    def subset(self, positions: Int[Tensor, "some"]) -> "ImageSource":
+        """The images at these positions, in the order given."""
+
+
+@dataclass
+class InMemory(ImageSource):
+    """Images in memory, all of one size."""
+
+    images: UInt8[Tensor, "images channels height width"]
+    labels: Int[Tensor, "images"]
+
+    def open(self, position: int) -> UInt8[Tensor, "channels height width"]:
+        return self.images[position]
+
+    def subset(self, positions: Int[Tensor, "some"]) -> "InMemory":
+        return InMemory(self.images[positions], self.labels[positions])
+
+
+@dataclass
+class FileList(ImageSource):
+    """Image files under one folder.
+
+    The paths are stored in one array of bytes: the pages of a list of strings would be copied into every worker.
+    """
+
+    root: Path
+    paths: np.ndarray
+    labels: Int[Tensor, "images"]
+
+    def path(self, position: int) -> Path:
+        """Where the image at `position` is stored."""
+        return self.root / os.fsdecode(bytes(self.paths[position]))
+
+    def open(self, position: int) -> Any:
+        return open_image(self.path(position))
+
+    def subset(self, positions: Int[Tensor, "some"]) -> "FileList":
+        return FileList(self.root, self.paths[positions.numpy()], self.labels[positions])
+
+
+@dataclass
+class DatasetSource(ImageSource):
+    """A user's map-style dataset: an item is an image, or a tuple that begins with an image and its label."""
+
+    dataset: Any
+    labels: Int[Tensor, "images"]
+    positions: Int[Tensor, "images"]
+
+    def open(self, position: int) -> Any:
+        index = int(self.positions[position])
+        try:
+            item = self.dataset[index]
+        except UserError:  # a `ValueError` too, whose message already says what to do
+            raise
+        except DECODING_ERRORS as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnreadableImage(f"number {index} of {type(self.dataset).__name__}", reason) from error
+        return as_image(item[0] if isinstance(item, tuple | list) else item)
+
+    def subset(self, positions: Int[Tensor, "some"]) -> "DatasetSource":
+        return DatasetSource(self.dataset, self.labels[positions], self.positions[positions])
+
+
+@dataclass
+class Splits:
+    """The images to train on and those to evaluate on."""
+
+    pretrain: ImageSource
+    train: ImageSource
+    """the labeled training images; nearly always the same object as `pretrain`"""
+    test: ImageSource | None = None
+    class_names: tuple[str, ...] = ()
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """known factors of the images of a split, by the split's name; empty for most data sets"""
+
+    def limited(self, limit: int) -> "Splits":
+        """Only `limit` of the training images, chosen at random; the same ones every time."""
+
+        def chosen(source: ImageSource) -> Int[Tensor, "some"]:
+            return permutation(0, 0, len(source))[:limit].sort().values
+
+        train = self.train.subset(chosen(self.train))
+        pretrain = train if self.pretrain is self.train else self.pretrain.subset(chosen(self.pretrain))
+        factors = dict(self.factors)
+        if "train" in factors:
+            factors["train"] = {name: values[chosen(self.train)] for name, values in factors["train"].items()}
+        return replace(self, pretrain=pretrain, train=train, factors=factors)

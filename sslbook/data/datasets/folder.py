@@ -1,0 +1,150 @@
+"""A folder of images, labeled (one subfolder a class) or not, with or without `train/` and `test/`."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sslbook.data.datasets.base import FileList, Splits
+from sslbook.data.images import EXTENSIONS
+from sslbook.errors import UserError
+
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+
+
+def scan(folder: Path) -> list[str]:
+    """The images under `folder`, as sorted relative paths with `/`.
+
+    Hidden files are left out, links are followed, and a link back to a folder that contains it is not.
+
+    Raises:
+        UserError: a folder may not be read.
+    """
+    found: list[str] = []
+
+    def walk(directory: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except PermissionError as error:
+            raise UserError(f"may not read the folder {directory}: change its permissions") from error
+        for entry in entries:
+            if entry.name.startswith("."):  # macOS leaves a ._name beside every name
+                continue
+            try:
+                status = entry.stat() if entry.is_dir() else None
+                is_file = entry.is_file() or entry.is_symlink()  # no pipes
+            except OSError:  # a link to itself, or into a folder that may not be read
+                continue
+            if status is not None:
+                identity = (status.st_dev, status.st_ino)
+                if identity not in above:
+                    walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
+            elif is_file and entry.name.lower().endswith(EXTENSIONS):
+                found.append(prefix + entry.name)
+
+    status = os.stat(folder)
+    walk(str(folder), "", frozenset({(status.st_dev, status.st_ino)}))
+    return found
+
+
+def load_folder(folder: str | Path) -> Splits:
+    """The splits of a folder of images.
+
+    `train/` beside one of `test/`, `val/`, `valid/`, `validation/` is a split; whatever else the folder holds is left
+    out. Within a split (or the folder as a whole) the subfolders are classes if every image lies in one and there are at
+    least two. Of several test folders the first labeled one is used, that is one with classes of the training images.
+    Of a labeled folder without a split, a tenth of each class is held out for evaluation, chosen by a hash of the paths.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+    folder = Path(folder).expanduser()
+    paths = scan(folder) if folder.is_dir() else []
+    if not paths:
+        what = f"holds no images ({' '.join(EXTENSIONS)})" if folder.is_dir() else "does not exist"
+        raise UserError(f"the folder {folder} {'is a file' if folder.is_file() else what}: give a folder of images")
+
+    by_lower = {top.lower(): top for top in _tops(paths)}
+    tests = [name for name in TEST_FOLDERS if name in by_lower]
+    if "train" not in by_lower or not (tests or set(by_lower) == {"train"}):
+        names = _classes(paths)
+        return held_out_split(file_list(folder, paths, map(_top, paths), names), names)
+
+    def part(name: str) -> tuple[Path, list[str]]:
+        prefix = by_lower[name] + "/"
+        return folder / by_lower[name], [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+
+    train_root, train_paths = part("train")
+    if not tests:
+        return load_folder(train_root)
+    names = _classes(train_paths)
+    parts = [part(name) for name in tests]
+    test_root, test_paths = next((one for one in parts if _shares_a_class(one[1], names)), parts[0])
+    others = sorted(set(by_lower) - {"train", *TEST_FOLDERS})
+    if others:
+        what = ", ".join(f"{by_lower[name]}/" if name else "loose images" for name in others[:3])
+        what += f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warnings.warn(
+            f"{folder} is split into {train_root.name}/ and {test_root.name}/; not used: {what}", stacklevel=2
+        )
+    test_names: tuple[str, ...] = ()
+    if _shares_a_class(test_paths, names):
+        names = test_names = tuple(sorted({*names, *_tops(test_paths)}))
+    elif names and "" not in _tops(test_paths):
+        what = f"the folders in {test_root} are not the training classes"
+        warnings.warn(f"{what}: its images count as unlabeled, unless you rename its folders", stacklevel=2)
+    train = file_list(train_root, train_paths, map(_top, train_paths), names)
+    return Splits(train, train, file_list(test_root, test_paths, map(_top, test_paths), test_names), names)
+
+
+def _top(path: str) -> str:
+    """The outermost subfolder of a relative path, or an empty string."""
+    return path.split("/", 1)[0] if "/" in path else ""
+
+
+def _tops(paths: list[str]) -> set[str]:
+    return set(map(_top, paths))
+
+
+def _classes(paths: list[str]) -> tuple[str, ...]:
+    names = _tops(paths)
+    return tuple(sorted(names)) if "" not in names and len(names) >= 2 else ()
+
+
+def _shares_a_class(paths: list[str], names: tuple[str, ...]) -> bool:
+    """Whether every image lies in a subfolder, and some in one of `names`."""
+    return "" not in _tops(paths) and not _tops(paths).isdisjoint(names)
+
+
+def file_list(root: Path, paths: list[str], labels: Iterable[str], names: tuple[str, ...]) -> FileList:
+    """The files, whose labels are numbered by their place in `names`; a label that is not there becomes -1."""
+    numbers = {name: i for i, name in enumerate(names)}
+    values = torch.tensor([numbers.get(label, -1) for label in labels], dtype=torch.int64)
+    return FileList(root, np.array([os.fsencode(path) for path in paths]), values)
+
+
+def held_out_split(files: FileList, names: tuple[str, ...]) -> Splits:
+    """Training and test images of labeled files; of unlabeled ones, all are training images."""
+    if not names:
+        return Splits(files, files)
+    held = _held_out(files.paths, files.labels)
+    train = files.subset((~held).nonzero()[:, 0])
+    return Splits(train, train, files.subset(held.nonzero()[:, 0]), names)
+
+
+def _held_out(paths: np.ndarray, labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
+    """Of each class the tenth whose paths hash lowest (at least one, where a class has two images or more)."""
+    rank = [int.from_bytes(hashlib.blake2b(bytes(path), digest_size=7).digest(), "big") for path in paths]
+    order = torch.tensor(rank).argsort()
+    held = torch.zeros(len(paths), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        if label >= 0 and len(members) >= 2:
+            held[members[: max(1, round(len(members) / 10))]] = True
+    return held

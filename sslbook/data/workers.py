@@ -1,0 +1,201 @@
+"""What happens in loader processes: decode images and crop them, a whole batch at a time."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sslbook.data.datasets.base import ImageSource
+from sslbook.data.executors import apply_one, crop_one
+from sslbook.data.images import UnreadableImage, as_pil
+from sslbook.data.views import CropParams, View, sample_params
+from sslbook.errors import UserError
+
+DECODED_AT_ONCE = 8  # images of a camera are 36 MB each once decoded
+MAX_UNREADABLE_IN_A_ROW = 100  # after so many, the folder is at fault, not an image
+NO_IMAGES = torch.empty(0, dtype=torch.int64)
+
+
+class CroppedBatch(NamedTuple):
+    """A batch as a worker returns it."""
+
+    index: Int[Tensor, "batch"]
+    """the images whose random parameters were used"""
+    shown: Int[Tensor, "batch"]
+    """the images in the views: the same, except for those that replace unreadable ones"""
+    views: list[Tensor]
+    unreadable: list[tuple[str, str]]
+    """name and reason"""
+    error: str = ""
+    """why loading must stop; an exception would arrive as a traceback of many lines"""
+
+
+class CropDataset(Dataset):
+    """Turns `(epoch, positions of a batch)` into that batch of cropped or, if asked, fully augmented views.
+
+    In training the next readable image replaces an unreadable one, wherever and whenever this happens; in evaluation
+    an unreadable image is left out.
+
+    Args:
+        source: the images.
+        views: what each image becomes.
+        seed: of the views.
+        augment: apply the photometric steps too, image by image.
+        training: whether unreadable images are replaced.
+    """
+
+    def __init__(
+        self, source: ImageSource, views: tuple[View, ...], seed: int, augment: bool = False, training: bool = True
+    ) -> None:
+        self.source = source
+        self.views = views
+        self.seed = seed
+        self.augment = augment
+        self.training = training
+
+    def __getitem__(self, key: tuple[int, Tensor]) -> CroppedBatch:
+        epoch, positions = key
+        index: list[int] = []
+        shown: list[int] = []
+        views: list[list[Tensor]] = [[] for _ in self.views]
+        unreadable: list[tuple[str, str]] = []
+        try:
+            for chunk in positions.split(DECODED_AT_ONCE):
+                found = [(i, *opened) for i in chunk.tolist() if (opened := self._open(i, unreadable))]
+                if found:
+                    kept, replaced, images = zip(*found)
+                    index += kept
+                    shown += replaced
+                    for stream, view in enumerate(self.views):
+                        views[stream] += self._augment(view, list(images), epoch, torch.tensor(kept), stream)
+        except UserError as error:
+            return CroppedBatch(NO_IMAGES, NO_IMAGES, [], unreadable, str(error))
+        if not index:
+            return CroppedBatch(NO_IMAGES, NO_IMAGES, [], unreadable)
+        return CroppedBatch(torch.tensor(index), torch.tensor(shown), [torch.stack(one) for one in views], unreadable)
+
+    def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
+        """The image at `position` or, in training, the next readable one, with its position."""
+        attempts = min(MAX_UNREADABLE_IN_A_ROW, len(self.source)) if self.training else 1
+        for candidate in range(position, position + attempts):
+            try:
+                return candidate % len(self.source), as_pil(self.source.open(candidate % len(self.source)))
+            except UnreadableImage as error:
+                unreadable.append((error.name, error.reason))
+        if self.training:
+            name, reason = unreadable[-1]
+            what = f"{attempts} images in a row cannot be read, the last is {name} ({reason})"
+            raise UserError(f"{what}: mend them")
+        return None
+
+    def _augment(self, view: View, images: list[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
+        if self.augment:
+            return [apply_one(view, image, self.seed, epoch, i, stream) for image, i in zip(images, index.tolist())]
+        heights, widths = (torch.tensor([getattr(image, side) for image in images]) for side in ("height", "width"))
+        crop = sample_params(view, self.seed, epoch, index, stream, heights, widths).crop
+        rows = [CropParams(*(values[i : i + 1] for values in crop)) for i in range(len(images))]
+        return [crop_one(view, image, row) for image, row in zip(images, rows)]
+
+
+class CropLoader:
+    """A `DataLoader` over batches that are chosen anew for every pass.
+
+    Args:
+        dataset: what the workers do.
+        num_workers: how many there are; 0 does the work in this process.
+        start_method: how they start; None means Python's default.
+        pin_memory: page-locked batches, for copies to a GPU.
+        persistent: keep the workers for the next pass.
+    """
+
+    def __init__(
+        self, dataset: CropDataset, num_workers: int, start_method: str | None, pin_memory: bool, persistent: bool
+    ) -> None:
+        self._keys: list[tuple[int, Tensor]] = []
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=num_workers,
+            collate_fn=_identity,
+            worker_init_fn=_leave_signals_to_parent,
+            pin_memory=pin_memory,
+            persistent_workers=persistent and num_workers > 0,
+            multiprocessing_context=multiprocessing.get_context(start_method) if num_workers else None,
+            generator=torch.Generator(),  # the default would consume a number of torch's own generator
+        )
+
+    def batches(self, epoch: int, positions: tuple[Tensor, ...]) -> Iterator[CroppedBatch]:
+        """The batches of these images; a worker's death is the `error` of the last one."""
+        self._keys[:] = [(epoch, one) for one in positions]
+        with _signals_left_alone():
+            iterator = iter(self._loader)
+        for _ in positions:
+            try:
+                batch = next(iterator)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not (self._loader.num_workers and _is_worker_death(error)):
+                    raise
+                cause = "often for want of memory, or of /dev/shm"
+                died = f"a loader worker died ({cause}): try a lower --data.workers, or 0"
+                batch = CroppedBatch(NO_IMAGES, NO_IMAGES, [], [], died)
+            if batch.error:
+                del iterator, self._loader  # ends the other workers
+            yield batch
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+def _is_worker_death(error: Exception) -> bool:
+    """Whether torch raises this because a worker has died, not because the dataset raised it in a worker."""
+    broken_off = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # while a batch was handed over
+    return "DataLoader worker (pid" in str(error) or (broken_off and not str(error).startswith("Caught"))
+
+
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """Around the start of workers: they inherit a blocked SIGTERM, and this process keeps its handler of SIGCHLD.
+
+    torch's handler raises wherever this process happens to be, in a training step or while a checkpoint is written.
+    Without it, `next` notices a dead worker by itself, within five seconds.
+    """
+    if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Called in a new worker: ignore Ctrl-C, and SIGTERM unless the main process sends it.
+
+    Both reach every process of a job. The main process then saves a checkpoint and ends its workers itself; a worker
+    that died first would break its last step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if not hasattr(signal, "sigwaitinfo") or parent is None:  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait(main: int) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, args=(parent.pid,), daemon=True).start()
