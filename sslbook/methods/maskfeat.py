@@ -1,18 +1,24 @@
-"""MaskFeat: predict histograms of oriented gradients where the image is hidden, instead of pixels.
+"""MaskFeat: predict histograms of oriented gradients (HOG) of masked patches instead of their pixels.
 
-Blocks of patches are replaced by a mask token, and a linear layer of the last layer predicts for every hidden patch what
-the HOG descriptor of the whole image says there. HOG counts the directions of edges in small cells and divides by
-their strength, so the network is not asked for brightness and contrast, which no neighbor tells for certain.
+Blocks of patches are replaced by a mask token, and a linear layer on the last layer's tokens predicts the HOG descriptor
+of every masked patch. HOG counts the directions of edges in small cells and normalizes the counts, so that the network
+need not predict brightness and contrast, which the visible patches do not determine.
 
 Wei, Fan, Xie, Wu, Yuille and Feichtenhofer, 2022, "Masked feature prediction for self-supervised visual pre-training"
-(arXiv:2112.09133), sections 3 and 4; HOG is Dalal and Triggs (2005). As in the authors' code: Sobel gradients, nine
-directions without sign, each pixel counted in one of them, every color for itself, each cell's counts normalized to
-length 1, and no Gaussian window (a port has one). What differs: a cell without edges stays near zero, where rounding
-errors would be blown up to a full histogram; masks are BEiT's blocks, filled up to the exact number by single patches,
-keyed by image and epoch.
+(arXiv:2112.09133), sections 3 and 4; HOG is that of Dalal and Triggs (2005). As in the authors' code: Sobel gradients,
+nine unsigned directions, each pixel counted in one of them, every color channel separately, the counts of a cell
+normalized to length 1, and no Gaussian window (a port has one).
+
+What differs from the authors' code:
+
+- a cell without edges stays near zero, where rounding errors are normalized to a full histogram;
+- masks are a function of seed, image and epoch, where they are drawn from Python's generator; they are BEiT's blocks,
+  filled up to the exact number by single patches;
+- initialization is that of MAE, where weights and biases start from a truncated normal of 0.02.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,43 +27,44 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
-from sslbook.data.masks import block_mask
+from sslbook.data.masks import block_mask, require_mask
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.mask_tokens import cell_side, masked_map, patch_side, require_maskable, token_dim
+from sslbook.nn.backbones import require
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.5, 1.0), interpolation="bicubic")
-BINS = 9
-FLAT = 1e-3  # a cell whose counts are shorter has no edges: one gray level at one pixel makes some hundredths
+NUM_BINS = 9
+MIN_LENGTH = 1e-3  # cells with shorter counts have no edges: one gray level at one pixel gives some hundredths
 
 
 def hog(images: Float[Tensor, "batch 3 height width"], cell_size: int) -> Float[Tensor, "batch rows columns 27"]:
-    """For every cell the strengths of its edges by direction: 9 values of length 1 for each color (section 3.2).
+    """Histograms of oriented gradients: for every cell and color channel, 9 values of length 1 (section 3.2).
 
-    The gradient is Sobel's, of the image mirrored at its border. Its direction, from 0 to 180 degrees, falls into one
-    of nine equal bins, to which its length is added.
+    The gradient is Sobel's, of the image reflected at its border. Its direction, from 0 to 180 degrees, falls into one
+    of nine equal bins, to which its magnitude is added.
     """
     sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], dtype=images.dtype)
     sobel = sobel.to(images.device).expand(3, 1, 3, 3)
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    right, down = F.conv2d(x, sobel, groups=3), F.conv2d(x, sobel.mT, groups=3)
-    bins = (torch.atan2(right, down) / math.pi * BINS).floor().long() % BINS
-    counts = torch.zeros(*bins.shape, BINS, dtype=x.dtype, device=x.device)
-    counts.scatter_(-1, bins[..., None], torch.hypot(right, down)[..., None])
+    dx, dy = F.conv2d(x, sobel, groups=3), F.conv2d(x, sobel.mT, groups=3)
+    bins = (torch.atan2(dx, dy) / math.pi * NUM_BINS).floor().long() % NUM_BINS  # unsigned: modulo 180 degrees
+    counts = torch.zeros(*bins.shape, NUM_BINS, dtype=x.dtype, device=x.device)
+    counts.scatter_(-1, bins[..., None], torch.hypot(dx, dy)[..., None])
     counts = reduce(counts, "b c (h p) (w q) k -> b h w c k", "sum", p=cell_size, q=cell_size)
-    return rearrange(F.normalize(counts, dim=-1, eps=FLAT), "b h w c k -> b h w (c k)")
+    return rearrange(F.normalize(counts, dim=-1, eps=MIN_LENGTH), "b h w c k -> b h w (c k)")
 
 
-def hidden_mse(
+def masked_mse(
     prediction: Float[Tensor, "batch rows columns values"],
     target: Float[Tensor, "batch rows columns values"],
-    hidden: Bool[Tensor, "batch rows columns"],
+    mask: Bool[Tensor, "batch rows columns"],
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the hidden places."""
-    return (prediction[hidden].float() - target[hidden].float()).square().mean()
+    """Mean squared error over the masked patches (section 3.1)."""
+    return (prediction[mask].float() - target[mask].float()).square().mean()
 
 
 class MaskFeat(Method):
@@ -65,69 +72,65 @@ class MaskFeat(Method):
 
     Args:
         backbone: the vision transformer, or Swin of timm, to train.
-        view: what an image becomes.
-        mask_ratio: part of the patches that is hidden.
-        min_block: the smallest area of a block of hidden patches, in patches.
+        view: augmentation of an image.
+        mask_ratio: fraction of the patches that is masked.
+        min_block: the smallest area of a block of masked patches, in patches.
         cell_size: side of a cell of HOG, in pixels.
+
+    Raises:
+        UserError: the backbone takes no mask token, the view cannot be cut into its patches, these do not hold whole
+            cells, or the mask ratio masks no patch or all of them.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        view: View = VIEW,
-        mask_ratio: float = 0.4,
-        min_block: int = 16,
-        cell_size: int = 8,
+        self, backbone: nn.Module, view: View = VIEW, mask_ratio: float = 0.4, min_block: int = 15, cell_size: int = 8
     ) -> None:
         super().__init__()
-        require_maskable(backbone, "MaskFeat")
-        self.patch, self.side = patch_side(backbone), cell_side(backbone)
-        if view.size % self.side:
-            near = max(1, round(view.size / self.side)) * self.side
+        require(backbone, "forward_tokens", "MaskFeat")
+        net: Any = backbone  # a TokenBackbone
+        self.patch_size, self.stride, self.num_prefix_tokens = net.patch_size, net.stride, net.num_prefix_tokens
+        if view.size % self.stride:
+            near = max(1, round(view.size / self.stride)) * self.stride
             raise UserError(
-                f"images of {view.size} pixels cannot be cut into patches of {self.side}: the nearest view.size that "
+                f"images of {view.size} pixels cannot be cut into patches of {self.stride}: the nearest view.size that "
                 f"works is {near}"
             )
-        if not 0 < cell_size <= self.side or self.side % cell_size:
-            near = max(d for d in range(1, self.side + 1) if self.side % d == 0 and d <= max(1, cell_size))
+        if not 0 < cell_size <= self.stride or self.stride % cell_size:
+            near = max(d for d in range(1, self.stride + 1) if self.stride % d == 0 and d <= max(1, cell_size))
             raise UserError(
-                f"patches of {self.side} pixels do not hold whole cells of {cell_size}: use cell_size {near}"
+                f"patches of {self.stride} pixels do not hold whole cells of {cell_size}: use cell_size {near}"
             )
         self.view, self.cell_size, self.min_block = view, cell_size, min_block
-        self.rows = view.size // self.side
-        self.num_masked = round(mask_ratio * self.rows**2)
-        if not 0 < self.num_masked < self.rows**2:
-            what = "to predict" if self.num_masked < 1 else "to see"
-            raise UserError(
-                f"mask ratio {mask_ratio} of {self.rows**2} patches leaves nothing {what}: "
-                f"use a ratio of at least {1 / self.rows**2:.3g} and at most {1 - 1 / self.rows**2:.3g}"
-            )
+        self.rows = view.size // self.stride
+        self.num_masked = require_mask(round(mask_ratio * self.rows**2), self.rows**2)
         self.backbone = backbone
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(token_dim(backbone)), std=0.02))
-        self.head = nn.Linear(backbone_dim(backbone), 3 * BINS * (self.side // cell_size) ** 2)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, net.token_dim), std=0.02))
+        self.head = nn.Linear(backbone_dim(backbone), 3 * NUM_BINS * (self.stride // cell_size) ** 2)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
     def target(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch rows columns values"]:
-        """HOG of every patch: its cells row by row, in each its colors, in each the nine bins."""
+        """HOG of every patch: its cells row by row, in each its color channels, in each the nine bins."""
         cells = hog(images.float(), self.cell_size)
-        many = self.side // self.cell_size
-        return rearrange(cells, "b (h p) (w q) k -> b h w (p q k)", p=many, q=many)
+        per_side = self.stride // self.cell_size
+        return rearrange(cells, "b (h p) (w q) k -> b h w (p q k)", p=per_side, q=per_side)
 
     def predict(
-        self, images: Float[Tensor, "batch 3 height width"], hidden: Bool[Tensor, "batch rows columns"]
+        self, images: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch rows columns values"]:
-        """What the network says of every patch when some are hidden from it."""
-        many = self.side // self.patch
-        mask = repeat(hidden, "b h w -> b (h p w q)", p=many, q=many)
-        return self.head(rearrange(masked_map(self.backbone, images, mask, self.mask_token), "b c h w -> b h w c"))
+        """The prediction for every patch, from those that are not masked."""
+        factor = self.stride // self.patch_size  # Swin merges its patches: a mask token replaces the small ones
+        patches = repeat(mask, "b h w -> b (h p w q)", p=factor, q=factor)
+        net: Any = self.backbone
+        tokens = net.forward_tokens(images, patches, self.mask_token)[:, self.num_prefix_tokens :]
+        return rearrange(self.head(tokens), "b (h w) k -> b h w k", h=mask.shape[1])
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
         grid = (self.rows, self.rows)
-        hidden = block_mask(batch.index, grid, self.num_masked, clock, self.min_block, exact=True)
-        hidden = rearrange(hidden, "b (h w) -> b h w", h=self.rows)
-        with torch.autocast(images.device.type, enabled=False):
-            target = self.target(images)
-        return {"loss": hidden_mse(self.predict(images, hidden), target, hidden)}
+        mask = block_mask(batch.index, grid, self.num_masked, clock, self.min_block, exact=True)
+        mask = rearrange(mask, "b (h w) -> b h w", h=self.rows)
+        with full_precision(images):  # directions of weak gradients need all bits
+            target = self.target(images)  # of the whole image, so that cells at a mask's border see across it
+        return {"loss": masked_mse(self.predict(images, mask), target, mask)}

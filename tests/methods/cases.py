@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.methods import METHODS, load
 from sslbook.methods.base import Method
-from sslbook.nn import VisionTransformer, convert_batch_norm
+from sslbook.nn import VisionTransformer, convert_batch_norm, timm_model
 from sslbook.schedules import Clock
 
 SIZE = 16
@@ -92,6 +93,13 @@ class Convolutions(nn.Module):
 
 def transformer() -> VisionTransformer:
     return VisionTransformer(SIZE, 4, 16, 2, 2)
+
+
+def swin() -> nn.Module:
+    """timm's Swin with patches of 2 pixels and a last map of 4x4 cells."""
+    pytest.importorskip("timm", reason="needs timm")
+    options = {"img_size": SIZE, "patch_size": 2, "embed_dim": 8, "window_size": 4, "drop_path_rate": 0.0}
+    return timm_model("swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(2, 2), **options)
 
 
 def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options) -> Method:

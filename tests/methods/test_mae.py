@@ -30,18 +30,6 @@ CASE = Case(
 )
 
 
-def test_patchify_orders_values_pixel_by_pixel() -> None:
-    images = torch.randn(2, 3, 4, 6)
-    patches = patchify(images, 2)
-    assert patches.shape == (2, 6, 12)
-    for row in range(4):
-        for column in range(6):
-            patch = (row // 2) * 3 + column // 2
-            start = ((row % 2) * 2 + column % 2) * 3
-            assert torch.equal(patches[:, patch, start : start + 3], images[:, :, row, column])
-    assert torch.equal(unpatchify(patches, 2, (2, 3)), images)
-
-
 def test_masks_are_uniform_and_depend_only_on_image_and_epoch() -> None:
     index, clock = torch.arange(4000), Clock(step=7, steps_per_epoch=2, seed=5)
     visible, masked = random_mask(index, 16, 0.75, clock)
