@@ -1,27 +1,36 @@
-"""`sslbook train ...`, the same as `python -m sslbook.train ...`; likewise `evaluate`, `extract` and `compare`."""
+"""`sslbook train ...`, the same as `python -m sslbook.train ...`; likewise the other commands."""
 
 import importlib
 import sys
 
-from sslbook.errors import nearest
-
-COMMANDS = ("train", "evaluate", "extract", "compare")
+COMMANDS = {
+    "train": "learn features from images without labels; measure and plot what was learned",
+    "evaluate": "measure a run or any weights: nearest neighbors, linear probe, fine-tuning, ...",
+    "extract": "write the features of images to a file",
+    "compare": "train several methods on the same images and put their results side by side",
+    "tools": "import and export weights, replay a failed step, ...; `sslbook tools` lists them",
+}
 
 
 def main() -> None:
     """Hand over to the command."""
+    from sslbook.cli.common import run
+    from sslbook.errors import UserError, nearest
+
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: sslbook {train,evaluate,extract,compare} ...\n\nsslbook COMMAND --help explains each.")
+        print("usage: sslbook COMMAND ...\n")
+        print("\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items()))
+        print("\nsslbook COMMAND --help explains each; python -m sslbook.COMMAND is the same.")
         return
-    if name not in COMMANDS:
-        print(f"error: unknown command {name}{nearest(name, list(COMMANDS))}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [f"sslbook {name}", *sys.argv[2:]]
-    command = importlib.import_module(f"sslbook.{name}")
-    from sslbook.configuration import run
 
-    run(command.main)
+    def command() -> None:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name}{nearest(name, list(COMMANDS))}")
+        sys.argv = [f"sslbook {name}", *sys.argv[2:]]
+        importlib.import_module(f"sslbook.{name}").main()
+
+    run(command)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from sslbook import distributed
-from sslbook.configuration import resolve
+from sslbook.cli.recipes import resolve
 from sslbook.engine.loop import pretrain
 from sslbook.errors import UserError
 
@@ -63,6 +63,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from sslbook.configuration import run
+    from sslbook.cli.common import run
 
     run(main)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sslbook import checkpoint, configuration, train
+from sslbook import checkpoint, train
+from sslbook.cli.recipes import resolve
 from sslbook.errors import UserError
 from sslbook.methods.simclr import SimCLR
 from sslbook.weights.backbone import export_backbone, load_backbone
@@ -235,7 +236,7 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
 def test_help_explains_itself(capsys) -> None:
     for words in ([], ["mae"]):
         with pytest.raises(SystemExit) as caught:
-            configuration.resolve([*words, "--help"], train.pretrain)
+            resolve([*words, "--help"], train.pretrain)
         assert caught.value.code == 0
         text = capsys.readouterr().out
         assert len(text.splitlines()) < 400
@@ -265,4 +266,4 @@ def test_a_description_chooses_no_code(backbone: dict, tmp_path: Path) -> None:
 )
 def test_an_option_is_not_to_be_shortened(word: str, whole: str) -> None:
     with pytest.raises(UserError, match=f"unknown option {word}; did you mean {whole}"):
-        configuration.resolve(["simclr", word], train.pretrain)
+        resolve(["simclr", word], train.pretrain)

@@ -13,7 +13,8 @@ import torch
 import yaml
 from PIL import Image
 
-from sslbook import Data, Shapes, checkpoint, configuration, train
+from sslbook import Data, Shapes, checkpoint, train
+from sslbook.cli.recipes import resolve
 from sslbook.data.views import View
 from sslbook.engine.hooks import Hook, MetricsLog
 from sslbook.engine.loop import pretrain
@@ -266,15 +267,15 @@ def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["simmim", "--recipe=imagenet"], ["odc"], ["dino", "--recipe=imagenet"]])
 def test_a_written_configuration_is_that_of_its_recipe(words: list[str], tmp_path: Path) -> None:
     """Alone and laid over the recipe, also with keyword arguments of a timm model and a backbone within a backbone."""
-    _, _, resolved = configuration.resolve(words, pretrain)
+    _, _, resolved = resolve(words, pretrain)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved))
     for again in ([], words):
-        assert configuration.resolve([*again, f"--config={tmp_path / 'config.yaml'}"], pretrain)[2] == resolved
+        assert resolve([*again, f"--config={tmp_path / 'config.yaml'}"], pretrain)[2] == resolved
 
 
 def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
     words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone=resnet50", "--optimizer", "SGD"]
-    _, _, resolved = configuration.resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], pretrain)
+    _, _, resolved = resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], pretrain)
     assert resolved["method"]["init_args"]["backbone"] == {
         "class_path": "sslbook.nn.resnet50",
         "init_args": {"width": 64, "stem": "imagenet", "zero_init_residual": False},
@@ -282,7 +283,7 @@ def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
     assert resolved["optimizer"]["init_args"]["lr"] == 0.3
     assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.0
     words = ["simclr", "--recipe=folder", "--data.folder=.", "--method.backbone.width=16", "--optimizer.lr=0.5"]
-    _, _, resolved = configuration.resolve(words, pretrain)
+    _, _, resolved = resolve(words, pretrain)
     assert resolved["method"]["init_args"]["backbone"]["init_args"]["depth"] == 18
     assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.05
 
@@ -404,6 +405,6 @@ def test_a_folder_named_in_a_file_gets_the_recipe_for_folders(tmp_path: Path) ->
     for i in range(4):
         Image.new("RGB", (80, 80), (i, 2 * i, 3 * i)).save(tmp_path / "x" / f"{i}.png")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": {"folder": str(tmp_path / "x")}}))
-    _, _, named = configuration.resolve(["simclr", "--config", str(tmp_path / "mine.yaml")], pretrain)
-    _, _, given = configuration.resolve(["simclr", f"--data.folder={tmp_path / 'x'}"], pretrain)
+    _, _, named = resolve(["simclr", "--config", str(tmp_path / "mine.yaml")], pretrain)
+    _, _, given = resolve(["simclr", f"--data.folder={tmp_path / 'x'}"], pretrain)
     assert named == given

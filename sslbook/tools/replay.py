@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sslbook import configuration
+from sslbook.cli.common import cli, run
+from sslbook.cli.recipes import resolve
 from sslbook.data.loader import Batch
 from sslbook.engine.loop import pretrain
 from sslbook.errors import UserError
@@ -24,7 +25,7 @@ def replay(failure: str) -> None:
     written = path.parent / "config.yaml"
     if not written.is_file():
         raise UserError(f"{written}: missing; the failure is replayed with its run's configuration")
-    parser, config, _ = configuration.resolve(["--config", str(written)], pretrain)
+    parser, config, _ = resolve(["--config", str(written)], pretrain)
     made = parser.construct(config)
     method = made.method
     method.setup(made.data)
@@ -76,8 +77,8 @@ def first_not_finite(method: nn.Module, batch: Batch, clock: Clock) -> str | Non
 
 def main(argv: list[str] | None = None) -> None:
     """`python -m sslbook.tools.replay`."""
-    configuration.cli(replay, argv, prog="python -m sslbook.tools.replay")
+    cli(replay, argv, prog="python -m sslbook.tools.replay")
 
 
 if __name__ == "__main__":
-    configuration.run(main)
+    run(main)

@@ -7,7 +7,7 @@ import yaml
 from torch import Tensor, nn
 
 from sslbook import distributed
-from sslbook.configuration import RECIPES
+from sslbook.cli.recipes import RECIPES
 from sslbook.methods.barlow_twins import BarlowTwins, cross_correlation, redundancy_loss
 from sslbook.nn import resnet18, resnet50
 from sslbook.schedules import Clock

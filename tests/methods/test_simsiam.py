@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslbook.configuration import RECIPES
+from sslbook.cli.recipes import RECIPES
 from sslbook.methods.simsiam import SimSiam, distance
 from sslbook.nn import MLP, resnet50
 from sslbook.schedules import Clock

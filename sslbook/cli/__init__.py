@@ -1,0 +1,1 @@
+"""The command line: constructors' signatures are the options, recipes their values."""

@@ -1,0 +1,193 @@
+"""A jsonargparse parser that answers a mistake in one line, with the option that is meant."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from sslbook.cli.renamed import RENAMED, RENAMED_CLASSES, VIEW_SIZE
+from sslbook.errors import UserError, nearest
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")  # the last are those that a constructor takes as **kwargs
+
+
+class Parser(ArgumentParser):
+    """Options from signatures; everything that goes wrong while parsing is a `UserError`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # pyrefly: ignore
+        """Called by argparse. Raises: UserError: always."""
+        raise UserError(_one_line(message, ex))
+
+    def parse(self, values: dict[str, Any]) -> Namespace:
+        """The options as their types, from a mapping whose values may be strings of the command line.
+
+        Raises:
+            UserError: an option that does not exist, or a value of another type.
+        """
+        self.refuse_unknown(values)
+        try:
+            return self.parse_object(values)
+        except ArgumentError as error:
+            raise UserError(_one_line(str(error), error)) from None
+
+    def construct(self, config: Namespace) -> Namespace:
+        """Call the constructors that the parsed options name.
+
+        Raises:
+            UserError: a constructor refuses its options.
+        """
+        try:
+            return self.instantiate(config)
+        except ValueError as error:  # jsonargparse wraps what a constructor in a list, or one that may be null, raises
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+    def plain(self, config: Namespace) -> dict[str, Any]:
+        """The parsed options as values that YAML can hold, nulls included: a default may be something else."""
+        return yaml.safe_load(self.dump(config, skip_validation=True, skip_unset=False))
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> list[str]:
+        """The names of all options, such as `method.view.size`."""
+        names = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
+        return [name for name in names if not name.endswith(".help") and name not in ("help", "print_config")]
+
+    def holds_options(self, name: str) -> bool:
+        """Whether a name stands for a group of options, such as `method.view`."""
+        return any(option.startswith(name + ".") for option in self.options)
+
+    def takes_class(self, name: str) -> bool:
+        """Whether an option's value is a class with its arguments, or a list of such."""
+        action = self._option_string_actions.get(f"--{name}")
+        may_be_text = str in get_args(getattr(action, "_typehint", None))  # such as the folder of a teacher's run
+        return f"--{name}.help" in self._option_string_actions and not may_be_text and not self.holds_options(name)
+
+    def refuse_unknown(self, values: dict[str, Any], source: str = "") -> None:
+        """Compare the keys of a nested mapping with the options, and arguments of classes with their signatures.
+
+        Raises:
+            UserError: names every key that does not exist, with the one that may be meant.
+        """
+        wrong = list(dict.fromkeys(self._unknown(values)))
+        if wrong:
+            raise UserError((f"{source}: " if source else "") + "; ".join(wrong[:8]))
+
+    def _unknown(self, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        options = self.options
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if self.holds_options(name):
+                if isinstance(value, dict):
+                    yield from self._unknown(value, name + ".")
+                else:
+                    first = next(option for option in options if option.startswith(name + "."))
+                    yield f"{name} holds options, such as {first}, and not {value}"
+            elif name not in options:
+                yield self.explain_unknown(name)
+            elif self.takes_class(name):
+                yield from _wrong_arguments(name, value)
+
+    def explain_unknown(self, name: str) -> str:
+        """What to write instead of an option that does not exist."""
+        parent, _, last = name.rpartition(".")
+        options = self.options
+        new = RENAMED.get(name) or RENAMED.get(last, "")
+        if new in options or self.takes_class(new.rpartition(".")[0]):
+            return f"unknown option {name}; write {new}"
+        if f"{parent}.{new}" in options:
+            return f"unknown option {name}; write {parent}.{new}"
+        if new == VIEW_SIZE:  # of a method whose views have other names
+            sizes = [option for option in options if option.startswith("method.") and option.endswith(".size")]
+            return f"unknown option {name}; write {' and '.join(sizes)}"
+        if new:  # no option
+            return f"unknown option {name}: {new}"
+        same_end = [option for option in options if option.rpartition(".")[2] == last]
+        by_end = {option.rpartition(".")[2]: option for option in options}
+        close = difflib.get_close_matches
+        meant = close(name, same_end, n=1, cutoff=0.0) or close(name, options, n=1, cutoff=0.5)
+        meant = meant or [by_end[end] for end in close(last, list(by_end), n=1, cutoff=0.5)]
+        return f"unknown option {name}" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
+def class_named(name: str) -> type | None:
+    """The class or function of an import path, or the optimizer, schedule or hook of that name; None if there is none."""
+    module, _, last = name.rpartition(".")
+    if not module:
+        return _known_classes().get(name)
+    try:
+        found = getattr(importlib.import_module(module), last, None)
+    except (ImportError, ValueError):
+        return None
+    return found if callable(found) else None
+
+
+def _known_classes() -> dict[str, type]:
+    """Optimizers, schedules and hooks, by their names without a path."""
+    import torch
+
+    import sslbook.loggers
+    import sslbook.optim  # noqa: F401  (defines optimizers)
+    from sslbook.engine.hooks import Hook
+    from sslbook.schedules import Schedule
+
+    known: list[type] = [torch.optim.Optimizer, Schedule, Hook]
+    for kind in known:  # which grows: AdamW is an Adam
+        known += [subclass for subclass in kind.__subclasses__() if not subclass.__name__.startswith("_")]
+    return {kind.__name__: kind for kind in known[3:]}
+
+
+def _wrong_arguments(name: str, value: Any) -> Iterator[str]:
+    """Arguments that the class of an option does not take, and a class that does not exist."""
+    for spec in value if isinstance(value, list) else [value]:
+        if not isinstance(spec, dict):
+            continue
+        if not isinstance(value, list) and (astray := [str(key) for key in spec if key not in CLASS_KEYS]):
+            yield f"{name}: {', '.join(astray)} stand below init_args of a class_path"
+            continue
+        path, given = str(spec.get("class_path", "")), spec.get("init_args") or {}
+        kind = class_named(path)
+        if path and kind is None:
+            yield f"{name}: " + _no_class(path)
+        if kind is None:
+            continue
+        parameters = inspect.signature(kind).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        for key, argument in given.items():
+            if isinstance(argument, dict) and "class_path" in argument:
+                yield from _wrong_arguments(f"{name}.{key}", argument)
+            if key not in parameters and not takes_any:
+                new = RENAMED.get(key)
+                hint = f"; write {new}" if new in parameters else nearest(key, list(parameters))
+                yield f"{name}: unknown option {key!r} of {kind.__name__}{hint}"
+
+
+def _no_class(path: str) -> str:
+    """There is no such class, and which one may be meant."""
+    name = path.rpartition(".")[2]
+    moved = next((new for old, new in RENAMED_CLASSES.items() if name == old or path.startswith(old)), "")
+    if moved:
+        return f"there is no {path}; write {moved + name if moved.endswith('.') else moved}"
+    known = list(_known_classes())
+    return f"there is no {path}{nearest(name, known)} (a name, or the import path of your own)"
+
+
+def _one_line(message: str, error: BaseException | None) -> str:
+    """The option and the innermost reason, of a message that jsonargparse lays out over many lines."""
+    option = ".".join(line.split('"')[1] for line in message.split("\n") if line.lstrip().startswith('Parser key "'))
+    reason = message
+    while error is not None:
+        reason, error = str(error), error.__cause__ or error.__context__
+    for word in ("<class '", "'>", "typing."):
+        reason = reason.replace(word, "")
+    return ((f"--{option}: " if option else "") + " ".join(reason.split()))[:400]

@@ -1,0 +1,211 @@
+"""Recipes, and what a command line of training means.
+
+A run's options are laid one upon the other: a base (`recipes/_shapes.yaml`), the recipe (`recipes/METHOD/shapes.yaml`),
+every `--config FILE` in order, and the options of the command line.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import Namespace
+
+from sslbook import methods
+from sslbook.cli.bounds import check_numbers
+from sslbook.cli.help import answer, is_question
+from sslbook.cli.parser import Parser
+from sslbook.cli.renamed import RENAMED
+from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
+from sslbook.data.loader import Data
+from sslbook.errors import UserError, nearest
+from sslbook.methods.base import Method
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NOT_WRITTEN = ("config", "recipe", "resume", "out_dir")  # options that say where a run stands, not what it is
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method: a name such as `simclr`, or the import path of your own.
+
+    Raises:
+        UserError: there is no such method, or it cannot be imported.
+    """
+    if "." not in name:
+        return methods.load(name)
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"method {name}: cannot be imported ({error})") from None
+    if not isinstance(found, type) or not issubclass(found, Method):
+        raise UserError(f"method {name}: is not a subclass of sslbook.methods.base.Method")
+    return found
+
+
+def recipe_path(method: str, recipe: str) -> Path:
+    """The file of a recipe: a name such as `cifar10`, or a path.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe)
+    folder = RECIPES / (method if method in methods.METHODS else "simclr")  # a method of one's own begins with SimCLR's
+    path = folder / f"{recipe}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        hint = f"; write {RENAMED[recipe]}" if RENAMED.get(recipe) in names else nearest(recipe, names)
+        raise UserError(f"recipe {recipe}: {method} has {', '.join(names)}{hint}")
+    return path
+
+
+def read_recipe(path: Path, accepted: set[str]) -> Values:
+    """A recipe laid upon its base.
+
+    The base is what its key `base` names (`_shapes_masked`, `mae/imagenet`, or a path from the recipe's folder), or else
+    `recipes/_NAME.yaml` for the first word of the recipe's name, if there is such a file.
+
+    Args:
+        path: the recipe.
+        accepted: options of the method. A base may hold more, since several methods share it.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    values = read_yaml(path)
+    default = RECIPES / f"_{path.stem.partition('_')[0]}.yaml"
+    base = values.pop("base", default.stem if path.parent.parent == RECIPES and default.is_file() else None)
+    if base is None:
+        return values
+    named = RECIPES / f"{base}.yaml"
+    below = read_recipe(named if named.is_file() else path.parent / base, accepted)
+    if "method" in below:
+        below["method"] = {key: value for key, value in below["method"].items() if key in accepted}
+    return merge(below, values)
+
+
+def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
+    """The parser of `python -m sslbook.train METHOD`."""
+    parser = Parser(prog=prog, usage=f"{prog} [--recipe NAME] [--config FILE ...] [--OPTION VALUE ...]")
+    parser.add_argument("--recipe", type=str, help="shapes, folder, cifar10, imagenet, or a file")
+    parser.add_argument("--config", type=str, help="a YAML file with options; may be given several times")
+    parser.add_class_arguments(method, "method")
+    parser.add_class_arguments(Data, "data")
+    parser.add_function_arguments(engine, skip={"method", "data", "config"})
+    parser.add_argument(
+        "--report",
+        type=Literal["full", "quick", "none"],
+        default="full",
+        help="what is measured and plotted at the end; quick leaves the trained controls out",
+    )
+    return parser
+
+
+def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Values]:
+    """What a command line of training means.
+
+    Args:
+        argv: the words after `python -m sslbook.train`.
+        engine: the function whose parameters are the options besides those of method and data.
+
+    Returns:
+        The parser, the parsed options, and the resolved configuration as plain values: what is written to the run's
+        folder, and what `--config` accepts back.
+
+    Raises:
+        UserError: an option, a file or a value that does not exist or does not suit.
+        SystemExit: after `--help`, `--print_config` or `--method.backbone.help`.
+    """
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    pairs = split_words(argv if name is None else argv[1:])
+    given = {key: value for key, value in pairs}
+    if "resume" in given:
+        pairs = [(key, "auto" if key == "resume" and value is None else value) for key, value in pairs]
+    layers = [(path, read_yaml(path)) for key, path in pairs if key == "config" and path]
+    if "resume" in given and (written := _config_of_run(given["resume"] or "auto", given.get("out_dir"))):
+        layers.insert(0, (str(written), read_yaml(written)))
+        layers[0][1].pop("init_from", None)  # the run has begun from them already
+    names = [own for path, layer in layers if (own := _method_named(layer))]
+    name = name or (names[-1] if names else "simclr")
+    name = next((short for short, path in methods.METHODS.items() if path == name), name)
+    method = method_class(name)
+    parser = train_parser(method, engine, f"python -m sslbook.train {name}")
+
+    values: Values = {}
+    accepted = {option.split(".")[1] for option in parser.options if option.startswith("method.")}
+    if "recipe" in given or not ("resume" in given and layers):
+        folder = given.get("data.folder") or any(_of_a_folder(layer) for _, layer in layers)
+        path = recipe_path(name, given.get("recipe") or ("folder" if folder else "shapes"))
+        recipe = read_recipe(path, accepted)
+        if "." in name and isinstance(recipe.get("method"), dict):  # SimCLR's recipe for a method of one's own
+            recipe["method"] = {key: value for key, value in recipe["method"].items() if key in accepted}
+        layers.insert(0, (str(path), recipe))
+    for source, layer in layers:
+        layer = with_classes(_method_flat(source, layer, method), parser)
+        layer.pop("recipe", None)
+        parser.refuse_unknown(layer, source)
+        values = merge(values, layer)
+    question = next((pair for pair in pairs if is_question(pair[0])), None)
+    pairs = [pair for pair in pairs if pair[0] not in ("config", "recipe") and not is_question(pair[0])]
+    config = parser.parse(from_words(pairs, values, parser))
+
+    resolved = {key: value for key, value in parser.plain(config).items() if key not in NOT_WRITTEN}
+    path = f"{method.__module__}.{method.__qualname__}"
+    resolved = {"method": {"class_path": path, "init_args": resolved.pop("method")}, **resolved}
+    check_numbers(resolved, engine)
+    if question:
+        answer(*question, parser=parser, resolved=resolved, description=_overview(name, method, source))
+    return parser, config, resolved
+
+
+def _method_named(layer: Values) -> str | None:
+    """The method's import path, in a file that names one."""
+    own = layer.get("method")
+    return str(own["class_path"]) if isinstance(own, dict) and "class_path" in own else None
+
+
+def _method_flat(source: str, layer: Values, method: type[Method]) -> Values:
+    """A file's options with those of the method it names directly below `method`, where the command line has them."""
+    named = _method_named(layer)
+    if named is None:
+        return layer
+    kind = method_class(named)
+    if not issubclass(method, kind):
+        raise UserError(
+            f"{source}: sets options of the method {kind.__name__}; leave out {method.__name__}, or this file"
+        )
+    return {**layer, "method": layer["method"].get("init_args") or {}}
+
+
+def _of_a_folder(layer: Values) -> bool:
+    data = layer.get("data")
+    return isinstance(data, dict) and bool(data.get("folder"))
+
+
+def _config_of_run(resume: str, out_dir: str | None) -> Path | None:
+    path = Path(out_dir) if resume == "auto" and out_dir else Path(resume)
+    if resume != "auto" and not path.exists():
+        raise UserError(f"--resume {resume}: no such run folder or checkpoint")
+    written = (path if path.is_dir() else path.parent) / "config.yaml"
+    return written if written.is_file() else None
+
+
+def _overview(name: str, method: type[Method], recipe: str) -> str:
+    """The first lines of the help: what the method does, which recipes there are, examples."""
+    doc = " ".join((inspect.getdoc(sys.modules[method.__module__]) or "").split("\n\n")[0].split())
+    recipes = ", ".join(sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))) or "none of its own"
+    return f"""{doc}
+Recipes: {recipes} (without --recipe: shapes, or folder with --data.folder).
+Methods: {", ".join(methods.METHODS)}, or the import path of your own.
+
+Examples:
+  python -m sslbook.train                                              SimCLR on Shapes, two minutes on a CPU
+  python -m sslbook.train simclr --data.folder PHOTOS --epochs 50      your own images
+  python -m sslbook.train byol --recipe cifar10 --data.root data       a data set of torchvision
+  torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
+  python -m sslbook.train --resume runs/simclr-shapes                  go on with a run
+
+Values below are those in force under {recipe}."""

@@ -1,0 +1,145 @@
+"""Options as nested mappings: read from YAML and from the command line, and laid one upon the other."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sslbook.cli.parser import CLASS_KEYS, Parser
+from sslbook.errors import UserError, nearest
+
+Values = dict[str, Any]
+"""Nested as in YAML; a class is `{class_path: ..., init_args: {...}}`, and a value may still be a string."""
+
+
+def read_yaml(path: str | Path) -> Values:
+    """The options in a file.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:160]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of options")
+    return values
+
+
+def merge(base: Values, over: Values) -> Values:
+    """`over` laid upon `base`, mapping by mapping; a class that replaces another gets none of its arguments."""
+    if "class_path" in over and _class_name(over) != _class_name(base):
+        return over
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _class_name(spec: Values) -> str:
+    return str(spec.get("class_path")).rpartition(".")[2]  # SGD is torch.optim.SGD
+
+
+def split_words(argv: list[str]) -> list[tuple[str, str | None]]:
+    """`--name value` and `--name=value` as pairs; an option without a value has None.
+
+    Raises:
+        UserError: a word that is no option's value.
+    """
+    pairs: list[tuple[str, str | None]] = []
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            name, has_value, value = word.lstrip("-").partition("=")
+            pairs.append(("help" if name == "h" else name, value if has_value else None))
+        elif pairs and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], word)
+        else:
+            raise UserError(f"unexpected {word}: but for the first word all are --OPTION VALUE")
+    return pairs
+
+
+def from_words(pairs: list[tuple[str, str | None]], below: Values, parser: Parser) -> Values:
+    """`below` with the options of a command line laid upon it, such as `--optimizer.lr 0.1` or `--optimizer SGD`.
+
+    Raises:
+        UserError: an option without a value.
+    """
+    values = below
+    for name, value in pairs:
+        if value is None:
+            raise UserError(f"--{name}: expects a value" if name in parser.options else parser.explain_unknown(name))
+        *path, last = name.split(".")
+        place, chain = values, []
+        for key in path:  # down to the mapping that holds the option; arguments of a class stand in its init_args
+            if "class_path" in place and key not in CLASS_KEYS:
+                place, chain = place.get("init_args", {}), [*chain, "init_args"]
+            place, chain = place.get(key) or {}, [*chain, key]
+            if not isinstance(place, dict):
+                raise UserError(f"unknown option {name}: {'.'.join(path)} is {place}")
+        if "class_path" in place and last not in CLASS_KEYS:
+            place, chain = place.get("init_args", {}), [*chain, "init_args"]
+        old = place.get(last.rstrip("+"))
+        new: Any = value
+        if "dict_kwargs" in chain:  # whose types nobody knows
+            new = yaml.safe_load(value)
+        elif parser.takes_class(name.rstrip("+")) or (isinstance(old, dict) and "class_path" in old):
+            new = class_spec(name, value)
+        if last.endswith("+"):
+            last, new = last[:-1], [*(old or []), *(new if isinstance(new, list) else [new])]
+        layer: Values = {last: new}
+        for key in reversed(chain):
+            layer = {key: layer}
+        values = merge(values, layer)
+    return values
+
+
+def with_classes(values: Values, parser: Parser, prefix: str = "") -> Values:
+    """The same, with every class that is given by its name alone written as a mapping."""
+    out = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and parser.holds_options(name):
+            value = with_classes(value, parser, name + ".")
+        elif parser.takes_class(name):
+            value = [class_spec(name, v) for v in value] if isinstance(value, list) else class_spec(name, value)
+        out[key] = value
+    return out
+
+
+def class_spec(name: str, value: Any) -> Any:
+    """`SGD` as `{class_path: SGD}`, `resnet18` and `timm/NAME` as their classes; mappings, lists and null as they are.
+
+    Raises:
+        UserError: there is no such backbone.
+    """
+    if isinstance(value, str) and (value in ("null", "None") or value[:1] in ("{", "[")):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--{name}: not valid YAML: {value[:160]}") from None
+        return [class_spec(name, item) for item in value] if isinstance(value, list) else value
+    if not isinstance(value, str):
+        return value
+    if not name.endswith("backbone"):
+        return {"class_path": value}
+    if value.startswith(("timm/", "timm:")):
+        return {"class_path": "sslbook.nn.timm_model", "init_args": {"name": value[5:]}}
+    if "." in value:
+        return {"class_path": value}
+    known = backbone_names()
+    if value not in known:
+        raise UserError(f"unknown backbone {value}{nearest(value, known)}; known: {', '.join(known)}, timm/NAME")
+    return {"class_path": f"sslbook.nn.{value}"}
+
+
+def backbone_names() -> list[str]:
+    """The backbones of `sslbook.nn` that a name is enough for."""
+    from sslbook import nn
+
+    return [name for name in dir(nn) if name.startswith(("resnet", "wide_", "vit_")) or name in BACKBONES]
+
+
+BACKBONES = ("ConvNet", "ResNet", "VisionTransformer", "DiscreteEncoder")

@@ -1,0 +1,20 @@
+"""Numbers with a bound, for signatures of constructors: the command line refuses what lies below.
+
+>>> def __init__(self, num_heads: PositiveInt, temperature: PositiveFloat = 0.1) -> None: ...
+
+From Python they are plain `int` and `float`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Above:
+    """Metadata of an annotation: values must be greater than `bound`."""
+
+    bound: float
+
+
+PositiveInt = Annotated[int, Above(0)]
+PositiveFloat = Annotated[float, Above(0)]
