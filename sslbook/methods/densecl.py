@@ -1,73 +1,77 @@
-"""DenseCL: MoCo for every place of the feature map, so that a network also knows where it sees what.
+"""DenseCL: MoCo's contrastive loss for whole images and for matched local features of two views.
 
-Beside MoCo's loss for whole images, each place of one view must find its counterpart in the other view among past
-images' features. Which places correspond is not told but taken from the backbone: the counterpart is the place of the
-other view whose features are the most similar.
+Besides MoCo's loss on global features, the local features at each position of one view must match their counterpart in
+the other view, among a queue of past features. No ground truth gives the correspondence. It comes from the backbone:
+the counterpart is the position of the other view whose features are the most similar.
 
 Wang, Zhang, Shen, Kong and Li, 2021, "Dense contrastive learning for self-supervised visual pre-training"
 (arXiv:2011.09157), equations 1 to 4, section 3. The defaults are those of the authors' code. As there, the second queue
-takes one vector per image, the mean of its dense keys, and correspondence is sought from every place of the query.
+receives one vector per image, the mean of its dense keys, and each position of the query is matched to one of the key.
 
-What differs from the authors' code: the moving average is taken after each optimizer step instead of before each forward
-pass, and batch norm's groups and the shuffling of the keys over them are a choice instead of the number of GPUs, keyed
-by image and epoch, as in our MoCo. OpenMMLab's port leaves the dense loss out of the first 1,000 iterations; the
-authors do not.
+What differs from the authors' code:
+
+- The key encoder is updated after each optimizer step instead of before each forward pass.
+- Batch norm's groups, over which keys are shuffled, are an option instead of the number of GPUs, and the permutation is
+  a function of image and epoch, as in our MoCo.
+- OpenMMLab's port leaves the dense loss out of the first 1,000 iterations; the authors' code and ours do not.
+- Any backbone with a feature map will do, a vision transformer too. Its global features are the mean of the map, so a
+  class token is trained by attention alone: choose a transformer with `pool: mean`.
+- The recipes' cosine schedule moves the learning rate at every step instead of once per epoch.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import MOCO_V2, View
-from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn import EMA, MLP, BatchNorm, Queue, backbone_dim, convert_batch_norm
-from sslbook.nn.vit import VisionTransformer
+from sslbook.nn import EMA, MLP, Queue, backbone_dim, convert_batch_norm
+from sslbook.nn.backbones import require
+from sslbook.nn.feature_map import feature_map
+from sslbook.nn.precision import full_precision
+from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
 from sslbook.schedules import Clock
 
 
 def info_nce(
     q: Float[Tensor, "n dim"], k: Float[Tensor, "n dim"], negatives: Float[Tensor, "size dim"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1+size"]]:
-    """Equations 1 and 2 for unit vectors: the loss, and the logits with the right answer in column 0."""
+    """Equations 1 and 2 for unit vectors: the loss, and the logits with the positive in column 0."""
     positive = (q * k).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, q @ negatives.T], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)), logits
 
 
-def correspondence(f_q: Float[Tensor, "n places dim"], f_k: Float[Tensor, "n places dim"]) -> Int[Tensor, "n places"]:
-    """Equation 4: for every place of the query the place of the key whose features have the greatest cosine to it."""
+def correspondence(f_q: Float[Tensor, "n s dim"], f_k: Float[Tensor, "n s dim"]) -> Int[Tensor, "n s"]:
+    """Equation 4: for every position of the query the position of the key with the greatest cosine similarity."""
     return (F.normalize(f_q, dim=2) @ F.normalize(f_k, dim=2).mT).argmax(dim=2)
 
 
-def feature_map(
-    backbone: nn.Module, x: Float[Tensor, "n 3 h w"]
-) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n places dim"]]:
-    """An image's features as a whole and at every place, from one pass through the backbone."""
-    if isinstance(backbone, VisionTransformer):
-        tokens = backbone.encode(backbone.embed(x))
-        return (tokens[:, 0] if backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)), tokens[:, 1:]
-    places = backbone.forward_map(x).flatten(2).mT  # pyrefly: ignore[not-callable]
-    return places.mean(dim=1), places
+def local_features(backbone: nn.Module, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n s dim"]:
+    """The backbone's feature map, flattened to its S^2 positions; their mean is the global feature."""
+    return feature_map(backbone, x).flatten(2).mT
 
 
 class DenseCL(Method):
     """Dense contrastive learning (arXiv:2011.09157).
 
     Args:
-        backbone: the network to train, one with a feature map (ResNet, ConvNet) or a vision transformer; its batch norm
-            becomes that of `sslbook.nn.BatchNorm`.
-        view: what an image becomes, twice, each augmented independently.
+        backbone: the network to train, with a feature map; its batch norm becomes that of `sslbook.nn.BatchNorm`.
+        view: the augmentation of both views, sampled twice independently.
         projector_dim: width of queries and keys.
-        dense_weight: weight of the dense loss; the loss of whole images has the rest.
-        temperature: divides the similarities.
-        momentum: how much of itself the key encoder keeps at a step.
-        queue_size: keys kept as wrong answers, in each of the two queues.
-        batch_norm_groups: parts of the global batch that batch norm sees separately, 8 as on the authors' 8 GPUs;
+        dense_weight: weight lambda of the dense loss; the global loss has weight 1 - lambda.
+        temperature: divides the cosine similarities.
+        momentum: EMA momentum of the key encoder.
+        queue_size: keys in each of the two queues, the negatives.
+        batch_norm_groups: groups of the global batch that batch norm normalizes separately, 8 for the authors' 8 GPUs;
             the keys are shuffled over them. With 1, all images share their statistics and nothing is shuffled.
+
+    Raises:
+        UserError: the backbone has no feature map.
     """
 
     def __init__(
@@ -82,11 +86,7 @@ class DenseCL(Method):
         batch_norm_groups: int = 8,
     ) -> None:
         super().__init__()
-        if not (isinstance(backbone, VisionTransformer) or hasattr(backbone, "forward_map")):
-            raise UserError(
-                f"DenseCL needs features of every place and cannot use a {type(backbone).__name__}: choose "
-                "sslbook.nn.ResNet, ConvNet or VisionTransformer, or give it a method `forward_map`"
-            )
+        require(backbone, "forward_map", "DenseCL")
         self.view, self.dense_weight = view, dense_weight
         self.temperature, self.momentum = temperature, momentum
         self.backbone = convert_batch_norm(backbone, batch_norm_groups)
@@ -98,40 +98,32 @@ class DenseCL(Method):
         self.key_dense_projector = EMA(self.dense_projector)
         self.queue = Queue(queue_size, projector_dim)
         self.dense_queue = Queue(queue_size, projector_dim)
-        normalizes = any(isinstance(module, BatchNorm) for module in self.backbone.modules())
-        self.shuffles = normalizes and batch_norm_groups > 1
+        self.shuffles = needs_shuffling(self.backbone, batch_norm_groups)
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
 
     @torch.no_grad()
-    def key_features(
-        self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock
-    ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n places dim"]]:
-        """What the key backbone makes of this process's images, among other companions than their queries had."""
-        if not self.shuffles:
-            return feature_map(self.key_backbone.module, x)
-        n, first = len(x), distributed.rank() * len(x)
-        everyone = distributed.all_gather(batch.index)
-        order = rng.uniform(clock.seed, clock.epoch, everyone, rng.METHOD, 1)[:, 0].argsort(stable=True)
-        x = distributed.all_gather(x)[order[first : first + n]]
-        back = order.argsort()[first : first + n]
-        whole, places = feature_map(self.key_backbone.module, x)
-        return distributed.all_gather(whole)[back], distributed.all_gather(places)[back]
+    def key_features(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n s dim"]:
+        """Local features of the key backbone, by shuffling batch norm."""
+        encoder = partial(local_features, self.key_backbone.module)
+        return encode_shuffled(encoder, x, batch.index, clock) if self.shuffles else encoder(x)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         x_q, x_k = batch.views
-        f_q, map_q = feature_map(self.backbone, x_q)
-        f_k, map_k = self.key_features(x_k, batch, clock)
-        q, dense_q = self.projector(f_q), self.dense_projector(map_q)
-        k, dense_k = self.key_projector(f_k), self.key_dense_projector(map_k)
-        with torch.autocast(q.device.type, enabled=False):  # a temperature of 0.2 magnifies rounding
+        f_q = local_features(self.backbone, x_q)  # (n, s, dim)
+        f_k = self.key_features(x_k, batch, clock)  # without gradient, as are all keys
+        # Two heads: one for the global feature, one shared by all positions (section 3.2).
+        q, dense_q = self.projector(f_q.mean(dim=1)), self.dense_projector(f_q)
+        k, dense_k = self.key_projector(f_k.mean(dim=1)), self.key_dense_projector(f_k)
+        with full_precision(q):  # a temperature of 0.2 amplifies rounding errors
             q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
             pooled_k = F.normalize(dense_k.float().mean(dim=1), dim=1)
             dense_q, dense_k = F.normalize(dense_q.float(), dim=2), F.normalize(dense_k.float(), dim=2)
-            match = correspondence(map_q.detach().float(), map_k.float())
-            matched_k = dense_k.gather(1, match[:, :, None].expand_as(dense_k))
-            # Copies, since the backward pass needs these rows after `push` has overwritten some.
+            # Equation 4, from the backbones' features. Detached: an argmax has no gradient.
+            match = correspondence(f_q.detach().float(), f_k.float())
+            matched_k = dense_k.gather(1, match[:, :, None].expand_as(dense_k))  # (n, s, dim)
+            # Equations 1 and 2. The queues are copied, since the backward pass comes after `push` has overwritten rows.
             loss, logits = info_nce(q, k, self.queue.rows.clone(), self.temperature)
             dense_loss, dense_logits = info_nce(
                 dense_q.flatten(0, 1), matched_k.flatten(0, 1), self.dense_queue.rows.clone(), self.temperature

@@ -1,18 +1,21 @@
-"""InterCLR: two views of an image belong together, and so do images of one cluster.
+"""InterCLR: MoCo with a second contrastive loss whose positives are other images of the same online cluster.
 
-MoCo compares a query with the key of its own image. Beside it, a second loss takes for the right answer a feature of
-another image of the same cluster, from a memory whose clusters move with every batch, as in ODC. Such an answer may
-be wrong, so its margin is negative, which asks for less than a tie; wrong answers are drawn from the nearest tenth of
-the memory, neither the hardest nor all.
+MoCo matches a query with the key of its own image (intra-image). The inter-image loss matches it with the feature of an
+image from the same cluster, in a memory bank whose clusters are updated with every batch as in ODC. Such a positive may
+be wrong, so its margin is negative, which demands less similarity. Negatives are semi-hard: sampled from the most
+similar tenth of the memory bank.
 
 Xie, Zhan, Liu, Ong and Loy, 2020, "Delving into inter-image invariance for unsupervised visual representations"
 (arXiv:2008.11702), sections 3.2 to 3.4. Values and order of events are those of the authors' code (MMSelfSup's
-InterCLR-MoCo): clusters by inner product with the plain mean of their features, right answers drawn from the whole
-cluster, margin -0.5 added to the right cosine before the temperature. What differs:
+InterCLR-MoCo): an image belongs to the cluster whose mean feature has the greatest inner product with its own,
+positives are sampled from the whole cluster, and the margin of -0.5 is subtracted from the positive's cosine before the
+temperature divides. What differs:
 
-- Right and wrong answers are drawn with counter-based random numbers, wrong ones with replacement. Those of the own cluster are left out
-  of the softmax, where the authors draw in their place anew.
-- Batch norm's groups, the shuffling of keys and the time of the moving average are those of `sslbook.methods.moco`.
+- Negatives are sampled with replacement. Those of the own cluster are left out of the softmax, where the authors sample
+  others instead.
+- An epoch shows every image once; the authors' sampler chooses images with replacement, so that an epoch shows 63 % of
+  them.
+- Batch norm's groups, the shuffling of keys and the time of the EMA update are those of `sslbook.methods.moco`.
 """
 
 import torch
@@ -25,9 +28,11 @@ from sslbook.data.loader import Batch, Data
 from sslbook.data.views import MOCO_V2, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn import EMA, MLP, BatchNorm, Queue, backbone_dim, convert_batch_norm
+from sslbook.methods.odc import OnlineClusters
+from sslbook.nn import EMA, MLP, Queue, backbone_dim, convert_batch_norm
 from sslbook.nn.kmeans import embed
-from sslbook.nn.online_clusters import OnlineClusters
+from sslbook.nn.precision import full_precision
+from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
 from sslbook.schedules import Clock
 
 
@@ -39,10 +44,15 @@ def info_nce(
     counted: Bool[Tensor, "n k"] | None = None,
     known: Bool[Tensor, "n"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n columns"]]:
-    """Equations 1 and 4 for cosines: the loss, and the logits with the right answer in column 0.
+    """Equations 1 and 4 for cosine similarities: the loss, and the logits with the positive in column 0.
 
-    `margin` is taken from the right cosine: a negative one is content with less. Wrong answers that are not `counted`
-    are left out, and so are rows whose right answer is not `known`; the mean is over those that all processes have.
+    Args:
+        positive: similarity to the positive.
+        negatives: similarities to the negatives.
+        temperature: divides the similarities.
+        margin: subtracted from the positive's similarity; a negative one demands less.
+        counted: which negatives take part; all by default.
+        known: which rows have a positive; the mean is over those of all processes. All by default.
     """
     if counted is not None:
         negatives = negatives.masked_fill(~counted, -torch.inf)
@@ -51,23 +61,24 @@ def info_nce(
     if known is None:
         return F.cross_entropy(logits, target), logits
     each = F.cross_entropy(logits, target, reduction="none")
-    return (each * known).sum() / distributed.all_reduce_mean(known.float().sum()).clamp(
-        min=1e-6
-    ), logits  # none may be known
+    num_known = distributed.all_reduce_mean(known.float().sum()).clamp(min=1e-6)  # it may be 0
+    return (each * known).sum() / num_known, logits
 
 
-def draw_positive(
+def sample_positives(
     label: Int[Tensor, "n"], assignment: Int[Tensor, "images"], sizes: Int[Tensor, "clusters"], u: Float[Tensor, "n"]
 ) -> Int[Tensor, "n"]:
-    """For each label an image of this cluster, chosen by a number in [0, 1)."""
-    members = assignment.argsort(stable=True)  # cluster by cluster, first those of none
+    """For each label an image of this cluster, chosen by a random number in [0, 1)."""
+    members = assignment.argsort(stable=True)  # cluster by cluster, those without one first
     starts = len(assignment) - sizes.sum() + sizes.cumsum(0) - sizes
     return members[starts[label] + (u.double() * sizes[label]).long()]
 
 
-def draw_semihard(similarity: Float[Tensor, "n images"], pool_size: int, u: Float[Tensor, "n k"]) -> Int[Tensor, "n k"]:
-    """For each row some of its `pool_size` most similar images, chosen by numbers in [0, 1) (section 3.3)."""
-    pool = similarity.topk(pool_size, dim=1).indices.sort(dim=1).values  # in an order that rounding cannot change
+def sample_semihard(
+    similarity: Float[Tensor, "n images"], pool_size: int, u: Float[Tensor, "n k"]
+) -> Int[Tensor, "n k"]:
+    """For each row k of its `pool_size` most similar images, chosen by random numbers in [0, 1) (section 3.3)."""
+    pool = similarity.topk(pool_size, dim=1).indices.sort(dim=1).values  # sorted, so that rounding changes no order
     return pool.gather(1, (u.double() * pool_size).long())
 
 
@@ -76,23 +87,26 @@ class InterCLR(Method):
 
     Args:
         backbone: the network to train; its batch norm becomes that of `sslbook.nn.BatchNorm`.
-        view: what an image becomes, twice, each augmented independently.
-        cluster_resize: for the first clustering, the shorter side of an image is brought to this length, and the
-            center of the view's size is seen.
+        view: the augmentation of both views, sampled twice independently.
+        cluster_resize: for the first clustering, the shorter side of an image is resized to this length and a center
+            crop of the view's size is taken, in pixels.
         projector_dim: width of queries and keys.
-        temperature: divides the similarities.
-        momentum: how much of itself the key encoder keeps at a step.
-        queue_size: keys kept as wrong answers within an image.
-        batch_norm_groups: parts of the global batch that batch norm sees separately (see MoCo).
-        num_clusters: how many clusters.
-        margin: taken from the cosine of the right answer between images.
-        intra_weight: weight of the loss within an image.
-        inter_weight: weight of the loss between images.
-        num_negatives: wrong answers between images.
-        pool_size: the most similar images, from which they are drawn.
-        memory_momentum: how much of itself a row of the memory keeps when its image is seen.
+        temperature: divides the cosine similarities.
+        momentum: EMA momentum of the key encoder.
+        queue_size: keys in the queue, the negatives of the intra-image loss.
+        batch_norm_groups: groups of the global batch that batch norm normalizes separately (see MoCo).
+        num_clusters: number of clusters.
+        margin: subtracted from the cosine similarity of the inter-image positive.
+        intra_weight: weight of the intra-image loss.
+        inter_weight: weight of the inter-image loss.
+        num_negatives: negatives of the inter-image loss.
+        pool_size: the most similar images, from which these negatives are sampled.
+        memory_momentum: momentum of the memory bank: a row becomes momentum times itself plus the rest of the new key.
         min_cluster: clusters with fewer images are dissolved.
         centroids_every: steps between updates of all centroids.
+
+    Raises:
+        UserError: in `setup`, if there are fewer images than `pool_size` or than the clusters need.
     """
 
     def __init__(
@@ -126,8 +140,7 @@ class InterCLR(Method):
         self.key_backbone, self.key_projector = EMA(self.backbone), EMA(self.projector)
         self.queue = Queue(queue_size, projector_dim)
         self.clusters = OnlineClusters(num_clusters, projector_dim, memory_momentum, min_cluster)
-        normalizes = any(isinstance(module, BatchNorm) for module in self.backbone.modules())
-        self.shuffles = normalizes and batch_norm_groups > 1
+        self.shuffles = needs_shuffling(self.backbone, batch_norm_groups)
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
@@ -141,49 +154,44 @@ class InterCLR(Method):
         self.clusters.allocate(data.num_train)
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
-        if clock.epoch == 0:
+        if clock.epoch == 0:  # memory bank and clusters start from the initial network's features
             features, index = embed(nn.Sequential(self.backbone, self.projector), data, self.cluster_view)
-            self.clusters.begin(features, index, clock.seed)
+            self.clusters.initialize(features, index, clock.seed)
 
-    @torch.no_grad()
     def keys(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
-        """The keys of this process's images, encoded among other companions than their queries were."""
-        if not self.shuffles:
-            return self.key_projector(self.key_backbone(x))
-        n, first = len(x), distributed.rank() * len(x)
-        everyone = distributed.all_gather(batch.index)
-        order = rng.uniform(clock.seed, clock.epoch, everyone, rng.METHOD, 1)[:, 0].argsort(stable=True)
-        x = distributed.all_gather(x)[order[first : first + n]]
-        k = distributed.all_gather(self.key_projector(self.key_backbone(x)))
-        return k[order.argsort()[first : first + n]]
+        """Outputs of the key encoder, by shuffling batch norm (MoCo, section 3.3)."""
+        encoder = nn.Sequential(self.key_backbone, self.key_projector)
+        return encode_shuffled(encoder, x, batch.index, clock) if self.shuffles else encoder(x)
 
     def inter(self, q: Float[Tensor, "n dim"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, ""]:
-        """The loss between images: equation 4 with answers from the memory, for images that have a cluster."""
+        """The inter-image loss: equation 4 with positives and negatives from the memory bank."""
         rows, assignment = self.clusters.memory.rows, self.clusters.assignment
-        label = assignment[index]
+        label = assignment[index]  # pseudo-labels; -1 for an image without a cluster, which is ignored
         u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + 1, 1 + self.num_negatives)
-        right = draw_positive(label.clamp(min=0), assignment, self.clusters.sizes(), u[:, 0])
-        wrong = draw_semihard(q.detach() @ rows.T, self.pool_size, u[:, 1:])
-        counted = (assignment[wrong] != label[:, None]) & (assignment[wrong] >= 0)
-        negatives = torch.einsum("nd,nkd->nk", q, rows[wrong])
-        positive = (q * rows[right]).sum(dim=1)
-        return info_nce(positive, negatives, self.temperature, self.margin, counted, label >= 0)[0]
+        positive = sample_positives(label.clamp(min=0), assignment, self.clusters.sizes(), u[:, 0])
+        # Detached: which images are similar is a choice without gradient.
+        negative = sample_semihard(q.detach() @ rows.T, self.pool_size, u[:, 1:])  # (n, num_negatives)
+        counted = (assignment[negative] != label[:, None]) & (assignment[negative] >= 0)
+        s_negative = torch.einsum("nd,nkd->nk", q, rows[negative])
+        s_positive = (q * rows[positive]).sum(dim=1)
+        return info_nce(s_positive, s_negative, self.temperature, self.margin, counted, label >= 0)[0]
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         x_q, x_k = batch.views
-        q = self.projector(self.backbone(x_q))
-        k = self.keys(x_k, batch, clock)
-        with torch.autocast(q.device.type, enabled=False):  # a temperature of 0.2 magnifies rounding
+        q = self.projector(self.backbone(x_q))  # queries, (n, dim)
+        k = self.keys(x_k, batch, clock)  # keys without gradient, (n, dim)
+        with full_precision(q):  # a temperature of 0.2 amplifies rounding errors
             q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
-            # A copy of the queue, since the backward pass needs these rows after `push` has overwritten some.
+            # Intra-image loss: MoCo's equation 1. The queue is copied, since the backward pass comes after `push`.
             intra, logits = info_nce((q * k).sum(dim=1), q @ self.queue.rows.clone().T, self.temperature)
             inter = self.inter(q, batch.index, clock)
         self.queue.push(k)
-        changed = self.clusters.move_samples(batch.index, k)
+        # The memory bank receives the keys, and these images move to the nearest centroid (section 3.2).
+        changed = self.clusters.update_samples(batch.index, k)
         return {
             "loss": self.intra_weight * intra + self.inter_weight * inter,
-            "intra": intra.detach(),
-            "inter": inter.detach(),
+            "intra_loss": intra.detach(),
+            "inter_loss": inter.detach(),
             "contrastive_accuracy": 100 * (logits.argmax(dim=1) == 0).float().mean(),
             "changed": 100 * changed,
         }
@@ -192,5 +200,5 @@ class InterCLR(Method):
         self.key_backbone.update(self.backbone, self.momentum)
         self.key_projector.update(self.projector, self.momentum)
         if clock.step % self.centroids_every == 0:
-            self.clusters.move_centroids()
-        self.clusters.deal_with_small_clusters()
+            self.clusters.update_centroids()
+        self.clusters.replace_small_clusters()

@@ -1,24 +1,25 @@
 """MoCo v3: momentum contrast without a queue, for vision transformers as well as for ResNets.
 
-With batches of thousands the other images' keys are wrong answers enough, so the queue goes; a predictor, BYOL's
-batch norm in the heads and both directions come in. Transformers then train but for sudden dips that begin in the
-first layer, and these become rarer when the patch embedding stays as it was drawn.
+With batches of thousands, the keys of the other images are negatives enough, so the queue is dropped. A predictor and
+batch norm in the heads come from BYOL, and the loss is symmetrized over the two views. Training of transformers is
+unstable: accuracy drops suddenly, beginning in the first layer. A frozen, random patch embedding makes this rarer.
 
 Chen, Xie and He, 2021, "An empirical study of training self-supervised vision transformers" (arXiv:2104.02057),
-equation 1, algorithm 1, sections 4 and 5. The defaults are those of the authors' code for ResNet-50 after 100 epochs; for
-transformers see the recipe `imagenet_vit`. As there, the loss is the sum of both directions times twice the temperature.
+equation 1, algorithm 1, sections 4 and 5. The defaults are those of the authors' code for ResNet-50 after 100 epochs;
+for transformers see the recipe `imagenet_vit`. As there, the loss is the sum of both directions times twice the
+temperature.
 
-What differs from the authors' code: the moving average is taken after each step instead of before each forward pass,
-and its momentum counts the step just taken, so that it reaches 1 at the last one; a transformer's fixed positions are
-MAE's table, in which rows and columns have changed places. A transformer's first weights are MAE's too: the authors draw
-the maps to query, key and value each by itself, the class token with a deviation of 1e-6 instead of 0.02, and start the
-patch embedding's bias at zero.
+What differs from the authors' code:
+
+- The key encoder is updated after each step instead of before each forward pass, and its momentum counts the step just
+  taken, so that it reaches 1 at the last one.
+- A transformer's fixed positions are MAE's table, in which rows and columns are exchanged.
+- A transformer's initial weights are MAE's too. The authors initialize the layers to query, key and value separately,
+  the class token with a standard deviation of 1e-6 instead of 0.02, and the patch embedding's bias with zero.
 """
 
-import math
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
-from sslbook.schedules import Clock
+from sslbook.nn.precision import full_precision
+from sslbook.schedules import Clock, Cosine
 
 VIEW_1 = replace(BYOL_1, crop=(0.2, 1.0), interpolation="bilinear")
 VIEW_2 = replace(BYOL_2, crop=(0.2, 1.0), interpolation="bilinear")
@@ -38,16 +40,11 @@ VIEW_2 = replace(BYOL_2, crop=(0.2, 1.0), interpolation="bilinear")
 def contrastive_loss(
     q: Float[Tensor, "n dim"], k: Float[Tensor, "n dim"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n all"]]:
-    """Equation 1 times 2 x temperature: each query's own key among the keys of all processes; and the logits."""
+    """Equation 1 times twice the temperature, with the keys of all processes as candidates; and the logits."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     logits = q @ distributed.all_gather(k).T / temperature
-    own = distributed.rank() * len(q) + torch.arange(len(q), device=q.device)
-    return 2 * temperature * F.cross_entropy(logits, own), logits
-
-
-def key_momentum(base: float, progress: float) -> float:
-    """From `base` to 1 along half a cosine (section 5.1)."""
-    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+    positive = distributed.own_rows(len(q), q.device)
+    return 2 * temperature * F.cross_entropy(logits, positive), logits
 
 
 class MoCoV3(Method):
@@ -55,17 +52,17 @@ class MoCoV3(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what an image becomes at first.
-        view_2: what it becomes the second time.
+        view_1: augmentation of the first view.
+        view_2: augmentation of the second view.
         hidden_dim: hidden width of projector and predictor.
         projector_dim: width of queries and keys.
         projector_num_layers: linear layers in the projector; 2 for a ResNet, 3 for a transformer.
-        predictor_batch_norm: normalize the predictor's output; false for a ResNet, true for a transformer.
-        temperature: divides the similarities; 1 for a ResNet, 0.2 for a transformer.
-        momentum: how much of itself the key encoder keeps at a step, in the beginning; rises to 1.
-        freeze_patch_embedding: leave a transformer's patch embedding as it was drawn at random.
-        projector: another network behind the backbone, instead of the one that these describe.
-        predictor: another network from one projection to the other.
+        predictor_batch_norm: batch norm at the predictor's output; false for a ResNet, true for a transformer.
+        temperature: divides the cosine similarities; 1 for a ResNet, 0.2 for a transformer.
+        momentum: EMA momentum m of the key encoder at the start; it rises to 1 along half a cosine.
+        freeze_patch_embedding: keep a transformer's patch embedding at its random initialization.
+        projector: another network behind the backbone, instead of the one that these options describe.
+        predictor: another network from the queries' projections to queries.
     """
 
     def __init__(
@@ -84,7 +81,8 @@ class MoCoV3(Method):
         predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.view_1, self.view_2, self.temperature, self.momentum = view_1, view_2, temperature, momentum
+        self.view_1, self.view_2, self.temperature = view_1, view_2, temperature
+        self.momentum = Cosine(momentum, 1.0)  # section 5.1
         self.backbone = backbone
         embedding = getattr(backbone, "patch_embed", None)
         if freeze_patch_embedding and isinstance(embedding, nn.Module):
@@ -105,16 +103,19 @@ class MoCoV3(Method):
         return (self.view_1, self.view_2)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        # Algorithm 1: queries pass through the predictor, keys do not; each is (n, dim).
         q_1, q_2 = [self.predictor(self.projector(self.backbone(x))).float() for x in batch.views]
+        # Keys carry no gradient: the key encoder is the EMA of the query encoder.
         k_1, k_2 = [self.key_projector(self.key_backbone(x)).float() for x in batch.views]
-        with torch.autocast(q_1.device.type, enabled=False):  # small temperatures magnify rounding
+        with full_precision(q_1):  # small temperatures amplify rounding errors
+            # Symmetrized: each view is the query once. The other images' keys are the negatives.
             loss_1, logits = contrastive_loss(q_1, k_2, self.temperature)
             loss_2, _ = contrastive_loss(q_2, k_1, self.temperature)
-        own = distributed.rank() * len(q_1) + torch.arange(len(q_1), device=q_1.device)
-        accuracy = 100 * (logits.argmax(dim=1) == own).float().mean()
+        positive = distributed.own_rows(len(q_1), q_1.device)
+        accuracy = 100 * (logits.argmax(dim=1) == positive).float().mean()
         return {"loss": loss_1 + loss_2, "contrastive_accuracy": accuracy, "feature_std": feature_std(k_1)}
 
     def after_step(self, clock: Clock) -> None:
-        momentum = key_momentum(self.momentum, clock.progress)
+        momentum = self.momentum(clock)
         self.key_backbone.update(self.backbone, momentum)
         self.key_projector.update(self.projector, momentum)

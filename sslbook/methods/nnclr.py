@@ -1,13 +1,16 @@
-"""NNCLR: the right answer is not the other view of the image but that view's nearest neighbor among past images.
+"""NNCLR: contrastive learning whose positive is the other view's nearest neighbor in a queue of past features.
 
-Augmentation can only produce the variations somebody thought of; two images of the same kind differ in more. So the
-projection of one view looks up its nearest neighbor in a queue, and the other view must find this neighbor among those
-of the whole batch, by a softmax over similarities as in SimCLR, behind a predictor.
+Augmentation can only produce the variations that its designer thought of; two images of the same class differ in more.
+So the projection of one view is replaced by its nearest neighbor among past projections. The prediction of the other
+view must match this neighbor, by a softmax over the similarities of the batch as in SimCLR.
 
 Dwibedi, Aytar, Tompson, Sermanet and Zisserman, 2021, "With a little help from my friends: nearest-neighbor contrastive
-learning of visual representations" (arXiv:2104.14548), equation 3, algorithm 1. The defaults are the paper's; the
-authors published no code. The loss is algorithm 1's: each neighbor looks for its own view among the batch's predictions,
-averaged over the two ways to pair the views, and the queue takes the projections of the first view.
+learning of visual representations" (arXiv:2104.14548), equations 3 and 4, algorithm 1. The defaults are the paper's; its
+authors published no code. Where the paper leaves a choice:
+
+- The loss is algorithm 1's: each neighbor is compared with the predictions of the whole batch, and the two ways to pair
+  the views are averaged.
+- The queue receives the projections of the first view.
 """
 
 import torch
@@ -20,6 +23,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 
@@ -32,10 +36,9 @@ def nearest_neighbors(z: Float[Tensor, "n dim"], support: Float[Tensor, "size di
 def info_nce(
     neighbors: Float[Tensor, "n dim"], p: Float[Tensor, "n dim"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n all"]]:
-    """Equation 3 for unit vectors: each neighbor's own view among the predictions of all processes; and the logits."""
+    """Equation 3 for unit vectors, with the predictions of all processes as candidates; and the logits."""
     logits = neighbors @ distributed.all_gather_with_grad(p).T / temperature
-    own = distributed.rank() * len(p) + torch.arange(len(p), device=p.device)
-    return F.cross_entropy(logits, own), logits
+    return F.cross_entropy(logits, distributed.own_rows(len(p), p.device)), logits
 
 
 class NNCLR(Method):
@@ -43,15 +46,15 @@ class NNCLR(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what an image becomes at first.
-        view_2: what it becomes the second time.
+        view_1: augmentation of the first view.
+        view_2: augmentation of the second view.
         hidden_dim: hidden width of the projector.
-        projector_dim: width of the projection, in which neighbors are sought.
+        projector_dim: width of the projection, in which neighbors are searched.
         predictor_dim: hidden width of the predictor.
-        temperature: divides the similarities.
-        queue_size: past projections among which neighbors are sought.
-        projector: another network behind the backbone; it must give `projector_dim` values.
-        predictor: another network from one projection to the other.
+        temperature: divides the cosine similarities.
+        queue_size: past projections in the queue, the paper's support set.
+        projector: another network behind the backbone; its outputs must be `projector_dim` wide.
+        predictor: another network from projections to predictions.
     """
 
     def __init__(
@@ -78,20 +81,21 @@ class NNCLR(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view_1, self.view_2)
 
-    def answer(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
-        """What the other view must find."""
+    def positives(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+        """What replaces each projection as the positive of the other view: its nearest neighbor in the queue."""
         return nearest_neighbors(z, self.queue.rows)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]
-        p_1, p_2 = self.predictor(z_1), self.predictor(z_2)
-        with torch.autocast(z_1.device.type, enabled=False):  # a temperature of 0.1 magnifies rounding tenfold
+        z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]  # projections, (n, dim)
+        p_1, p_2 = self.predictor(z_1), self.predictor(z_2)  # predictions, (n, dim)
+        with full_precision(z_1):  # a temperature of 0.1 amplifies rounding errors tenfold
             z_1, z_2, p_1, p_2 = [F.normalize(x.float(), dim=1) for x in (z_1, z_2, p_1, p_2)]
-            n_1, n_2 = self.answer(z_1), self.answer(z_2)
-            loss_1, logits = info_nce(n_1, p_2, self.temperature)
+            # Neighbors carry no gradient: they are past features. It flows through the predictions alone.
+            n_1, n_2 = self.positives(z_1), self.positives(z_2)
+            loss_1, logits = info_nce(n_1, p_2, self.temperature)  # equation 3, symmetrized
             loss_2, _ = info_nce(n_2, p_1, self.temperature)
-        self.queue.push(z_1)
-        own = distributed.rank() * len(z_1) + torch.arange(len(z_1), device=z_1.device)
+        self.queue.push(z_1)  # after the search, so that no view finds itself
+        own = distributed.own_rows(len(z_1), z_1.device)
         return {
             "loss": (loss_1 + loss_2) / 2,
             "contrastive_accuracy": 100 * (logits.argmax(dim=1) == own).float().mean(),

@@ -1,19 +1,20 @@
-"""Relative location: given two patches of an image, on which of eight sides of the first does the second lie?
+"""Relative location: classify at which of eight positions around a center patch another patch of the image lies.
 
-One patch is the center of a 3x3 grid, the other one of its eight neighbors; the same network looks at each alone, and a
-small head compares what it says of the two. To know that the ear lies above the eye, one has to know ears and eyes.
+The center patch of a 3x3 grid and one of its eight neighbors are encoded separately by the same network. A small head
+predicts the neighbor's position from both features. To know that the ear lies above the eye, the network has to
+recognize ears and eyes.
 
 Doersch, Gupta and Efros, 2015, "Unsupervised visual representation learning by context prediction" (arXiv:1505.05192),
 section 3; gaps and jitter between patches against trivial shortcuts: section 3.1. The authors trained a network like
-AlexNet on patches of 96 pixels with gaps of about half a patch. The defaults here are those that later work used for
-ResNet-50: a grid of 85-pixel cells in 255 pixels, patches of 64, a head with one hidden layer. As there, all eight pairs
-of an image are in one batch. What differs:
+AlexNet on patches of 96 pixels with gaps of about half a patch. The defaults here are those of OpenMMLab for ResNet-50:
+cells of 85 pixels in an image of 255, patches of 64, a head with one hidden layer, and all eight pairs of an image in
+one batch. What differs from them:
 
 - The center is encoded once for its eight pairs instead of eight times, so batch norm counts it once.
-- The authors keep two colors of three for noise, since lenses bend colors differently and the fringes tell a patch's
-  place in the image; here, as in the later work, most images lose their color.
-- The head of the later work has dropout, which is left out, and batch norm whose running statistics take 0.003 of each
-  batch; here they take 0.1.
+- Against chromatic aberration, which reveals where in the image a patch lies, the authors replace two of three color
+  channels by noise. Here, as at OpenMMLab, two thirds of the images become gray.
+- OpenMMLab's head has dropout, which is left out, and a momentum of 0.003 in batch norm's running statistics; here the
+  momentum is 0.1.
 - The view is a crop of about the size that theirs has after a resize to 292 pixels.
 """
 
@@ -24,37 +25,40 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
-from sslbook.data.patches import PLACES, check_patches, cut_patches
+from sslbook.data.patch_grid import NUM_PATCHES, check_patches, cut_patches
 from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.schedules import Clock
 
 VIEW = View(size=255, crop=(0.5, 0.75), ratio=(1.0, 1.0), flip=0.0, grayscale=0.66)
-CENTER = PLACES // 2
+CENTER = NUM_PATCHES // 2
 
 
 def pair_with_center(x: Float[Tensor, "batch 9 dim"]) -> Float[Tensor, "8*batch 2*dim"]:
-    """Every neighbor's features behind the center's; the eight pairs of an image follow each other, row by row."""
+    """The center's features concatenated with each neighbor's; the eight pairs of an image are consecutive rows."""
     neighbors = torch.cat([x[:, :CENTER], x[:, CENTER + 1 :]], dim=1)
     pairs = torch.cat([x[:, CENTER : CENTER + 1].expand_as(neighbors), neighbors], dim=2)
     return rearrange(pairs, "batch pair dim -> (batch pair) dim")
 
 
 def targets(batch_size: int, device: torch.device) -> Int[Tensor, "8*{batch_size}"]:
-    """On which side of the center each row of `pair_with_center` lies, from 0 (above left) to 7 (below right)."""
-    return repeat(torch.arange(PLACES - 1, device=device), "pair -> (batch pair)", batch=batch_size)
+    """The neighbor's position in each row of `pair_with_center`, from 0 (above left) to 7 (below right)."""
+    return repeat(torch.arange(NUM_PATCHES - 1, device=device), "pair -> (batch pair)", batch=batch_size)
 
 
 class RelativeLocation(Method):
     """Relative location of patches (arXiv:1505.05192).
 
     Args:
-        backbone: the network to train; it sees patches.
-        view: what an image becomes before it is cut; it must hold three cells in a row.
+        backbone: the network to train; its inputs are patches.
+        view: augmentation of an image before patches are cut; at least three cells wide.
         cell_size: side of a cell of the 3x3 grid, in pixels.
-        patch_size: side of the patch that is cut from a cell, at a random place.
+        patch_size: side of the patch cut at a random position of a cell, in pixels.
         hidden_dim: hidden width of the head.
+
+    Raises:
+        UserError: the cells do not fit into the view, or a patch not into a cell.
     """
 
     def __init__(
@@ -69,17 +73,20 @@ class RelativeLocation(Method):
         check_patches(view, cell_size, patch_size)
         self.view, self.cell_size, self.patch_size = view, cell_size, patch_size
         self.backbone = backbone
-        self.head = MLP(2 * backbone_dim(backbone), hidden_dim, PLACES - 1)
+        self.head = MLP(2 * backbone_dim(backbone), hidden_dim, NUM_PATCHES - 1)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        patches = cut_patches(images, batch.index, self.cell_size, self.patch_size, clock)
-        x = self.backbone(rearrange(patches, "batch place c h w -> (batch place) c h w"))
-        x = rearrange(x, "(batch place) dim -> batch place dim", place=PLACES)
-        logits = self.head(pair_with_center(x)).float()
+        # Gaps and jitter between patches hide continued lines (section 3.1).
+        patches = cut_patches(images, batch.index, self.cell_size, self.patch_size, clock)  # (batch, 9, 3, h, w)
+        # Siamese encoding: each patch alone, all with the same weights (figure 3).
+        x = self.backbone(rearrange(patches, "batch patch c h w -> (batch patch) c h w"))
+        x = rearrange(x, "(batch patch) dim -> batch patch dim", patch=NUM_PATCHES)
+        # Only the head sees both features of a pair; it classifies one of eight positions (section 3).
+        logits = self.head(pair_with_center(x)).float()  # (8 batch, 8)
         y = targets(len(images), images.device)
         accuracy = 100 * (logits.argmax(dim=1) == y).float().mean()
         return {"loss": F.cross_entropy(logits, y), "location_accuracy": accuracy}

@@ -1,12 +1,14 @@
-"""Rotation prediction: turn an image by a multiple of 90 degrees and ask a network which one.
+"""Rotation prediction (RotNet): rotate an image by a multiple of 90 degrees and classify by which one.
 
-To tell, the network must know which way up things are, and therefore what they are. There is no second network, no pair
-of views, nothing but a classifier with four classes.
+To recognize the rotation, the network must know which way up objects are, and therefore what they are. There is no
+second network and no pair of views, only a classifier with four classes.
 
 Gidaris, Singh and Komodakis, 2018, "Unsupervised representation learning by predicting image rotations"
 (arXiv:1803.07728), section 3.1; equation 2 is the loss. As in the authors' code, all four rotations of an image are in
-one batch. They trained AlexNet and NIN; the defaults here are those that later work used for ResNet-50: random resized
-crops, batch norm over all processes and one linear layer on the pooled features.
+one batch. What differs:
+
+- The authors trained AlexNet and NIN; the defaults are those of OpenMMLab for ResNet-50, with random resized crops,
+  batch norm over all processes and one linear layer on the pooled features.
 """
 
 import torch
@@ -25,13 +27,13 @@ VIEW = View(crop=(0.08, 1.0))
 
 
 def rotate(x: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "4*batch channels side side"]:
-    """All four rotations: first every image as it is, then all by 90, 180 and 270 degrees counterclockwise."""
-    turned = [torch.rot90(x, k, dims=(2, 3)) for k in range(4)]
-    return rearrange(turned, "rotation batch c h w -> (rotation batch) c h w")
+    """All four rotations: first the images as they are, then all by 90, 180 and 270 degrees counterclockwise."""
+    rotated = [torch.rot90(x, k, dims=(2, 3)) for k in range(4)]
+    return rearrange(rotated, "rotation batch c h w -> (rotation batch) c h w")
 
 
 def targets(batch_size: int, device: torch.device) -> Int[Tensor, "4*{batch_size}"]:
-    """Which rotation each row of `rotate` shows."""
+    """The class of each row of `rotate`: 0 to 3 for 0, 90, 180 and 270 degrees."""
     return torch.arange(4, device=device).repeat_interleave(batch_size)
 
 
@@ -40,7 +42,7 @@ class Rotation(Method):
 
     Args:
         backbone: the network to train.
-        view: what an image becomes before it is rotated.
+        view: augmentation of an image before it is rotated.
     """
 
     def __init__(self, backbone: nn.Module, view: View = VIEW) -> None:
@@ -54,8 +56,8 @@ class Rotation(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (x,) = batch.views
-        y = targets(len(x), x.device)
-        logits = self.head(self.backbone(rotate(x))).float()
-        loss = F.cross_entropy(logits, y)
+        y = targets(len(x), x.device)  # the labels are free: we rotated the images ourselves
+        logits = self.head(self.backbone(rotate(x))).float()  # (4 batch, 4)
+        loss = F.cross_entropy(logits, y)  # equation 2: the mean over images and their four rotations
         accuracy = 100 * (logits.argmax(dim=1) == y).float().mean()
         return {"loss": loss, "rotation_accuracy": accuracy}

@@ -1,8 +1,8 @@
-"""SimCLR: two random views of an image should be recognized as belonging together among all views of the batch.
+"""SimCLR: contrastive learning of two views per image against all other views of the batch (NT-Xent loss).
 
-Every view is a question with one right answer, its partner, and all other images of the batch as wrong ones; a
-softmax over cosine similarities scores it. What the views share, the network must see, and what the augmentation
-changes, it may forget. The similarities are taken behind a projector that is thrown away afterwards.
+Each view is an anchor whose positive is the other view of the same image; the views of all other images are negatives.
+A softmax over cosine similarities must select the positive, so features keep what the views share and may discard what
+augmentation changes. Similarities are measured behind a projector, which is discarded after training.
 
 Chen, Kornblith, Norouzi and Hinton, 2020, "A simple framework for contrastive learning of visual representations"
 (arXiv:2002.05709), equation 1 and algorithm 1. The defaults are those of the authors' code, which differs from the
@@ -11,7 +11,9 @@ paper:
 - its loss is the mean over images of the SUM of both views' terms, twice the paper's mean over all views;
 - its projector has three layers with batch norm after each, the last without shift (paper: two layers, no batch norm).
 
-Images are normalized by ImageNet's mean and deviation here; the authors leave them between 0 and 1.
+What differs from both:
+
+- Images are normalized by ImageNet's mean and standard deviation; the authors leave them between 0 and 1.
 """
 
 import torch
@@ -24,6 +26,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import SIMCLR, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 
@@ -32,7 +35,7 @@ def similarities(
 ) -> tuple[Float[Tensor, "n all"], Float[Tensor, "n all"]]:
     """Cosine similarity of the rows of `z_1` to those of `z_2`, then to those of `z_1`, in all processes.
 
-    A row's similarity to itself, which answers nothing, is minus infinity.
+    The similarity of a row to itself is set to minus infinity: a view is not its own negative.
     """
     z_1, z_2 = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
     s_12 = z_1 @ distributed.all_gather_with_grad(z_2).T
@@ -43,14 +46,14 @@ def similarities(
 def nt_xent(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperature: float) -> Float[Tensor, ""]:
     """The normalized temperature-scaled cross-entropy (equation 1), summed over the two views of an image.
 
-    Rows of equal number belong together. With several processes each passes its own rows and gets the mean over them,
-    against the rows of all processes.
+    Row i of `z_1` and row i of `z_2` are a positive pair. With several processes each passes its own rows and gets the
+    mean over them, against the rows of all processes.
     """
-    positive = distributed.rank() * len(z_1) + torch.arange(len(z_1), device=z_1.device)
+    target = distributed.own_rows(len(z_1), z_1.device)  # the column of each anchor's positive
     loss = z_1.new_zeros(())
-    for anchor, partner in ((z_1, z_2), (z_2, z_1)):
-        logits = torch.cat(similarities(anchor, partner), dim=1) / temperature
-        loss = loss + F.cross_entropy(logits, positive)
+    for anchor, positive in ((z_1, z_2), (z_2, z_1)):
+        logits = torch.cat(similarities(anchor, positive), dim=1) / temperature  # (n, 2 all)
+        loss = loss + F.cross_entropy(logits, target)
     return loss
 
 
@@ -59,11 +62,11 @@ class SimCLR(Method):
 
     Args:
         backbone: the network to train.
-        view: what an image becomes, twice, each augmented independently.
-        temperature: divides the similarities; the smaller, the more the hardest wrong answers count.
+        view: the augmentation of both views, sampled twice independently.
+        temperature: divides the cosine similarities; the lower, the more the most similar negatives weigh.
         projector_num_layers: linear layers in the projector; 3 in the authors' code, 2 in the paper.
-        projector_dim: width of the projection in which similarity is measured.
-        projector: another network between backbone and loss, instead of the one that these two describe.
+        projector_dim: width of the projection z, in which similarity is measured.
+        projector: another network between backbone and loss, instead of the one that these two options describe.
     """
 
     def __init__(
@@ -87,15 +90,16 @@ class SimCLR(Method):
         return (self.view, self.view)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        # One pass over both views, so that batch norm sees them together, as in the authors' code.
-        z = self.projector(self.backbone(torch.cat(batch.views)))
-        with torch.autocast(z.device.type, enabled=False):  # a temperature of 0.1 magnifies rounding tenfold
+        # h = f(x), z = g(h) (section 2.1). One pass over both views, so that batch norm's statistics are over both
+        # of them, as in the authors' code.
+        z = self.projector(self.backbone(torch.cat(batch.views)))  # (2n, dim)
+        with full_precision(z):  # a temperature of 0.1 amplifies rounding errors tenfold
             z_1, z_2 = z.float().chunk(2)
             loss = nt_xent(z_1, z_2, self.temperature)
             return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
 
     def _measure(self, z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> dict[str, Tensor]:
-        """How often the partner is the most similar view, how close partners are and how evenly views spread.
+        """How often the positive is the most similar view, and the alignment and uniformity of the projections.
 
         Alignment and uniformity: Wang and Isola, 2020 (arXiv:2005.10242), equations 5 and 6.
         """

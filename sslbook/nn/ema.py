@@ -1,4 +1,4 @@
-"""A teacher that follows its student slowly."""
+"""EMA: a teacher (target network, momentum encoder) whose weights are a moving average of the student's."""
 
 from copy import deepcopy
 from typing import Any
@@ -12,8 +12,9 @@ from sslbook.errors import UserError
 class EMA(nn.Module):
     """A copy of a module whose parameters are the exponential moving average of the original's.
 
-    Buffers are not averaged and not copied: the teacher runs in training mode on its own images, so its batch norm
-    gathers running statistics that fit its own weights, as in the code of MoCo and BYOL. Drop path is for students only.
+    Buffers are neither averaged nor copied. The teacher runs in training mode on its own images, so its batch norm
+    collects running statistics that fit its own weights, as in the code of MoCo and BYOL. Drop path is switched off.
+    Outputs carry no gradient.
 
     Args:
         online: the module to copy.
@@ -22,7 +23,7 @@ class EMA(nn.Module):
     def __init__(self, online: nn.Module) -> None:
         super().__init__()
         self.module = deepcopy(online).requires_grad_(False)
-        self._online = (online,)  # in a tuple, so that it does not count as a part of the teacher
+        self._online = (online,)  # in a tuple, so that it is not registered as a submodule
         for part in self.module.modules():
             for name in ("drop_path", "drop_prob"):  # ours is a number, timm's a module with one
                 if isinstance(getattr(part, name, None), float):
@@ -33,13 +34,17 @@ class EMA(nn.Module):
         return self.module(*inputs)
 
     def restart(self) -> None:
-        """Become a copy of the online module again, parameters and buffers: it was given other weights."""
+        """Copies the online module again, parameters and buffers, after it was given other weights."""
         self.module.load_state_dict(self._online[0].state_dict())
 
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: float) -> None:
-        """Every parameter becomes `momentum` times itself plus `1 - momentum` times the online one."""
+        """One step: parameter = momentum * parameter + (1 - momentum) * online parameter.
+
+        Raises:
+            UserError: `momentum` is not between 0 and 1.
+        """
         if not -1e-6 <= momentum <= 1 + 1e-6:  # a schedule rounds
-            raise UserError(f"the teacher's momentum is {momentum}: give a number from 0 to 1")
+            raise UserError(f"the EMA momentum is {momentum}: give a number from 0 to 1")
         for mine, theirs in zip(self.module.parameters(), online.parameters(), strict=True):
             mine.lerp_(theirs.to(mine.dtype), 1 - momentum)

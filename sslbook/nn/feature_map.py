@@ -1,4 +1,4 @@
-"""From a feature map back to pixels."""
+"""Predictions at the resolution of pixels from a backbone's feature map (context encoder, colorization)."""
 
 import copy
 from collections.abc import Sequence
@@ -8,35 +8,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook.errors import UserError
+from sslbook.nn.backbones import require
 
 
 def feature_map(
     backbone: nn.Module, x: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch dim rows columns"]:
-    """What a backbone says of every place, before pooling."""
+    """The backbone's last feature map, before pooling."""
     model: Any = backbone
     return model.forward_map(x)
 
 
 def map_side(backbone: nn.Module, size: int, method: str) -> int:
-    """Rows of the feature map that a backbone makes of images of this size; a `UserError` if it makes none."""
-    if not hasattr(backbone, "forward_map"):
-        raise UserError(
-            f"{method} draws from a feature map and a {type(backbone).__name__} makes none: "
-            "choose sslbook.nn.ResNet or sslbook.nn.ConvNet, or give the backbone a method forward_map"
-        )
+    """Rows of the feature map for images of `size` pixels; nothing is computed.
+
+    Raises:
+        UserError: the backbone has no feature map.
+    """
+    require(backbone, "forward_map", method)
     shapes_only = copy.deepcopy(backbone).to("meta").eval()
     with torch.no_grad():
         return feature_map(shapes_only, torch.empty(1, 3, size, size, device="meta")).shape[2]
 
 
 class UpConvolutions(nn.Sequential):
-    """Up-convolutions with batch norm, each of which doubles rows and columns, and a linear layer per place at the end.
+    """Transposed convolutions with batch norm, each of which doubles rows and columns, then a 1x1 convolution.
 
     Args:
         in_dim: channels of the feature map.
-        widths: channels after every up-convolution; none: only the linear layer.
+        widths: channels after each transposed convolution; empty for the 1x1 convolution alone.
         out_dim: channels of the result.
     """
 

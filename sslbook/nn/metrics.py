@@ -1,4 +1,4 @@
-"""Whether a network still says different things of different images."""
+"""A measure of collapse that methods log."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from sslbook import distributed
 
 @torch.no_grad()
 def feature_std(z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
-    """How far apart the normalized rows of all processes lie: 0 if all are the same, about 1 on the whole sphere.
+    """Mean standard deviation of the normalized features' coordinates, times sqrt(dim), over all processes.
 
-    The deviation of a coordinate is 1 / sqrt(dim) for directions without preference (SimSiam, arXiv:2011.10566,
-    section 4.1), hence the factor.
+    0 if all features are the same (collapse), about 1 if they are uniform on the sphere, where a coordinate's standard
+    deviation is 1 / sqrt(dim). SimSiam (arXiv:2011.10566), section 4.1, plots it without the factor.
     """
     z = F.normalize(distributed.all_gather(z.float()), dim=1)
     return z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5

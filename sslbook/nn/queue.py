@@ -1,4 +1,4 @@
-"""The latest features, first in, first out."""
+"""Queue of the latest features: first in, first out (MoCo, NNCLR)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,16 @@ from sslbook.errors import at_least_one
 
 
 class Queue(nn.Module):
-    """A ring of the last `size` rows pushed by all processes together, in float32.
+    """A ring buffer of the last `size` rows pushed by all processes together, in float32.
 
-    It starts as random directions that are the same in every process.
+    It starts as random unit vectors, the same in every process.
 
     Args:
         size: rows kept.
         dim: width of a row.
+
+    Raises:
+        UserError: `size` is below 1.
     """
 
     rows: Tensor
@@ -31,10 +34,10 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, x: Float[Tensor, "n dim"]) -> None:
-        """Puts the rows of all processes in place of the oldest; wraps around where they do not fit evenly."""
+        """Replaces the oldest rows by those of all processes; wraps around where they do not fit evenly."""
         x = distributed.all_gather(x.float())
         size = len(self.rows)
-        place = (self.pointer + torch.arange(len(x), device=x.device)) % size
-        # Of more rows than the ring holds only the last remain: two writes to one place would race.
-        self.rows[place[-size:]] = x[-size:]
+        position = (self.pointer + torch.arange(len(x), device=x.device)) % size
+        # Of more rows than the ring holds only the last remain: two writes to one position would race.
+        self.rows[position[-size:]] = x[-size:]
         self.pointer.add_(len(x)).remainder_(size)

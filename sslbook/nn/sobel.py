@@ -1,4 +1,4 @@
-"""Edges instead of colors."""
+"""Sobel filtering: a backbone whose input is the horizontal and vertical gradient of the gray image."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from sslbook.nn.backbones import backbone_dim, build, describe
 
 
 class Sobel(nn.Module):
-    """A backbone that sees an image's gray edges: its horizontal and vertical Sobel gradients.
+    """A backbone behind a Sobel filter, which removes color (DeepCluster, arXiv:1807.05520, section 3.3).
 
-    They take the places of red and green; blue is zero, and the weights for it stay what they were. (DeepCluster's
-    networks have two input channels instead, which is the same function.)
+    The horizontal gradient replaces red and the vertical one green. Blue is zero, and the weights for it never change.
+    (DeepCluster's networks have two input channels instead, which is the same function.)
 
     Args:
         backbone: a network for images of three channels.
@@ -29,11 +29,11 @@ class Sobel(nn.Module):
         self.dim = backbone_dim(backbone)
         self.init_args = {"backbone": describe(backbone)}
         horizontal = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        filters = torch.stack([horizontal, horizontal.T])[:, None] / 3  # of the mean of three colors
+        filters = torch.stack([horizontal, horizontal.T])[:, None] / 3  # gray: the mean of three channels
         self.register_buffer("filters", filters, persistent=False)
 
     def edges(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        """What the backbone sees."""
+        """Horizontal gradient, vertical gradient and zeros, the input of the backbone."""
         edges = F.conv2d(x.sum(dim=1, keepdim=True), self.filters.to(x.dtype), padding=1)
         return F.pad(edges, (0, 0, 0, 0, 0, 1))
 
@@ -46,5 +46,5 @@ class Sobel(nn.Module):
 
 
 def sobel(backbone: dict[str, Any]) -> Sobel:
-    """The network of an exported description, with fresh weights."""
+    """The network that an exported description names, with freshly initialized weights."""
     return Sobel(build(backbone))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslbook.data.loader import Batch
 from sslbook.errors import UserError
-from sslbook.methods.densecl import DenseCL, correspondence, feature_map, info_nce
+from sslbook.methods.densecl import DenseCL, correspondence, info_nce, local_features
 from sslbook.nn import ConvNet, resnet50
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, VIEW, Case, Convolutions, make, make_batch, transformer
@@ -24,10 +24,10 @@ def finds_keys(method: DenseCL, batch: Batch, out: dict[str, Tensor]) -> bool:
 
 def heads(method: DenseCL, x: Tensor, keys: bool) -> tuple[Tensor, Tensor]:
     if keys:
-        whole, places = feature_map(method.key_backbone.module, x)
-        return method.key_projector(whole), method.key_dense_projector(places)
-    whole, places = feature_map(method.backbone, x)
-    return method.projector(whole), method.dense_projector(places)
+        f = local_features(method.key_backbone.module, x)
+        return method.key_projector(f.mean(dim=1)), method.key_dense_projector(f)
+    f = local_features(method.backbone, x)
+    return method.projector(f.mean(dim=1)), method.dense_projector(f)
 
 
 CASE = Case(
@@ -66,18 +66,20 @@ def test_correspondence_is_equation_4() -> None:
 
 
 def test_correspondence_finds_a_known_translation() -> None:
-    """The second image is the first moved by two places of the feature map."""
+    """The second image is the first moved by two positions of the feature map."""
     torch.manual_seed(0)
     backbone = ConvNet(16).eval()
     image = torch.randn(2, 3, 48, 56)
     with torch.no_grad():
-        (_, f_q), (_, f_k) = (feature_map(backbone, x) for x in (image[..., :48], image[..., 8:]))
-    match = correspondence(f_q, f_k).view(2, 12, 12)[:, 3:9, 5:9]  # far from the borders, which zeros have reached
+        f_q, f_k = (local_features(backbone, x) for x in (image[..., :48], image[..., 8:]))
+    match = correspondence(f_q, f_k).view(2, 12, 12)[
+        :, 3:9, 5:9
+    ]  # far from the borders, where zero padding changes features
     expected = (torch.arange(144).view(12, 12) - 2)[3:9, 5:9].expand_as(match)
     assert (match == expected).float().mean() > 0.95
 
 
-def test_the_loss_place_by_place() -> None:
+def test_loss_position_by_position() -> None:
     method = make("densecl", dense_weight=0.3, batch_norm_groups=1)
     batch = make_batch(method, 3)
     whole, dense = method.queue.rows.clone(), torch.randn(21, 16)
@@ -88,8 +90,8 @@ def test_the_loss_place_by_place() -> None:
             p += 0.1 * torch.randn(p.shape)
         for p in method.key_backbone.parameters():
             p += 0.1 * torch.randn(p.shape)
-    f_q = feature_map(method.backbone, batch.views[0])[1]
-    f_k = feature_map(method.key_backbone.module, batch.views[1])[1]
+    f_q = local_features(method.backbone, batch.views[0])
+    f_k = local_features(method.key_backbone.module, batch.views[1])
     q, dense_q = heads(method, batch.views[0], False)
     k, dense_k = (key.detach() for key in heads(method, batch.views[1], True))
     loss, weights = method(batch, Clock())["loss"], [p for p in method.parameters() if p.requires_grad]
@@ -100,9 +102,9 @@ def test_the_loss_place_by_place() -> None:
 
     terms = []
     for i in range(3):
-        for place in range(16):
-            cosines = [float(F.cosine_similarity(f_q[i, place], f, dim=0)) for f in f_k[i]]
-            terms.append(term(dense_q[i, place], dense_k[i, cosines.index(max(cosines))], dense))
+        for position in range(16):
+            cosines = [float(F.cosine_similarity(f_q[i, position].detach(), f, dim=0)) for f in f_k[i]]
+            terms.append(term(dense_q[i, position], dense_k[i, cosines.index(max(cosines))], dense))
     expected = 0.7 * sum(term(q[i], k[i], whole) for i in range(3)) / 3 + 0.3 * sum(terms) / len(terms)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     passed = torch.autograd.grad(expected, weights)
@@ -111,22 +113,21 @@ def test_the_loss_place_by_place() -> None:
     torch.testing.assert_close(method.dense_queue.rows[:3], F.normalize(dense_k.mean(dim=1), dim=1))
 
 
-def test_shuffling_changes_companions_and_not_places() -> None:
+def test_shuffling_changes_batch_statistics_and_not_the_order() -> None:
     method = make("densecl")
     batch = make_batch(method, 8)
     with torch.no_grad():
-        moved = method.key_features(batch.views[1], batch, Clock())[1]
-        plain = feature_map(method.key_backbone.module, batch.views[1])[1]
+        moved = method.key_features(batch.views[1], batch, Clock())
+        plain = local_features(method.key_backbone.module, batch.views[1])
     assert (moved - plain).abs().max() > 1e-3
     method.key_backbone.eval()
-    with torch.no_grad():  # without batch statistics companions do not matter
+    with torch.no_grad():  # without batch statistics groups do not matter
         moved = method.key_features(batch.views[1], batch, Clock())
-        plain = feature_map(method.key_backbone.module, batch.views[1])
-    torch.testing.assert_close(moved[0], plain[0])
-    torch.testing.assert_close(moved[1], plain[1])
+        plain = local_features(method.key_backbone.module, batch.views[1])
+    torch.testing.assert_close(moved, plain)
 
 
-def test_keys_follow_slowly_and_without_gradient() -> None:
+def test_key_encoder_is_an_ema_without_gradient() -> None:
     method = make("densecl", momentum=0.9)
     method(make_batch(method, 8), Clock())["loss"].backward()
     for key, online in (
@@ -144,8 +145,8 @@ def test_keys_follow_slowly_and_without_gradient() -> None:
             next(online.parameters()).sub_(1)
 
 
-def places_found(dense_weight: float) -> float:
-    """How many places of an image the dense projections tell from its other places, in another view."""
+def positions_matched(dense_weight: float) -> float:
+    """Fraction of positions whose dense projection is nearest to that of the same position in another view."""
     method = make("densecl", dense_weight=dense_weight, momentum=0.9, queue_size=256, batch_norm_groups=1)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     for step in range(60):
@@ -155,27 +156,29 @@ def places_found(dense_weight: float) -> float:
         method.after_step(Clock(step + 1, 60))
     batch = make_batch(method, 16, seed=1000)
     with torch.no_grad():
-        f_q, f_k = (feature_map(method.backbone, x)[1] for x in batch.views)
+        f_q, f_k = (local_features(method.backbone, x) for x in batch.views)
         match = correspondence(method.dense_projector(f_q), method.dense_projector(f_k))
     return float((match == torch.arange(16)).float().mean())
 
 
-def test_without_the_dense_loss_places_are_confused() -> None:
-    assert places_found(0.5) > places_found(0.0) + 0.1
+def test_without_the_dense_loss_positions_are_confused() -> None:
+    assert positions_matched(0.5) > positions_matched(0.0) + 0.1
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"cannot use a Convolutions: choose sslbook.nn.ResNet"):
+def test_rejects_invalid_options() -> None:
+    with pytest.raises(
+        UserError, match=r"DenseCL needs a feature map and cannot use a Convolutions: choose sslbook.nn.ResNet"
+    ):
         make("densecl", backbone=Convolutions())
 
 
-def test_the_papers_size() -> None:
-    """Section 3.4: heads of 2048, 2048 and 128, one of them at each of 7 x 7 places; two queues of 65,536."""
+def test_full_scale_sizes() -> None:
+    """Section 3.4: heads of 2048, 2048 and 128, one of them at each of 7 x 7 positions; two queues of 65,536."""
     with torch.device("meta"):
         method = DenseCL(resnet50(), batch_norm_groups=1)
-        whole, places = feature_map(method.backbone, torch.zeros(2, 3, 224, 224))
-        assert method.projector(whole).shape == (2, 128)
-        assert method.dense_projector(places).shape == (2, 49, 128)
+        f = local_features(method.backbone, torch.zeros(2, 3, 224, 224))
+        assert method.projector(f.mean(dim=1)).shape == (2, 128)
+        assert method.dense_projector(f).shape == (2, 49, 128)
     head = 2048 * 2048 + 2048 + 2048 * 128 + 128
     assert [sum(p.numel() for p in m.parameters()) for m in (method.projector, method.dense_projector)] == [head, head]
     assert method.dense_queue.rows.shape == (65536, 128)

@@ -23,7 +23,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize("label", [[0, 2, 1, 2, 2], [1], [2, -1, 0, -1, -1]])
-def test_the_loss_is_equation_2(label: list[int]) -> None:
+def test_loss_is_equation_2(label: list[int]) -> None:
     logits = torch.randn(len(label), 3, dtype=torch.float64)
     terms = []
     for row, own in zip(logits.tolist(), label):
@@ -33,7 +33,7 @@ def test_the_loss_is_equation_2(label: list[int]) -> None:
     assert float(loss) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
 
 
-def test_a_batch_without_exemplars_is_no_loss() -> None:
+def test_batch_without_exemplars_has_zero_loss() -> None:
     logits = torch.randn(3, 4, requires_grad=True)
     loss = surrogate_loss(logits, torch.tensor([-1, -1, -1]))
     loss.backward()
@@ -50,7 +50,7 @@ def _loss(logits: Tensor, label: Tensor) -> tuple[float, Tensor]:
 
 
 @pytest.mark.parametrize("label", [[0, -1, -1, 1, 2, 0], [-1, -1, -1, 1, -1, -1]])
-def test_exemplars_are_counted_over_all_processes(label: list[int], pool) -> None:
+def test_mean_is_over_exemplars_of_all_processes(label: list[int], pool) -> None:
     logits = torch.randn(6, 3)
     loss, gradient = _loss(logits, torch.tensor(label))
     got = pool.run(_loss, logits, torch.tensor(label))
@@ -58,7 +58,7 @@ def test_exemplars_are_counted_over_all_processes(label: list[int], pool) -> Non
     assert got[0][0] == pytest.approx(loss, rel=1e-5)
 
 
-def test_so_many_images_are_classes_and_alone_are_shown() -> None:
+def test_epoch_repeats_the_exemplars_only() -> None:
     method, data = make("exemplar", num_exemplars=10), Data(shapes=TINY_SHAPES)
     exemplars = (method.label >= 0).nonzero()[:, 0]
     assert method.label[exemplars].tolist() == list(range(10))
@@ -73,49 +73,49 @@ def test_so_many_images_are_classes_and_alone_are_shown() -> None:
     assert not torch.equal(order, method.sample_order(data, Clock(5, steps_per_epoch=4, seed=3)))
 
 
-def test_all_images_may_be_classes() -> None:
+def test_all_images_as_exemplars() -> None:
     method = make("exemplar", num_exemplars=0)
     assert method.classifier.out_features == NUM_IMAGES
     assert method.label.tolist() == list(range(NUM_IMAGES))
     assert sorted(method.sample_order(Data(shapes=TINY_SHAPES), Clock()).tolist()) == list(range(NUM_IMAGES))
 
 
-def recognized(distorted: bool) -> float:
-    """The part of new distortions, in percent, whose image is told after training.
+def accuracy_on_new_augmentations(augmented: bool) -> float:
+    """Accuracy in percent on new augmentations after training.
 
-    A distortion gives an image, which is a pattern, another loud color.
+    Each image is a pattern, and augmentation adds a random color of larger variance.
     """
     method = make("exemplar", num_exemplars=0)
     method.setup(Data(shapes=Shapes(num_train=32, num_test=4, size=SIZE)))
     generator, index = torch.Generator().manual_seed(0), torch.arange(32)
     patterns = torch.randn(32, 3, 4, 4, generator=generator).repeat(1, 1, 4, 4)
 
-    def shown() -> Batch:
+    def augment() -> Batch:
         colors = 3 * torch.randn(32, 3, 1, 1, generator=generator)
         return Batch((patterns + colors,), index, torch.full((32,), -1))
 
-    batch = shown()
+    batch = augment()
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     for _ in range(80):
-        batch = shown() if distorted else batch
+        batch = augment() if augmented else batch
         optimizer.zero_grad()
         method(batch, Clock())["loss"].backward()
         optimizer.step()
     with torch.no_grad():
-        return sum(float(method(shown(), Clock())["exemplar_accuracy"]) for _ in range(8)) / 8
+        return sum(float(method(augment(), Clock())["exemplar_accuracy"]) for _ in range(8)) / 8
 
 
-def test_without_distortions_it_learns_what_they_change() -> None:
-    assert recognized(True) > 80
-    assert recognized(False) < 60
+def test_without_augmentation_features_are_not_invariant() -> None:
+    assert accuracy_on_new_augmentations(True) > 80
+    assert accuracy_on_new_augmentations(False) < 60
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"65 exemplars of 64 images: set --method.num_exemplars to 64 or 0"):
         make("exemplar", num_exemplars=65)
 
 
-def test_the_paper_scale_model() -> None:
+def test_full_scale_sizes() -> None:
     with torch.device("meta"):
         method = Exemplar(nets.resnet50())
     assert method.classifier.weight.shape == (32000, 2048)

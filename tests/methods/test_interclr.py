@@ -10,7 +10,7 @@ from sslbook import nn as nets
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
-from sslbook.methods.interclr import InterCLR, draw_positive, draw_semihard, info_nce
+from sslbook.methods.interclr import InterCLR, info_nce, sample_positives, sample_semihard
 from sslbook.nn import kmeans
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
@@ -60,8 +60,8 @@ def test_info_nce_with_a_margin(n: int, k: int, temperature: float, margin: floa
     assert float(loss) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_a_negative_margin_is_content_with_less() -> None:
-    """Where the right answer is as similar as the wrong ones, less is asked for than without, and not more."""
+def test_negative_margin_lowers_the_gradient() -> None:
+    """With equal similarities, a negative margin pulls the positive less, and a positive margin more."""
     similarity = torch.full((1,), 0.4, requires_grad=True)
     pulls = {}
     for margin in (-0.5, 0.0, 0.5):
@@ -70,39 +70,39 @@ def test_a_negative_margin_is_content_with_less() -> None:
     assert 0 < -pulls[-0.5] < -pulls[0.0] / 2 < -pulls[0.5] / 2
 
 
-def test_right_answers_come_from_the_whole_cluster() -> None:
+def test_positives_are_uniform_over_the_cluster() -> None:
     assignment = torch.tensor([2, 0, -1, 2, 0, 2, -1, 5])
     sizes = assignment[assignment >= 0].bincount(minlength=7)
     label = torch.tensor([2, 0, 5]).repeat_interleave(300)
-    drawn = draw_positive(label, assignment, sizes, torch.rand(900))
-    assert torch.equal(assignment[drawn], label)
-    assert drawn[:300].unique().tolist() == [0, 3, 5]
-    assert drawn[:300].bincount()[[0, 3, 5]].min() > 60
-    ends = draw_positive(torch.tensor([2, 2]), assignment, sizes, torch.tensor([0.0, 1 - 2.0**-24]))
+    sampled = sample_positives(label, assignment, sizes, torch.rand(900))
+    assert torch.equal(assignment[sampled], label)
+    assert sampled[:300].unique().tolist() == [0, 3, 5]
+    assert sampled[:300].bincount()[[0, 3, 5]].min() > 60
+    ends = sample_positives(torch.tensor([2, 2]), assignment, sizes, torch.tensor([0.0, 1 - 2.0**-24]))
     assert ends.tolist() == [0, 5]
 
 
-def test_wrong_answers_come_from_the_most_similar() -> None:
+def test_negatives_are_uniform_over_the_pool() -> None:
     similarity = torch.randn(3, 50)
-    drawn = draw_semihard(similarity, 5, torch.rand(3, 400))
-    for row, own in zip(similarity, drawn):
+    sampled = sample_semihard(similarity, 5, torch.rand(3, 400))
+    for row, own in zip(similarity, sampled):
         nearest = sorted(range(50), key=lambda i: -float(row[i]))[:5]
         assert sorted(own.unique().tolist()) == sorted(nearest)
         assert own.bincount()[nearest].min() > 40
 
 
-def test_the_loss_between_images_term_by_term() -> None:
+def test_inter_image_loss_term_by_term() -> None:
     method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
     method.clusters.assignment[10:30] = 4
     q, index = F.normalize(torch.randn(4, 16), dim=1).requires_grad_(), torch.tensor([12, 50, 12, 0])
     rows, assignment = method.clusters.memory.rows.double(), method.clusters.assignment
     u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + 1, 10)
-    right = draw_positive(assignment[index], assignment, method.clusters.sizes(), u[:, 0])
-    wrong = draw_semihard(q @ rows.float().T, 20, u[:, 1:])
+    positive = sample_positives(assignment[index], assignment, method.clusters.sizes(), u[:, 0])
+    negative = sample_semihard(q @ rows.float().T, 20, u[:, 1:])
     expected, rows = torch.zeros(()), rows.float()
     for i in range(4):
-        logits = [(q[i] @ rows[right[i]] + 0.5) / 0.2]
-        logits += [q[i] @ rows[j] / 0.2 for j in wrong[i] if assignment[j] != assignment[index[i]]]
+        logits = [(q[i] @ rows[positive[i]] + 0.5) / 0.2]
+        logits += [q[i] @ rows[j] / 0.2 for j in negative[i] if assignment[j] != assignment[index[i]]]
         expected = expected + (torch.stack(logits).logsumexp(0) - logits[0]) / 4
     loss = method.inter(q, index, clock)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
@@ -110,7 +110,7 @@ def test_the_loss_between_images_term_by_term() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_keys_follow_slowly_and_without_gradient(groups: int) -> None:
+def test_key_encoder_is_an_ema_without_gradient(groups: int) -> None:
     method = make("interclr", momentum=0.9, batch_norm_groups=groups)
     batch, pairs = make_batch(method, 8), []
     method(batch, Clock())["loss"].backward()
@@ -124,13 +124,13 @@ def test_keys_follow_slowly_and_without_gradient(groups: int) -> None:
     method.after_step(Clock(1, 10))
     for (key, _), start in zip(pairs, starts):
         torch.testing.assert_close(key, start + 0.1)
-    method.key_backbone.eval()  # then companions do not matter
+    method.key_backbone.eval()  # then the groups do not matter
     expected = method.key_projector(method.key_backbone(batch.views[1]))
     torch.testing.assert_close(method.keys(batch.views[1], batch, Clock()), expected)
 
 
-def test_images_of_no_cluster_are_left_out() -> None:
-    """One that could not be read when the clusters began has no right answers; the others are compared as always."""
+def test_images_without_a_cluster_are_ignored() -> None:
+    """An image that could not be read at the first clustering has no positive; the others are unaffected."""
     method, clock = make("interclr"), Clock(3, 10, 2, seed=1)
     q, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([12, 50, 13, 0])
     method.clusters.assignment[[12, 13]] = -1
@@ -153,13 +153,13 @@ def _inter(positive: Tensor, negatives: Tensor, known: Tensor) -> float:
     return float(distributed.all_reduce_mean(loss))
 
 
-def test_images_left_out_are_counted_over_all_processes(pool) -> None:
+def test_mean_is_over_images_of_all_processes_with_a_cluster(pool) -> None:
     args = torch.randn(6), torch.randn(6, 3), torch.tensor([True, False, False, True, True, True])
     assert pool.run(_inter, *args) == pytest.approx([_inter(*args)] * 2, rel=1e-5)
 
 
-def test_clusters_follow_the_steps() -> None:
-    """All centroids move every `centroids_every` steps, and small clusters are dealt with after each."""
+def test_centroids_and_small_clusters_are_updated() -> None:
+    """All centroids move every `centroids_every` steps, and small clusters are dissolved after each."""
     method = make("interclr", centroids_every=3)
     clusters = method.clusters
     clusters.assignment.copy_(torch.arange(NUM_IMAGES) % 6)
@@ -175,7 +175,7 @@ def test_clusters_follow_the_steps() -> None:
     assert clusters.sizes().min() >= 3
 
 
-def test_three_quarters_within_and_one_between() -> None:
+def test_loss_is_the_weighted_sum() -> None:
     method = make("interclr")
     batch = make_batch(method, 8)
     with torch.no_grad():
@@ -191,13 +191,13 @@ def test_three_quarters_within_and_one_between() -> None:
 
 
 def similarity_within_clusters(inter_weight: float) -> float:
-    """How much more alike features of one cluster are than all, after training on clusters that do not move."""
+    """Mean similarity within a cluster minus that between clusters, after training on fixed clusters."""
     method = make("interclr", inter_weight=inter_weight, momentum=0.9, batch_norm_groups=1, min_cluster=0)
     images = make_batch(method, NUM_IMAGES)
     clusters = torch.arange(NUM_IMAGES) % 6
     shared = images.views[0][:6][clusters]
     images = images._replace(views=tuple(view + 0.5 * shared for view in images.views))
-    method.clusters.move_samples = lambda index, x: (  # pyrefly: ignore
+    method.clusters.update_samples = lambda index, x: (  # pyrefly: ignore
         method.clusters.memory.update(index, x, 0.0) or torch.zeros(())
     )
     method.clusters.assignment.copy_(clusters)
@@ -215,11 +215,11 @@ def similarity_within_clusters(inter_weight: float) -> float:
     return float(similarity[same & other].mean() - similarity[~same].mean())
 
 
-def test_without_the_inter_image_loss_clusters_do_not_come_together() -> None:
+def test_without_the_inter_image_loss_clusters_do_not_tighten() -> None:
     assert similarity_within_clusters(1.0) > similarity_within_clusters(0.0) + 0.1
 
 
-def test_it_begins_with_clusters_of_all_images() -> None:
+def test_first_clustering_is_kmeans_of_all_images() -> None:
     method, data = make("interclr", cluster_resize=20), Data(shapes=TINY_SHAPES)
     network = torch.nn.Sequential(method.backbone, method.projector)
     features, _ = kmeans.embed(network, data, View.center(SIZE, 20))
@@ -228,14 +228,14 @@ def test_it_begins_with_clusters_of_all_images() -> None:
     assert (method.clusters.sizes() > 0).all()
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"the 65 most similar of 64 images: lower --method.pool_size, such as to 6"):
         make("interclr", pool_size=65)
     with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("interclr", num_clusters=65)
 
 
-def test_the_paper_scale_model() -> None:
+def test_full_scale_sizes() -> None:
     with torch.device("meta"):
         method = InterCLR(nets.resnet50())
     assert sum(p.numel() for p in method.projector.parameters()) == 2048 * 2048 + 2048 + 2048 * 128 + 128

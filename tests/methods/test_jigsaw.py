@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslbook import nn as nets
 from sslbook import rng
-from sslbook.data.patches import cut_patches
+from sslbook.data.patch_grid import cut_patches
 from sslbook.errors import UserError
 from sslbook.methods.jigsaw import Jigsaw, permutation_set, shuffle
 from sslbook.schedules import Clock
@@ -30,22 +30,22 @@ CASE = Case(
 
 
 def distances(permutations: Tensor) -> Tensor:
-    """In how many places any two of them differ."""
+    """Hamming distances between all pairs."""
     pairs = (permutations[:, None] != permutations[None]).sum(dim=2)
     return pairs[~torch.eye(len(permutations), dtype=torch.bool)]
 
 
-def test_the_set_keeps_its_distance() -> None:
+def test_permutations_have_large_distances() -> None:
     for size, least in ((10, 8), (300, 5)):
         permutations = permutation_set(size)
         assert torch.equal(permutations.sort(dim=1).values, torch.arange(9).expand(size, 9))
         assert torch.equal(permutations, permutation_set(size))
-        by_chance = torch.rand(size, 9, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-        assert distances(permutations).min() >= least > distances(by_chance).min()
-        assert distances(permutations).float().mean() > max(8.0, float(distances(by_chance).float().mean()))
+        at_random = torch.rand(size, 9, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+        assert distances(permutations).min() >= least > distances(at_random).min()
+        assert distances(permutations).float().mean() > max(8.0, float(distances(at_random).float().mean()))
 
 
-def test_the_set_is_chosen_greedily() -> None:
+def test_permutation_set_is_chosen_greedily() -> None:
     """Against the definition, one candidate at a time."""
     pool = rng.uniform(0, 0, torch.arange(40), rng.METHOD, 9).argsort(dim=1, stable=True).tolist()
     chosen = [pool[0]]
@@ -61,7 +61,7 @@ def test_the_set_is_chosen_greedily() -> None:
     assert all(a >= b for a, b in pairwise(nearest))  # a later one is never farther from the rest
 
 
-def test_patches_are_shuffled_image_by_image() -> None:
+def test_shuffle_is_per_image() -> None:
     patches = torch.arange(18.0).view(2, 9, 1, 1, 1)
     order = torch.stack([torch.arange(9).flip(0), torch.arange(9).roll(1)])
     got = shuffle(patches, order).flatten(1).tolist()
@@ -70,7 +70,7 @@ def test_patches_are_shuffled_image_by_image() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_loss_is_the_cross_entropy_of_the_permutations(n: int) -> None:
+def test_loss_is_cross_entropy_over_permutations(n: int) -> None:
     method = make("jigsaw").double().eval()
     batch = make_batch(method, n)
     batch = batch._replace(views=(batch.views[0].double(),))
@@ -80,18 +80,18 @@ def test_the_loss_is_the_cross_entropy_of_the_permutations(n: int) -> None:
         u = float(rng.uniform(0, 0, batch.index[i : i + 1], rng.METHOD, 1))
         which = int(8 * u)
         parts = []
-        for place in range(9):
-            patch = patches[i, int(method.permutations[which, place])]
+        for position in range(9):
+            patch = patches[i, int(method.permutations[which, position])]
             parts.append(method.patch_layer(method.backbone(patch[None]))[0])
         loss -= float(F.softmax(method.head(torch.cat(parts)), dim=0)[which].log()) / n
     assert float(method(batch, Clock())["loss"]) == pytest.approx(loss, rel=1e-5)  # the method measures in float32
 
 
-def accuracy_after_training(all_alike: bool) -> float:
+def accuracy_after_training(identical: bool) -> float:
     method = make("jigsaw")
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     colors = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
-    colors = colors[:1].expand(9, 3) if all_alike else colors
+    colors = colors[:1].expand(9, 3) if identical else colors
     x = colors.view(3, 3, 3).permute(2, 0, 1).repeat_interleave(5, dim=1).repeat_interleave(5, dim=2)
     x = F.pad(x, (0, 1, 0, 1))
     total = 0.0
@@ -106,12 +106,12 @@ def accuracy_after_training(all_alike: bool) -> float:
     return total
 
 
-def test_patches_that_are_all_alike_cannot_be_ordered() -> None:
-    assert accuracy_after_training(all_alike=False) > 90
-    assert accuracy_after_training(all_alike=True) < 25  # chance is 12.5
+def test_identical_patches_cannot_be_ordered() -> None:
+    assert accuracy_after_training(identical=False) > 90
+    assert accuracy_after_training(identical=True) < 25  # chance level: 12.5
 
 
-def test_sizes_of_the_recipe() -> None:
+def test_head_sizes_of_vissl() -> None:
     """VISSL's heads: 2048 to 1000 for a patch, 9000 to 2000 for all."""
     with torch.device("meta"):
         method = Jigsaw(nets.resnet50())
@@ -121,7 +121,7 @@ def test_sizes_of_the_recipe() -> None:
     assert distances(method.permutations[:500].cpu()).min() >= 4
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="num_permutations is 1: use at least 2 and at most 5000"):
         make("jigsaw", num_permutations=1)
     with pytest.raises(UserError, match="at most 5000"):

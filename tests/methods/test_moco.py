@@ -45,7 +45,7 @@ def test_info_nce_is_equation_1(n: int, size: int, temperature: float) -> None:
     assert logits.shape == (n, 1 + size)
 
 
-def test_keys_follow_slowly_and_without_gradient() -> None:
+def test_key_encoder_is_an_ema_without_gradient() -> None:
     method = make("moco", momentum=0.9)
     batch = make_batch(method, 8)
     start = method.key_backbone.module.layers[0].weight.clone()
@@ -58,7 +58,7 @@ def test_keys_follow_slowly_and_without_gradient() -> None:
     torch.testing.assert_close(method.key_backbone.module.layers[0].weight, start + 0.1)
 
 
-def test_the_queue_takes_the_keys_after_the_loss() -> None:
+def test_queue_is_updated_after_the_loss() -> None:
     method = make("moco")
     batch = make_batch(method, 8)
     before = method.queue.rows.clone()
@@ -82,22 +82,22 @@ def _keys(evaluating: bool) -> tuple[Tensor, Tensor]:
     return method.keys(x, mine, Clock()), method.key_projector(method.key_backbone(x))
 
 
-def test_shuffling_changes_companions_and_not_places(pool) -> None:
+def test_shuffling_changes_batch_statistics_and_not_the_order(pool) -> None:
     for answers in ([_keys(True)], pool.run(_keys, True)):
         for shuffled, plain in answers:
-            torch.testing.assert_close(shuffled, plain)  # without batch statistics companions do not matter
+            torch.testing.assert_close(shuffled, plain)  # without batch statistics groups do not matter
     shuffled, plain = _keys(False)
     assert (shuffled - plain).abs().max() > 1e-3
     for r, (over_two, _) in enumerate(pool.run(_keys, False)):
         torch.testing.assert_close(over_two, shuffled.chunk(2)[r])
 
 
-def test_version_1_is_linear() -> None:
+def test_version_1_has_a_linear_projector() -> None:
     assert [type(m) for m in make("moco", mlp=False).projector] == [torch.nn.Linear]
     assert not any(isinstance(m, torch.nn.BatchNorm1d) for m in make("moco").projector)
 
 
-def agreement_of_the_queue(momentum: float) -> float:
+def similarity_of_queue_to_current_keys(momentum: float) -> float:
     """How similar the keys in the queue are to those the key encoder makes of the same images now."""
     method = make("moco", momentum=momentum, queue_size=80, batch_norm_groups=1)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
@@ -114,6 +114,6 @@ def agreement_of_the_queue(momentum: float) -> float:
     return float(torch.stack(agreements).mean())
 
 
-def test_without_momentum_old_keys_are_stale() -> None:
-    assert agreement_of_the_queue(0.999) > 0.995
-    assert agreement_of_the_queue(0.0) < 0.9
+def test_without_momentum_queued_keys_are_stale() -> None:
+    assert similarity_of_queue_to_current_keys(0.999) > 0.995
+    assert similarity_of_queue_to_current_keys(0.0) < 0.9

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.methods import moco_v3
-from sslbook.methods.moco_v3 import MoCoV3, contrastive_loss, key_momentum
+from sslbook.methods.moco_v3 import MoCoV3, contrastive_loss
 from sslbook.nn import VisionTransformer, resnet50
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
@@ -25,7 +25,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize(("n", "temperature"), [(5, 0.2), (1, 1.0), (7, 0.01)])
-def test_the_loss_is_equation_1(n: int, temperature: float) -> None:
+def test_loss_is_equation_1(n: int, temperature: float) -> None:
     q, k = torch.randn(2, n, 4, dtype=torch.float64)
     expected = 0.0
     for i, a in enumerate(q.tolist()):
@@ -42,17 +42,17 @@ def _loss(x: Tensor) -> float:
     return float(distributed.all_reduce_mean(contrastive_loss(*x[:, distributed.rank() * n :][:, :n], 0.2)[0]))
 
 
-def test_one_image_in_each_process(pool) -> None:
+def test_loss_with_one_image_per_process(pool) -> None:
     x = torch.randn(2, 2, 4)
     assert pool.run(_loss, x) == pytest.approx([_loss(x)] * 2)
 
 
-def test_repeated_images_share_the_answer() -> None:
+def test_loss_of_repeated_images() -> None:
     q = torch.randn(1, 4).repeat(3, 1)
     assert float(contrastive_loss(q, q, 0.5)[0]) == pytest.approx(math.log(3), rel=1e-5)
 
 
-def test_both_directions_against_keys_without_gradient() -> None:
+def test_loss_is_symmetrized_and_keys_have_no_gradient() -> None:
     method = make("moco_v3")
     batch = make_batch(method, 5)
     q = [method.predictor(method.projector(method.backbone(x))) for x in batch.views]
@@ -64,10 +64,10 @@ def test_both_directions_against_keys_without_gradient() -> None:
     assert all(p.grad is None for p in method.key_backbone.parameters())
 
 
-def test_keys_follow_with_a_momentum_that_rises_to_1() -> None:
-    assert key_momentum(0.99, 0.0) == 0.99
-    assert key_momentum(0.9, 0.5) == pytest.approx(0.95)
-    assert key_momentum(0.9, 1.0) == 1.0
+def test_ema_momentum_rises_to_1() -> None:
+    method = make("moco_v3", momentum=0.9)
+    momenta = [method.momentum(Clock(step, 10)) for step in (0, 5, 10)]
+    assert momenta == pytest.approx([0.9, 0.95, 1.0])
     method = make("moco_v3", momentum=0.5)
     for key, online in ((method.key_backbone, method.backbone), (method.key_projector, method.projector)):
         start = next(key.module.parameters()).clone()
@@ -80,7 +80,7 @@ def test_keys_follow_with_a_momentum_that_rises_to_1() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_patch_embedding_stays_as_drawn(frozen: bool) -> None:
+def test_patch_embedding_is_frozen(frozen: bool) -> None:
     method = make("moco_v3", backbone=transformer(), freeze_patch_embedding=frozen)
     before = method.backbone.patch_embed.proj.weight.clone()
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
@@ -90,12 +90,12 @@ def test_the_patch_embedding_stays_as_drawn(frozen: bool) -> None:
     assert method.backbone.blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 
-def only_right_answers(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def positives_only(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     return -2 * (q * k).sum(dim=1).mean(), q @ k.T
 
 
-def spread_after_training() -> float:
+def feature_std_after_training() -> float:
     method = make("moco_v3", momentum=0.9, predictor=nn.Identity(), projector=nn.Linear(16, 16))
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     for step in range(100):
@@ -107,13 +107,13 @@ def spread_after_training() -> float:
     return float(out["feature_std"])
 
 
-def test_without_wrong_answers_it_collapses(monkeypatch) -> None:
-    assert spread_after_training() > 0.5
-    monkeypatch.setattr(moco_v3, "contrastive_loss", only_right_answers)
-    assert spread_after_training() < 0.3
+def test_without_negatives_it_collapses(monkeypatch) -> None:
+    assert feature_std_after_training() > 0.5
+    monkeypatch.setattr(moco_v3, "contrastive_loss", positives_only)
+    assert feature_std_after_training() < 0.3
 
 
-def test_the_papers_sizes() -> None:
+def test_full_scale_sizes() -> None:
     """The authors' code: heads 4096-256 for ResNet-50; one more layer and a last batch norm for transformers."""
     with torch.device("meta"):
         method = MoCoV3(resnet50())

@@ -49,7 +49,7 @@ def test_info_nce_is_equation_3(n: int, temperature: float) -> None:
     assert logits.shape == (n, n)
 
 
-def test_repeated_images() -> None:
+def test_info_nce_of_repeated_images() -> None:
     neighbors, p = F.normalize(torch.randn(2, 2, 4, dtype=torch.float64), dim=2).repeat(1, 3, 1)
     assert float(info_nce(neighbors, p, 0.01)[0]) == pytest.approx(literal(neighbors, p, 0.01), rel=1e-10)
 
@@ -67,13 +67,13 @@ def _loss(x: Tensor) -> float:
     return float(distributed.all_reduce_mean(info_nce(*x[:, distributed.rank() * n :][:, :n], 0.1)[0]))
 
 
-def test_one_image_in_each_process(pool) -> None:
+def test_loss_with_one_image_per_process(pool) -> None:
     x = F.normalize(torch.randn(2, 2, 4), dim=2)
     assert pool.run(_loss, x) == pytest.approx([_loss(x)] * 2)
 
 
 class OwnView(NNCLR):
-    def answer(self, z: Tensor) -> Tensor:
+    def positives(self, z: Tensor) -> Tensor:
         return z.detach()
 
 
@@ -89,7 +89,7 @@ def test_with_its_own_view_it_is_info_nce_with_a_predictor() -> None:
     torch.testing.assert_close(method(batch, Clock())["loss"], expected)
 
 
-def test_the_queue_takes_the_first_view_after_the_loss() -> None:
+def test_queue_is_updated_after_the_loss() -> None:
     method = make("nnclr")
     batch = make_batch(method, 8)
     before = method.queue.rows.clone()
@@ -119,21 +119,21 @@ def closeness(cls: type[NNCLR]) -> float:
     return float((p * nearest_neighbors(F.normalize(z_1, dim=1), rows)).sum(dim=1).mean())
 
 
-def test_what_is_predicted_is_another_images_feature() -> None:
+def test_prediction_matches_the_neighbor() -> None:
     assert closeness(NNCLR) > closeness(OwnView) + 0.08
 
 
-def distance_within_kinds(cls: type[NNCLR]) -> float:
-    """Of two images of a kind, as 1 less the cosine, after training on ever new images of eight kinds."""
+def distance_within_classes(cls: type[NNCLR]) -> float:
+    """Mean cosine distance of two images of a class, after training on new images of eight classes."""
     torch.manual_seed(0)
     method = cls(CASE.backbone(), **{**SMALL, "queue_size": 64})
     generator = torch.Generator().manual_seed(0)
-    kinds = torch.randn(8, 3, 16, 16, generator=generator)
+    classes = torch.randn(8, 3, 16, 16, generator=generator)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
 
     def shown(n: int) -> Batch:
         index = torch.arange(n)
-        images = kinds[index % 8] + 0.7 * torch.randn(n, 3, 16, 16, generator=generator)
+        images = classes[index % 8] + 0.7 * torch.randn(n, 3, 16, 16, generator=generator)
         views = [images + 0.3 * torch.randn(images.shape, generator=generator) for _ in range(2)]
         return Batch(tuple(views), index, torch.full((n,), -1))
 
@@ -147,11 +147,11 @@ def distance_within_kinds(cls: type[NNCLR]) -> float:
     return float(1 - (z @ z.T)[same & ~torch.eye(128, dtype=torch.bool)].mean())
 
 
-def test_neighbors_bring_together_what_no_augmentation_would() -> None:
-    assert distance_within_kinds(NNCLR) < 0.75 * distance_within_kinds(OwnView)
+def test_neighbors_reduce_within_class_distance() -> None:
+    assert distance_within_classes(NNCLR) < 0.75 * distance_within_classes(OwnView)
 
 
-def test_the_papers_size() -> None:
+def test_full_scale_sizes() -> None:
     """Section 4.1: a projector of 2048, 2048 and 256 with batch norm everywhere, a predictor of 4096 and 256."""
     with torch.device("meta"):
         method = NNCLR(resnet50())

@@ -8,7 +8,7 @@ from torch import Tensor
 from sslbook import distributed, rng
 from sslbook import nn as nets
 from sslbook.data.loader import Batch
-from sslbook.methods.npid import NPID, draw_negatives, nce
+from sslbook.methods.npid import NPID, nce, sample_negatives
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, NUM_IMAGES, VIEW, Case, make, make_batch, transformer
 
@@ -53,7 +53,7 @@ def literal(method: NPID, v: Tensor, index: Tensor, columns: Tensor) -> list[lis
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
-def test_the_full_softmax_is_equation_2(temperature: float) -> None:
+def test_full_softmax_is_equation_2(temperature: float) -> None:
     method = make("npid", num_negatives=0, temperature=temperature)
     v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 3])  # an image thrice
     loss, _, _ = method.contrast(v, index, Clock())
@@ -63,11 +63,11 @@ def test_the_full_softmax_is_equation_2(temperature: float) -> None:
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_partition_is_estimated_by_the_first_batch_alone() -> None:
+def test_partition_is_estimated_from_the_first_batch() -> None:
     method = make("npid", temperature=0.3)
     clock = Clock(seed=2)
     v, index = F.normalize(torch.randn(5, 16), dim=1), torch.tensor([3, 60, 3, 0, 9])
-    columns = torch.cat([index[:, None], draw_negatives(index, 20, NUM_IMAGES, clock)], dim=1)
+    columns = torch.cat([index[:, None], sample_negatives(index, 20, NUM_IMAGES, clock)], dim=1)
     logits = literal(method, v.double(), index, columns)
     partition = NUM_IMAGES * sum(math.exp(s) for row in logits for s in row) / (5 * 21)  # equation 8
     loss, _, _ = method.contrast(v, index, clock)
@@ -81,12 +81,12 @@ def test_the_partition_is_estimated_by_the_first_batch_alone() -> None:
     assert math.exp(method.log_partition) == pytest.approx(partition, rel=1e-5)
 
 
-def test_the_partition_may_exceed_float32() -> None:
+def test_partition_may_exceed_float32() -> None:
     """Of directions in the plane some nearly agree, and at a temperature of 0.01 their exponential is near e^100."""
     method = make("npid", temperature=0.01, projector_dim=2)
     clock = Clock(seed=2)
     v, index = F.normalize(torch.randn(5, 2), dim=1), torch.tensor([3, 60, 3, 0, 9])
-    columns = torch.cat([index[:, None], draw_negatives(index, 20, NUM_IMAGES, clock)], dim=1)
+    columns = torch.cat([index[:, None], sample_negatives(index, 20, NUM_IMAGES, clock)], dim=1)
     logits = literal(method, v.double(), index, columns)
     log_partition = math.log(NUM_IMAGES * sum(math.exp(s) for row in logits for s in row) / (5 * 21))
     assert log_partition > 89  # e^89 is too much for float32
@@ -107,18 +107,18 @@ def _partition(v: Tensor, index: Tensor) -> float:
     return float(method.log_partition)
 
 
-def test_the_partition_is_estimated_by_all_processes(pool) -> None:
+def test_partition_is_estimated_over_all_processes(pool) -> None:
     v, index = F.normalize(torch.randn(4, 16), dim=1), torch.tensor([3, 60, 0, 9])
     assert pool.run(_partition, v, index) == pytest.approx([_partition(v, index)] * 2, rel=1e-5)
 
 
-def test_negatives_are_keyed_and_fair() -> None:
+def test_negatives_are_uniform_and_reproducible() -> None:
     clock = Clock(step=5, steps_per_epoch=2, seed=3)
-    drawn = draw_negatives(torch.arange(500), 40, 10, clock)
-    torch.testing.assert_close(drawn.flatten().bincount() / 20000, torch.full((10,), 0.1), rtol=0.1, atol=0)
+    sampled = sample_negatives(torch.arange(500), 40, 10, clock)
+    torch.testing.assert_close(sampled.flatten().bincount() / 20000, torch.full((10,), 0.1), rtol=0.1, atol=0)
     noise = rng.uniform(3, 2, torch.tensor([7]), rng.METHOD, 40)[0].tolist()
-    assert drawn[7].tolist() == [int(10 * u) for u in noise]
-    assert not torch.equal(draw_negatives(torch.arange(500), 40, 10, Clock(seed=3)), drawn)
+    assert sampled[7].tolist() == [int(10 * u) for u in noise]
+    assert not torch.equal(sample_negatives(torch.arange(500), 40, 10, Clock(seed=3)), sampled)
 
 
 def gradient_of_nce(negatives_of_each: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def gradient_of_nce(negatives_of_each: int) -> tuple[Tensor, Tensor]:
     return gradients[0], gradients[1]
 
 
-def test_nce_agrees_with_the_softmax_in_the_limit() -> None:
+def test_nce_gradient_converges_to_softmax_gradient() -> None:
     errors = []
     for negatives_of_each in (1, 10, 100, 1000):
         by_nce, by_softmax = gradient_of_nce(negatives_of_each)
@@ -149,7 +149,7 @@ def test_nce_agrees_with_the_softmax_in_the_limit() -> None:
     assert errors[-1] < 1e-2
 
 
-def test_the_memory_takes_the_features_after_the_loss() -> None:
+def test_memory_is_updated_after_the_loss() -> None:
     method = make("npid", momentum=0.25)
     batch = make_batch(method, 8)._replace(index=torch.tensor([1, 2, 3, 4, 5, 6, 7, 1]))
     before = method.memory.rows.clone()
@@ -178,19 +178,19 @@ def similarity_of_images() -> float:
     return float((rows @ rows.T).mean())
 
 
-def test_without_other_images_all_become_the_same(monkeypatch) -> None:
+def test_without_negatives_features_collapse(monkeypatch) -> None:
     assert similarity_of_images() < 0.5
     real = NPID.contrast
 
     def attract_only(self: NPID, v: Tensor, index: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
-        _, logits, right = real(self, v, index, clock)
-        return -logits.gather(1, right[:, None]).mean(), logits, right
+        _, logits, positive = real(self, v, index, clock)
+        return -logits.gather(1, positive[:, None]).mean(), logits, positive
 
     monkeypatch.setattr(NPID, "contrast", attract_only)
     assert similarity_of_images() > 0.75
 
 
-def test_the_paper_scale_model() -> None:
+def test_full_scale_sizes() -> None:
     with torch.device("meta"):
         method = NPID(nets.resnet50())
     assert sum(p.numel() for p in method.projector.parameters()) == 2048 * 128 + 128

@@ -9,7 +9,7 @@ from sslbook import nn as nets
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.errors import UserError
-from sslbook.methods.pirl import PIRL, draw_negatives, nce
+from sslbook.methods.pirl import IMAGE_NEGATIVES, PIRL, PUZZLE_NEGATIVES, nce, sample_negatives
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, NUM_IMAGES, VIEW, Case, make, make_batch, transformer
 
@@ -17,12 +17,12 @@ SMALL = {"cell_size": 5, "patch_size": 4, "projector_dim": 16, "num_negatives": 
 
 
 def finds_images(method: PIRL, batch: Batch, out: dict[str, Tensor]) -> bool:
-    """Every puzzle is nearest to its own image of the batch, not to another one's."""
+    """Every puzzle is nearest to its own image of the batch."""
     return bool(matches(method, batch) > 0.95)
 
 
 def matches(method: PIRL, batch: Batch) -> float:
-    """How often what is said of a puzzle is nearest to what is said of its own image, among those of the batch."""
+    """Fraction of puzzles whose features are nearest to those of their own image, among the images of the batch."""
     with torch.no_grad():
         f = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
         g = F.normalize(method.puzzle(batch.views[1], batch.index, Clock()), dim=1)
@@ -59,35 +59,38 @@ def test_nce_is_equation_4(n: int, negatives: int, temperature: float) -> None:
     assert got == pytest.approx(expected, rel=1e-9)
 
 
-def test_negatives_are_others_by_keyed_chance() -> None:
+def test_negatives_are_uniform_over_other_images() -> None:
     index = torch.arange(5).repeat(200)
-    negatives = draw_negatives(torch.arange(5), 2000, 5, Clock())
+    negatives = sample_negatives(torch.arange(5), 2000, 5, Clock(), PUZZLE_NEGATIVES)
     assert not (negatives == torch.arange(5)[:, None]).any()
     for i in range(5):
         share = negatives[i].bincount(minlength=5) / 2000
         assert share[[j for j in range(5) if j != i]].tolist() == pytest.approx([0.25] * 4, abs=0.04)
-    assert torch.equal(draw_negatives(index, 3, 5, Clock())[7], draw_negatives(index[7:8], 3, 5, Clock())[0])
-    assert set(draw_negatives(torch.tensor([1]), 50, 2, Clock()).flatten().tolist()) == {0}
+    batch = sample_negatives(index, 3, 5, Clock(), PUZZLE_NEGATIVES)
+    assert torch.equal(batch[7], sample_negatives(index[7:8], 3, 5, Clock(), PUZZLE_NEGATIVES)[0])
+    assert not torch.equal(batch, sample_negatives(index, 3, 5, Clock(), IMAGE_NEGATIVES))
+    assert set(sample_negatives(torch.tensor([1]), 50, 2, Clock(), IMAGE_NEGATIVES).flatten().tolist()) == {0}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("index", [[3], [5, 9, 5]])  # an image may occur twice
-def test_both_terms_and_the_memory(index: list[int]) -> None:
+def test_loss_and_memory_update(index: list[int]) -> None:
     method = make("pirl", puzzle_weight=0.3, momentum=0.8)
     batch = make_batch(method, len(index))._replace(index=torch.tensor(index))
     before = method.memory.rows.clone()
     f = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
     g = F.normalize(method.puzzle(batch.views[1], batch.index, Clock()), dim=1)
-    negatives = draw_negatives(batch.index, 21, NUM_IMAGES, Clock())
     terms = []
-    for v in (g, f):
-        similar = [[math.exp(float(v[i] @ before[j]) / 0.07) for j in negatives[i]] for i in range(len(index))]
-        constant = 21 * sum(map(sum, similar)) / (21 * len(index))  # the mean of the sums over the negatives
+    for v, stream in ((g, PUZZLE_NEGATIVES), (f, IMAGE_NEGATIVES)):
+        negatives = sample_negatives(batch.index, 21, NUM_IMAGES, Clock(), stream).tolist()
+        similar = [
+            [math.exp(float(v[i] @ before[j]) / 0.07) for j in [own, *negatives[i]]] for i, own in enumerate(index)
+        ]
+        constant = 21 * sum(map(sum, similar)) / (22 * len(index))  # VISSL: the mean over positives and negatives
         total = 0.0
-        for i, own in enumerate(index):
-            h = math.exp(float(v[i] @ before[own]) / 0.07)
-            total -= math.log(h / (h + constant)) / len(index)
-            total -= sum(math.log(1 - e / (e + constant)) for e in similar[i]) / len(index)
+        for positive, *others in similar:
+            total -= math.log(positive / (positive + constant)) / len(index)
+            total -= sum(math.log(1 - e / (e + constant)) for e in others) / len(index)
         terms.append(total)
     out = method(batch, Clock())
     assert float(out["loss"]) == pytest.approx(0.3 * terms[0] + 0.7 * terms[1], rel=1e-4)
@@ -100,7 +103,7 @@ def test_both_terms_and_the_memory(index: list[int]) -> None:
             assert torch.equal(method.memory.rows[j], before[j])
 
 
-def test_the_constants_are_those_of_the_first_batch() -> None:
+def test_partition_is_estimated_from_the_first_batch() -> None:
     method = make("pirl")
     assert method.log_sums.isinf().all()
     method(make_batch(method, 8), Clock())
@@ -110,12 +113,12 @@ def test_the_constants_are_those_of_the_first_batch() -> None:
     assert torch.equal(method.log_sums, first)
 
 
-def test_puzzles_are_shuffled() -> None:
+def test_patches_are_shuffled() -> None:
     method = make("pirl").eval()
     x = make_batch(method, 1).views[1].expand(30, -1, -1, -1)
-    said = method.puzzle(x, torch.arange(30), Clock()).detach()
+    varied = method.puzzle(x, torch.arange(30), Clock()).detach()
     fixed = method.puzzle(x, torch.zeros(30, dtype=torch.int64), Clock()).detach()
-    assert said.std(dim=0).min() > 100 * fixed.std(dim=0).max()
+    assert varied.std(dim=0).min() > 100 * fixed.std(dim=0).max()
 
 
 def matches_after_training(puzzle_weight: float) -> float:
@@ -131,12 +134,12 @@ def matches_after_training(puzzle_weight: float) -> float:
     return matches(method, batch)
 
 
-def test_without_the_puzzles_term_they_mean_anything() -> None:
+def test_without_the_jigsaw_term_it_is_not_invariant() -> None:
     assert matches_after_training(0.5) > 0.6
     assert matches_after_training(0.0) < 0.3
 
 
-def test_sizes_of_the_paper() -> None:
+def test_head_sizes_of_the_paper() -> None:
     """Section 3.2: 2048 to 128 for an image and for every patch, nine times 128 to 128 for the puzzle."""
     with torch.device("meta"):
         method = PIRL(nets.resnet50())
@@ -144,7 +147,7 @@ def test_sizes_of_the_paper() -> None:
         assert [tuple(head.weight.shape) for head in heads] == [(128, 2048), (128, 2048), (128, 9 * 128)]
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="cell_size to at most 5"):
         make("pirl", cell_size=6)
     with pytest.raises(UserError, match="at least one negative"):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from sslbook import nn as nets
-from sslbook.data.patches import cut_patches
+from sslbook.data.patch_grid import cut_patches
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.relative_location import RelativeLocation, pair_with_center, targets
@@ -22,7 +22,7 @@ CASE = Case(
 )
 
 
-def test_pairs_and_their_targets() -> None:
+def test_pairs_and_targets() -> None:
     x = torch.arange(18.0).view(2, 9, 1)
     assert pair_with_center(x).tolist() == [[4.0, n] for n in (0, 1, 2, 3, 5, 6, 7, 8)] + [
         [13.0, n] for n in (9, 10, 11, 12, 14, 15, 16, 17)
@@ -32,7 +32,7 @@ def test_pairs_and_their_targets() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_loss_is_the_cross_entropy_of_eight_sides(n: int) -> None:
+def test_loss_is_cross_entropy_over_eight_positions(n: int) -> None:
     method = make("relative_location").double().eval()
     batch = make_batch(method, n)
     batch = batch._replace(views=(batch.views[0].double(),))
@@ -40,8 +40,8 @@ def test_the_loss_is_the_cross_entropy_of_eight_sides(n: int) -> None:
     loss = 0.0
     for i in range(n):
         center = method.backbone(patches[i, 4][None])[0]
-        for side, place in enumerate([0, 1, 2, 3, 5, 6, 7, 8]):
-            scores = method.head(torch.cat([center, method.backbone(patches[i, place][None])[0]])[None])[0]
+        for side, cell in enumerate([0, 1, 2, 3, 5, 6, 7, 8]):
+            scores = method.head(torch.cat([center, method.backbone(patches[i, cell][None])[0]])[None])[0]
             loss -= float(F.softmax(scores, dim=0)[side].log()) / (8 * n)
     assert float(method(batch, Clock())["loss"]) == pytest.approx(loss, rel=1e-5)  # the method measures in float32
 
@@ -53,10 +53,12 @@ def accuracy_after_training(shuffled: bool) -> float:
     total = 0.0
     for step in range(50):
         batch = make_batch(method, 16, seed=step)
-        places = torch.rand(16, 9, generator=torch.Generator().manual_seed(step)).argsort(dim=1)
-        cells = colors[places] if shuffled else colors.expand(16, 9, 3)
+        positions = torch.rand(16, 9, generator=torch.Generator().manual_seed(step)).argsort(dim=1)
+        cells = colors[positions] if shuffled else colors.expand(16, 9, 3)
         x = cells.view(16, 3, 3, 3).permute(0, 3, 1, 2)
-        x = F.pad(x.repeat_interleave(5, dim=2).repeat_interleave(5, dim=3), (0, 1, 0, 1))  # every place has its color
+        x = F.pad(
+            x.repeat_interleave(5, dim=2).repeat_interleave(5, dim=3), (0, 1, 0, 1)
+        )  # each position has its color
         out = method(batch._replace(views=(x + 0.1 * batch.views[0],)), Clock())
         optimizer.zero_grad()
         out["loss"].backward()
@@ -65,19 +67,19 @@ def accuracy_after_training(shuffled: bool) -> float:
     return total
 
 
-def test_neighbors_that_lie_anywhere_cannot_be_told() -> None:
+def test_shuffled_neighbors_cannot_be_classified() -> None:
     assert accuracy_after_training(shuffled=False) > 90
-    assert accuracy_after_training(shuffled=True) < 20  # chance is 12.5
+    assert accuracy_after_training(shuffled=True) < 20  # chance level: 12.5
 
 
-def test_sizes_of_the_paper() -> None:
+def test_head_sizes_of_the_paper() -> None:
     with torch.device("meta"):
         method = RelativeLocation(nets.resnet50())
         assert sum(p.numel() for p in method.head.parameters()) == 4096 * 4096 + 2 * 4096 + 4096 * 8 + 8
         assert method.head(torch.empty(16, 2 * 2048)).shape == (16, 8)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"set view\.size to at least 18"):
         make("relative_location", cell_size=6)
     with pytest.raises(UserError, match=r"set view\.size to at least 255"):

@@ -14,23 +14,23 @@ CASE = Case(
 )
 
 
-def test_rotations_pixel_by_pixel() -> None:
+def test_rotate_pixel_by_pixel() -> None:
     x = torch.randn(2, 3, 5, 5)
-    turned = rotate(x)
+    rotated = rotate(x)
     assert targets(2, x.device).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for i in range(2):
         for row in range(5):
             for column in range(5):
                 pixel = x[i, :, row, column]
-                # A quarter turn counterclockwise brings the right edge to the top.
-                assert torch.equal(turned[i, :, row, column], pixel)
-                assert torch.equal(turned[2 + i, :, 4 - column, row], pixel)
-                assert torch.equal(turned[4 + i, :, 4 - row, 4 - column], pixel)
-                assert torch.equal(turned[6 + i, :, column, 4 - row], pixel)
+                # Rotating by 90 degrees counterclockwise brings the right edge to the top.
+                assert torch.equal(rotated[i, :, row, column], pixel)
+                assert torch.equal(rotated[2 + i, :, 4 - column, row], pixel)
+                assert torch.equal(rotated[4 + i, :, 4 - row, 4 - column], pixel)
+                assert torch.equal(rotated[6 + i, :, column, 4 - row], pixel)
 
 
 @torch.no_grad()
-def test_the_loss_is_equation_2() -> None:
+def test_loss_is_equation_2() -> None:
     method = make("rotation").double().eval()
     batch = make_batch(method, 3)
     x = batch.views[0].double()
@@ -61,6 +61,6 @@ def accuracy_after_training(symmetric: bool) -> float:
     return total
 
 
-def test_what_has_no_up_and_down_cannot_be_told() -> None:
+def test_symmetric_images_cannot_be_classified() -> None:
     assert accuracy_after_training(symmetric=False) > 90
     assert accuracy_after_training(symmetric=True) < 35

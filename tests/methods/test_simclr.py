@@ -51,7 +51,7 @@ def test_nt_xent_is_equation_1(n: int, temperature: float) -> None:
     assert float(nt_xent(z_1, z_2, temperature)) == pytest.approx(literal(z_1, z_2, temperature), rel=1e-10, abs=1e-12)
 
 
-def test_repeated_images() -> None:
+def test_nt_xent_of_repeated_images() -> None:
     z_1, z_2 = torch.randn(2, 2, 4, dtype=torch.float64).repeat(1, 3, 1)
     assert float(nt_xent(z_1, z_2, 0.01)) == pytest.approx(literal(z_1, z_2, 0.01), rel=1e-10)
 
@@ -65,7 +65,7 @@ def _loss(z: Tensor, temperature: float) -> tuple[float, Tensor]:
 
 
 @pytest.mark.parametrize(("n", "temperature"), [(2, 0.5), (6, 0.01)])  # the first: one image in each process
-def test_over_processes(pool, n: int, temperature: float) -> None:
+def test_nt_xent_over_processes(pool, n: int, temperature: float) -> None:
     z = torch.randn(2, n, 4, dtype=torch.float64, requires_grad=True)
     nt_xent(z[0], z[1], temperature).backward()
     two = pool.run(_loss, z.detach(), temperature)
@@ -73,16 +73,16 @@ def test_over_processes(pool, n: int, temperature: float) -> None:
     torch.testing.assert_close(torch.cat([grad for _, grad in two], dim=1), z.grad)
 
 
-def test_what_is_logged() -> None:
+def test_logged_metrics() -> None:
     method = make("simclr")
     z_1, z_2 = torch.randn(2, 6, 3)
     out = method._measure(z_1, z_2)
     u, v = (z / z.norm(dim=1, keepdim=True) for z in (z_1, z_2))
-    right = 0
+    correct = 0
     for i in range(6):
         others = [float(u[i] @ v[j]) for j in range(6)] + [float(u[i] @ u[j]) for j in range(6) if j != i]
-        right += max(others) == others[i]
-    assert float(out["contrastive_accuracy"]) == pytest.approx(100 * right / 6)
+        correct += max(others) == others[i]
+    assert float(out["contrastive_accuracy"]) == pytest.approx(100 * correct / 6)
     assert float(out["alignment"]) == pytest.approx(float((u - v).square().sum(dim=1).mean()), rel=1e-5)
     pairs = [math.exp(-2 * float((u[i] - u[j]).square().sum())) for i in range(6) for j in range(6) if i != j]
     assert float(out["uniformity"]) == pytest.approx(math.log(sum(pairs) / 30), rel=1e-5)
@@ -100,13 +100,13 @@ def uniformity_after_training() -> float:
     return float(out["uniformity"])
 
 
-def test_without_wrong_answers_it_collapses(monkeypatch) -> None:
+def test_without_negatives_it_collapses(monkeypatch) -> None:
     assert uniformity_after_training() < -2
     monkeypatch.setattr(simclr, "nt_xent", lambda z_1, z_2, _: (z_1 - z_2).square().sum(dim=1).mean())
     assert uniformity_after_training() > -0.5
 
 
-def test_the_projector_is_the_authors() -> None:
+def test_projector_layers() -> None:
     method = make("simclr")
     linear = [m for m in method.projector if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(16, 16), (16, 16), (16, 16)]

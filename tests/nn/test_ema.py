@@ -6,7 +6,7 @@ from sslbook.errors import UserError
 from sslbook.nn import EMA, VisionTransformer
 
 
-def test_update_from_its_definition() -> None:
+def test_update_is_a_moving_average() -> None:
     online = nn.Linear(3, 2)
     teacher = EMA(online)
     start = online.weight.detach().clone()
@@ -22,7 +22,7 @@ def test_update_from_its_definition() -> None:
         teacher.update(online, 2.0)
 
 
-def test_it_is_a_copy_that_never_learns() -> None:
+def test_is_a_copy_without_gradient() -> None:
     online = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     teacher = EMA(online)
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -41,15 +41,15 @@ def test_running_statistics_are_its_own() -> None:
     torch.testing.assert_close(teacher.module[0].running_mean, torch.full((2,), 0.3))
 
 
-def test_another_module_is_refused() -> None:
+def test_rejects_another_module() -> None:
     with pytest.raises(ValueError):
         EMA(nn.Linear(3, 2)).update(nn.Linear(3, 2, bias=False), 0.5)
 
 
-def test_a_teacher_leaves_no_branches_out() -> None:
+def test_teacher_has_no_drop_path() -> None:
     torch.manual_seed(0)
     online = VisionTransformer(8, 4, 8, 2, 2, drop_path=0.5)
     teacher = EMA(online)
-    x = torch.randn(64, 3, 8, 8)  # so many that some branch falls out of one pass and not of the other
+    x = torch.randn(64, 3, 8, 8)  # so many that some branch is dropped in one pass and not in the other
     assert torch.equal(teacher(x), teacher(x))
     assert (online(x) - online(x)).abs().max() > 0

@@ -7,13 +7,13 @@ from sslbook.nn import ConvNet, ResNet
 from sslbook.nn.feature_map import UpConvolutions, map_side
 
 
-def test_every_up_convolution_doubles() -> None:
+def test_each_transposed_convolution_doubles() -> None:
     x = torch.randn(2, 8, 3, 5)
     assert UpConvolutions(8, [6, 4], 3)(x).shape == (2, 3, 12, 20)
     assert [type(m) for m in UpConvolutions(8, [], 3)] == [nn.Conv2d]
 
 
-def test_the_side_of_a_map_costs_nothing_and_changes_nothing() -> None:
+def test_map_side_leaves_the_backbone_unchanged() -> None:
     backbone = ConvNet(4)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     for size in (16, 24, 33):
@@ -22,6 +22,6 @@ def test_the_side_of_a_map_costs_nothing_and_changes_nothing() -> None:
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
 
 
-def test_a_backbone_without_a_map_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a method that draws .* Linear makes none: choose sslbook.nn.ResNet"):
-        map_side(nn.Linear(1, 1), 16, "a method that")
+def test_rejects_backbone_without_a_feature_map() -> None:
+    with pytest.raises(UserError, match=r"this needs a feature map and cannot use a Linear: choose sslbook.nn.ResNet"):
+        map_side(nn.Linear(1, 1), 16, "this")

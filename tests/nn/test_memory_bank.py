@@ -13,7 +13,7 @@ def bank(size: int, dim: int) -> MemoryBank:
     return memory
 
 
-def test_it_starts_as_unit_vectors_the_same_everywhere() -> None:
+def test_initial_rows_are_reproducible_unit_vectors() -> None:
     torch.manual_seed(1)
     one = bank(9, 4)
     torch.manual_seed(2)
@@ -23,7 +23,7 @@ def test_it_starts_as_unit_vectors_the_same_everywhere() -> None:
     assert not list(one.parameters())
 
 
-def test_rows_move_and_stay_on_the_sphere() -> None:
+def test_update_is_a_normalized_moving_average() -> None:
     memory = bank(9, 4)
     before, x = memory.rows.clone(), torch.randn(2, 4, requires_grad=True)
     memory.update(torch.tensor([7, 2]), x, 0.75)
@@ -36,13 +36,13 @@ def test_rows_move_and_stay_on_the_sphere() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_stays_float32(dtype: torch.dtype) -> None:
+def test_rows_stay_float32(dtype: torch.dtype) -> None:
     memory = bank(3, 4)
     memory.update(torch.tensor([0]), torch.randn(1, 4, dtype=dtype), 0.5)
     assert memory.rows.dtype == torch.float32
 
 
-def test_of_repeated_images_the_last_counts() -> None:
+def test_last_of_repeated_images_counts() -> None:
     memory, x = bank(3, 4), torch.randn(4, 4)
     before = memory.rows.clone()
     memory.update(torch.tensor([1, 2, 1, 1]), x, 0.5)
@@ -57,8 +57,8 @@ def _update(index: Tensor, x: Tensor) -> Tensor:
     return memory.rows
 
 
-def test_every_process_holds_the_same_rows_as_one_would(pool) -> None:
-    index, x = torch.tensor([4, 1, 1, 0]), torch.randn(4, 4)  # number 1 is met by both
+def test_two_processes_are_one(pool) -> None:
+    index, x = torch.tensor([4, 1, 1, 0]), torch.randn(4, 4)  # number 1 is in both
     memory = bank(5, 4)
     memory.update(index, x, 0.5)
     for rows in pool.run(_update, index, x):

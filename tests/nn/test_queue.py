@@ -7,7 +7,7 @@ from sslbook.errors import UserError
 from sslbook.nn import Queue
 
 
-def test_it_holds_the_latest_rows_wrapping_around() -> None:
+def test_holds_the_latest_rows_and_wraps_around() -> None:
     queue = Queue(5, 1)
     seen = []
     for start in range(0, 21, 3):
@@ -18,7 +18,7 @@ def test_it_holds_the_latest_rows_wrapping_around() -> None:
     assert int(queue.pointer) == len(seen) % 5
 
 
-def test_more_rows_than_it_holds() -> None:
+def test_push_of_more_rows_than_its_size() -> None:
     queue = Queue(4, 1)
     queue.push(torch.arange(11.0)[:, None])
     assert sorted(queue.rows.flatten().tolist()) == [7, 8, 9, 10]
@@ -26,12 +26,12 @@ def test_more_rows_than_it_holds() -> None:
     assert sorted(queue.rows.flatten().tolist()) == [8, 9, 10, 11]
 
 
-def test_a_queue_of_nothing_is_refused() -> None:
+def test_rejects_size_0() -> None:
     with pytest.raises(UserError, match="queue_size is 0"):
         Queue(0, 4)
 
 
-def test_it_starts_as_unit_vectors_and_stays_float32() -> None:
+def test_initial_rows_are_unit_vectors_in_float32() -> None:
     queue = Queue(7, 3)
     torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(7))
     queue.push(torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True))
@@ -42,7 +42,7 @@ def test_it_starts_as_unit_vectors_and_stays_float32() -> None:
 
 
 def _push(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(distributed.rank())  # the start may not depend on a process's own chance
+    torch.manual_seed(distributed.rank())  # the start may not depend on a process's random state
     queue = Queue(7, 2)
     start = queue.rows.clone()
     for part in x:
@@ -50,7 +50,7 @@ def _push(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return start, queue.rows, queue.pointer
 
 
-def test_every_process_holds_the_same_queue_as_one_would(pool) -> None:
+def test_two_processes_are_one(pool) -> None:
     x = torch.randn(3, 4, 2)
     queue = Queue(7, 2)
     start = queue.rows.clone()

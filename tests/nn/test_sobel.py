@@ -7,7 +7,7 @@ from sslbook.nn import ConvNet, Sobel
 from sslbook.weights.backbone import export_backbone, load_backbone
 
 
-def test_edges_are_sobels() -> None:
+def test_edges_are_sobel_gradients() -> None:
     x = torch.randn(2, 3, 5, 6)
     edges = Sobel(ConvNet(4)).edges(x)
     gray = nn.functional.pad(x.mean(dim=1), (1, 1, 1, 1))
@@ -22,13 +22,13 @@ def test_edges_are_sobels() -> None:
     assert not edges[:, 2].any()
 
 
-def test_colors_that_are_equally_bright_look_the_same() -> None:
+def test_color_channels_are_interchangeable() -> None:
     x = torch.rand(1, 3, 8, 8)
     network = Sobel(ConvNet(4))
     torch.testing.assert_close(network(x), network(x[:, [2, 0, 1]]))
 
 
-def test_it_is_exported_and_read_again(tmp_path: Path) -> None:
+def test_export_round_trip(tmp_path: Path) -> None:
     network = Sobel(ConvNet(4)).eval()
     export_backbone(tmp_path / "backbone.safetensors", network, {})
     again, _ = load_backbone(tmp_path / "backbone.safetensors")

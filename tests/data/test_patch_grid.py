@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sslbook import rng
-from sslbook.data.patches import STREAM, check_patches, cut_patches
+from sslbook.data.patch_grid import STREAM, check_patches, cut_patches
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.schedules import Clock
@@ -17,16 +17,16 @@ def test_patches_pixel_by_pixel(side: int, cell: int, patch: int) -> None:
     for i in range(2):
         for row in range(3):
             for column in range(3):
-                place = 3 * row + column
-                down, right = (int(u[i, place + half] * (cell - patch + 1)) for half in (0, 9))
+                position = 3 * row + column
+                down, right = (int(u[i, position + half] * (cell - patch + 1)) for half in (0, 9))
                 top = (side - 3 * cell) // 2 + row * cell + down
                 left = (side + 2 - 3 * cell) // 2 + column * cell + right
                 expected = images[i, :, top : top + patch, left : left + patch]
-                assert torch.equal(patches[i, place], expected)
+                assert torch.equal(patches[i, position], expected)
 
 
-def test_chance_is_keyed_and_fair() -> None:
-    images = torch.arange(9.0).expand(3000, 1, 9, 9)  # a pixel says in which column it is
+def test_jitter_is_uniform_and_reproducible() -> None:
+    images = torch.arange(9.0).expand(3000, 1, 9, 9)  # a pixel's value is its column
     patches = cut_patches(images, torch.arange(3000), 3, 2, Clock())
     starts = patches[:, 4, 0, 0, 0]
     assert set(starts.tolist()) == {3.0, 4.0}
@@ -38,10 +38,10 @@ def test_chance_is_keyed_and_fair() -> None:
     assert not torch.equal(patches[:, 3], patches[:, 4] - 3)  # each patch has its own jitter
 
 
-def told_by_borders(cell: int, patch: int) -> float:
-    """How often the better matching border tells whether a patch lies to the right of the center or to its left."""
+def accuracy_from_borders(cell: int, patch: int) -> float:
+    """Fraction of right neighbors that the better matching pair of borders identifies as right, not left."""
     noise = torch.randn(500, 1, 24, 26, generator=torch.Generator().manual_seed(0))
-    images = (noise[..., :-2] + noise[..., 1:-1] + noise[..., 2:]) / 3**0.5  # says nothing of what is 3 pixels away
+    images = (noise[..., :-2] + noise[..., 1:-1] + noise[..., 2:]) / 3**0.5  # independent of what is 3 pixels away
     patches = cut_patches(images, torch.arange(500), cell, patch, Clock())
     center, right = patches[:, 4], patches[:, 5]
     as_right = (center[..., -1] - right[..., 0]).square().mean(dim=(1, 2))
@@ -49,12 +49,12 @@ def told_by_borders(cell: int, patch: int) -> float:
     return float((as_right < as_left).float().mean())
 
 
-def test_gaps_take_the_shortcut_away() -> None:
-    assert told_by_borders(8, 8) > 0.8
-    assert 0.4 < told_by_borders(8, 4) < 0.65
+def test_gaps_remove_the_border_shortcut() -> None:
+    assert accuracy_from_borders(8, 8) > 0.8
+    assert 0.4 < accuracy_from_borders(8, 4) < 0.65
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_rejects_sizes_that_do_not_fit() -> None:
     check_patches(View(size=255), 85, 64)
     check_patches(View(size=16), 5, 5)
     with pytest.raises(UserError, match=r"set view\.size to at least 255 or cell_size to at most 74"):
