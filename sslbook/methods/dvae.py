@@ -1,39 +1,62 @@
-"""Discrete VAE: learn a vocabulary in which an image is a grid of words, for BEiT and CAE to predict.
+"""Discrete VAE: learn a codebook with which an image is a grid of codes, the targets of BEiT and CAE.
 
-An encoder scores every code at every patch, a code is drawn from these scores, and a decoder draws the image from the
-codes alone. Drawing has no gradient, so in training each patch gets a mixture of codes instead, disturbed by Gumbel
-noise, which becomes a draw of a single code as the temperature falls (the relaxation of Jang, Gu and Poole, 2017,
-"Categorical reparameterization with Gumbel-softmax", arXiv:1611.01144, equation 2).
+An encoder gives every patch a distribution over the codes, and a decoder reconstructs the image from sampled codes. A
+sample has no gradient, so training decodes a mixture of codes instead, perturbed by Gumbel noise, which approaches a
+sample of one code as the temperature falls.
 
-Ramesh et al., 2021, "Zero-shot text-to-image generation" (arXiv:2102.12092), section 2.1. What differs: the images'
-likelihood is normal (squared error) instead of logit-Laplace, which sets another scale for the weight of the divergence
-(6.6 there); networks are smaller, and the temperature falls over the whole run. The noise is keyed by image and epoch.
+Ramesh et al., 2021, "Zero-shot text-to-image generation" (DALL-E, arXiv:2102.12092), section 2.1, with the relaxation of
+Jang, Gu and Poole, 2017, "Categorical reparameterization with Gumbel-softmax" (arXiv:1611.01144), equation 2.
+
+What differs from the paper:
+- the likelihood of the pixels is normal (squared error) instead of logit-Laplace, which sets another scale for the weight
+  of the KL divergence (6.6 there);
+- networks are smaller, and the temperature falls over the whole run;
+- the noise is a function of seed, epoch and image.
 """
+
+import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sslbook import distributed
+from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.tokenizers import (
-    DiscreteDecoder,
-    DiscreteEncoder,
-    discrete_losses,
-    falling_temperature,
-    gumbel_noise,
-)
+from sslbook.nn.tokenizers import DiscreteDecoder, DiscreteEncoder
 from sslbook.nn.vit import patch_grid
-from sslbook.schedules import Clock
+from sslbook.schedules import Clock, Cosine
 
 VIEW = View(size=256, crop=(0.25, 1.0), interpolation="bicubic")
+STREAM = rng.METHOD + 900  # the row of random numbers of the Gumbel noise
+
+
+def gumbel_noise(
+    index: Int[Tensor, "batch"], num_patches: int, num_codes: int, clock: Clock
+) -> Float[Tensor, "batch {num_patches} {num_codes}"]:
+    """Gumbel noise: the code of the greatest logit plus noise is a sample from the softmax of the logits."""
+    # Uniform numbers may be 0, which would give infinity, but never 1.
+    u = rng.uniform(clock.seed, clock.epoch, index, STREAM, num_patches * num_codes).clamp_min(2.0**-25)
+    return -(-u.log()).log().unflatten(1, (num_patches, num_codes))
+
+
+def gumbel_softmax(
+    logits: Float[Tensor, "batch patches codes"], noise: Float[Tensor, "batch patches codes"], temperature: float
+) -> Float[Tensor, "batch patches codes"]:
+    """The relaxed sample, weights of all codes (arXiv:1611.01144, equation 2); one-hot as the temperature falls to 0."""
+    return ((logits + noise) / temperature).softmax(dim=2)
+
+
+def kl_to_uniform(logits: Float[Tensor, "batch patches codes"]) -> Float[Tensor, ""]:
+    """KL divergence of the codes' distribution from the uniform prior, log K - entropy: the mean over patches."""
+    log_q = logits.log_softmax(dim=2)
+    return (log_q.exp() * log_q).sum(dim=2).mean() + math.log(logits.shape[2])
 
 
 def perplexity(tokens: Int[Tensor, "batch patches"], num_codes: int) -> Float[Tensor, ""]:
-    """How many codes are in use in all processes' batches: the exponential of the entropy of their frequencies."""
+    """Exponential of the entropy of the codes' frequencies over all processes: the effective number of codes in use."""
     counts = distributed.all_reduce_sum(tokens.flatten().bincount(minlength=num_codes).float())
     return torch.special.entr(counts / counts.sum()).sum().exp()
 
@@ -43,10 +66,14 @@ class DVAE(Method):
 
     Args:
         backbone: the encoder to train, a sslbook.nn.DiscreteEncoder.
-        view: what an image becomes.
-        kl_weight: how much the divergence of the codes from the uniform distribution counts.
-        temperature: of the mixture of codes at first ...
-        last_temperature: ... and in the end.
+        view: the augmentation of the image.
+        kl_weight: weight of the KL divergence of the codes from the uniform distribution.
+        temperature: of the relaxed samples, at the beginning.
+        last_temperature: of the relaxed samples, at the end; it falls along half a cosine.
+
+    Raises:
+        UserError: the backbone is no discrete encoder, the temperature does not fall, or the images do not divide into
+            patches.
     """
 
     backbone: DiscreteEncoder  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -62,7 +89,7 @@ class DVAE(Method):
         super().__init__()
         if not isinstance(backbone, DiscreteEncoder):
             raise UserError(
-                f"a discrete autoencoder needs scores of codes and cannot use a {type(backbone).__name__}: "
+                f"a discrete VAE trains an encoder of codes and cannot use a {type(backbone).__name__}: "
                 "choose sslbook.nn.DiscreteEncoder"
             )
         if not 0 < last_temperature <= temperature:
@@ -70,9 +97,9 @@ class DVAE(Method):
                 f"the temperature cannot fall from {temperature} to {last_temperature}: use 1.0 and 0.0625, or another "
                 "two positive numbers, the larger first"
             )
-        patch_grid(view.size, view.size, backbone.patch_size)  # refuses a size that does not divide
+        patch_grid(view.size, view.size, backbone.patch_size)  # rejects a size that does not divide
         self.view, self.kl_weight = view, kl_weight
-        self.temperature, self.last_temperature = temperature, last_temperature
+        self.temperature = Cosine(temperature, last_temperature)
         self.backbone = backbone
         self.decoder = DiscreteDecoder(**backbone.init_args)
 
@@ -81,12 +108,14 @@ class DVAE(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        scores = self.backbone.scores(images).float()
-        noise = gumbel_noise(batch.index, scores.shape[1], scores.shape[2], clock.seed, clock.epoch)
-        temperature = falling_temperature(self.temperature, self.last_temperature, clock.progress)
-        squared, divergence = discrete_losses(self.backbone, self.decoder, images, noise, temperature, scores)
+        logits = self.backbone.logits(images).float()  # q(z | x): (n, patches, codes)
+        noise = gumbel_noise(batch.index, logits.shape[1], logits.shape[2], clock)
+        relaxed = gumbel_softmax(logits, noise, self.temperature(clock))  # differentiable, unlike a sampled code
+        reconstruction = self.decoder(relaxed, images.shape[2] // self.backbone.patch_size)  # (n, 3, h, w)
+        # The evidence lower bound (equation 1), with a weight of its second term and its sign turned.
+        squared_error = (reconstruction.float() - images.float()).square().mean()
         return {
-            "loss": squared + self.kl_weight * divergence,
-            "squared_error": squared.detach(),
-            "codes_in_use": perplexity(scores.argmax(dim=2), self.backbone.num_codes),
+            "loss": squared_error + self.kl_weight * kl_to_uniform(logits),
+            "squared_error": squared_error.detach(),
+            "code_perplexity": perplexity(logits.argmax(dim=2), self.backbone.num_codes),
         }

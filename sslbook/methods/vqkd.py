@@ -134,7 +134,7 @@ class VQKD(Method):
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
         target = self.teacher(images).patches
-        places = self.backbone.places(images)
+        places = self.backbone.latents(images)
         with torch.autocast(images.device.type, enabled=False):
             tokens = self.backbone.nearest(places)
             codes = self.backbone.codebook[tokens]
@@ -147,7 +147,7 @@ class VQKD(Method):
         return {
             "loss": alike + self.commitment * distance,
             "cosine_loss": alike.detach(),
-            "codes_in_use": torch.special.entr(share).sum().exp(),
+            "code_perplexity": torch.special.entr(share).sum().exp(),
         }
 
     @torch.no_grad()

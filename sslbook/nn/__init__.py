@@ -1,6 +1,8 @@
+# ruff: noqa: F401 (imported for type checkers alone)
 """What several methods share. Names are imported when first used: torchvision and timm load only if needed.
 
-A backbone is any module that maps images `(n, 3, h, w)` to features `(n, dim)` and has the attribute `dim`.
+A backbone is any module that maps images `(n, 3, h, w)` to features `(n, dim)` and has the attribute `dim`; see
+`sslbook.nn.backbones` for what it may offer besides.
 """
 
 from importlib import import_module
@@ -36,50 +38,12 @@ _HOME = {
     "heads": ["MLP", "DINOHead"],
     "memory_bank": ["MemoryBank"],
     "queue": ["Queue"],
-    "resnet": [
-        "ResNet",
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "resnet152",
-        "wide_resnet50_2",
-        "wide_resnet101_2",
-    ],
+    "resnet": ["ResNet", *(f"resnet{d}" for d in (18, 34, 50, 101, 152)), "wide_resnet50_2", "wide_resnet101_2"],
     "sobel": ["Sobel"],
     "tokenizers": ["DiscreteEncoder", "VQTokenizer"],
     "vit": ["VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"],
 }
-__all__ = [
-    "EMA",
-    "MLP",
-    "BatchNorm",
-    "ConvNet",
-    "DINOHead",
-    "DiscreteEncoder",
-    "MemoryBank",
-    "Queue",
-    "ResNet",
-    "Sobel",
-    "VQTokenizer",
-    "VisionTransformer",
-    "backbone_dim",
-    "convert_batch_norm",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "timm_model",
-    "vit_base",
-    "vit_giant",
-    "vit_huge",
-    "vit_large",
-    "vit_small",
-    "vit_tiny",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-]
+__all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
@@ -90,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

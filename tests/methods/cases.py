@@ -107,8 +107,6 @@ def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options)
     torch.manual_seed(seed)
     method = load(name)(this.backbone() if backbone is None else backbone, **{**this.options, **options})
     method.setup(Data(shapes=TINY_SHAPES))
-    if hasattr(method, "tokenizer_steps"):  # what they predict is made here
-        method.before_epoch(Data(shapes=TINY_SHAPES), Clock())
     return method
 
 

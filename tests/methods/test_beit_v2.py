@@ -45,13 +45,13 @@ CASE = Case(
 
 
 @pytest.mark.parametrize("n", [3, 1])
-def test_the_loss_is_the_papers(n: int) -> None:
+def test_loss_against_literal_version(n: int) -> None:
     method = make("beit_v2")
     batch, clock = make_batch(method, n), Clock(seed=3)
     (images,) = batch.views
-    hidden = block_mask(batch.index, (4, 4), 6, clock, 2, exact=True)
+    masked = block_mask(batch.index, (4, 4), 6, clock, 2, exact=True)
     codes = method.tokenizer(images)
-    early, last = method.backbone.layers(method.backbone.embed(images, hidden, method.mask_token))
+    early, last = method.backbone.layers(method.backbone.embed(images, masked, method.mask_token))
     x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
     for block in method.aggregation.blocks:
         x = block(x)
@@ -60,7 +60,7 @@ def test_the_loss_is_the_papers(n: int) -> None:
         losses = []
         for i in range(n):
             for j in range(16):
-                if hidden[i, j]:
+                if masked[i, j]:
                     scores = method.head(method.backbone.norm(output[i, 1 + j])).double().tolist()
                     losses.append(math.log(sum(math.exp(s) for s in scores)) - scores[int(codes[i, j])])
         assert len(losses) == 6 * n
@@ -68,42 +68,42 @@ def test_the_loss_is_the_papers(n: int) -> None:
     assert float(method(batch, clock)["loss"].detach()) == pytest.approx(total, rel=1e-4)
 
 
-def test_the_gradient_is_of_both_predictions() -> None:
+def test_gradient_comes_from_both_predictions() -> None:
     """Through the last class token and the patches of the early layer, with positions in the aggregation too."""
     backbone = VisionTransformer(SIZE, 4, 16, 4, 2, positions="relative")
     method = make("beit_v2", backbone=backbone, early_layer=2)
     torch.nn.init.normal_(backbone.rel_pos_bias.table)
     batch, clock = make_batch(method, 3), Clock(seed=3)
     (images,) = batch.views
-    hidden = block_mask(batch.index, (4, 4), 6, clock, 2, exact=True)
-    codes = method.tokenizer(images)[hidden]
-    _, early, _, last = backbone.layers(backbone.embed(images, hidden, method.mask_token))
+    masked = block_mask(batch.index, (4, 4), 6, clock, 2, exact=True)
+    codes = method.tokenizer(images)[masked]
+    _, early, _, last = backbone.layers(backbone.embed(images, masked, method.mask_token))
     x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
     for block in method.aggregation.blocks:
         x = block(x, backbone.rel_pos_bias())
-    scores = [method.head(backbone.norm(output)[:, 1:][hidden]) for output in (last, x)]
+    scores = [method.head(backbone.norm(output)[:, 1:][masked]) for output in (last, x)]
     literal = F.cross_entropy(scores[0], codes) + F.cross_entropy(scores[1], codes)
     weights = [p for p in method.parameters() if p.requires_grad]
     expected = torch.autograd.grad(literal, weights)
     torch.testing.assert_close(torch.autograd.grad(method(batch, clock)["loss"], weights), expected)
 
 
-def test_every_image_hides_as_many_patches() -> None:
+def test_every_image_masks_equally_many_patches() -> None:
     method, seen = make("beit_v2", num_masked=7, min_block=4), []
     predict = method.predict
-    method.predict = lambda images, hidden: seen.append(hidden) or predict(images, hidden)
+    method.predict = lambda images, masked: seen.append(masked) or predict(images, masked)
     method(make_batch(method, 64), Clock())
     assert seen[0].sum(dim=1).tolist() == [7] * 64
 
 
-def test_the_class_token_has_to_tell(monkeypatch) -> None:
-    """What the last blocks learn from the aggregation passes through the class token; without it they learn nothing."""
+def test_aggregation_trains_last_blocks_through_class_token(monkeypatch) -> None:
+    """The aggregation's gradient reaches the last blocks through the class token alone."""
 
     def gradient_of_last_block() -> float:
         method = make("beit_v2")
         batch = make_batch(method, 4)
-        hidden = block_mask(batch.index, (4, 4), 6, Clock(), 2, exact=True)
-        _, scores = method.predict(batch.views[0], hidden)
+        masked = block_mask(batch.index, (4, 4), 6, Clock(), 2, exact=True)
+        _, scores = method.predict(batch.views[0], masked)
         scores.logsumexp(dim=1).sum().backward()
         weight = method.backbone.blocks[-1].mlp.fc2.weight
         return 0.0 if weight.grad is None else float(weight.grad.norm())
@@ -114,7 +114,7 @@ def test_the_class_token_has_to_tell(monkeypatch) -> None:
     assert gradient_of_last_block() == 0
 
 
-def test_layer_scale_and_drop_path_of_the_aggregation_are_the_backbones() -> None:
+def test_aggregation_has_layer_scale_and_drop_path_of_backbone() -> None:
     backbone = VisionTransformer(SIZE, 4, 16, 4, 2, layer_scale=0.1, drop_path=0.3)
     method = make("beit_v2", backbone=backbone, early_layer=2)
     # The backbone's blocks drop 0, 0.1, 0.2, 0.3: those after the second are 0.2 and 0.3.
@@ -123,7 +123,7 @@ def test_layer_scale_and_drop_path_of_the_aggregation_are_the_backbones() -> Non
         assert all(torch.equal(scale.gamma, torch.full((16,), 0.1)) for scale in (block.ls1, block.ls2))
 
 
-def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
+def test_tokenizer_from_run_folder(tmp_path: Path) -> None:
     tokenizer = seeded_tokenizer()
     facts = {"view": {"size": 16, "mean": [0.5] * 3, "std": [0.25] * 3}}
     export_backbone(tmp_path / "backbone.safetensors", tokenizer, facts)
@@ -132,26 +132,26 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     pixels = images * torch.tensor(VIEW.std)[:, None, None] + torch.tensor(VIEW.mean)[:, None, None]
     assert torch.equal(method.tokenizer(images), tokenizer.tokens((pixels - 0.5) / 0.25))
     export_backbone(tmp_path / "other.safetensors", DiscreteEncoder(4, 8, 8, 1), facts)
-    with pytest.raises(UserError, match=r"makes no codes.*: train one with python -m sslbook.train vqkd"):
+    with pytest.raises(UserError, match=r"a VQTokenizer is needed: train one with python -m sslbook.train vqkd"):
         make("beit_v2", tokenizer=str(tmp_path / "other.safetensors"))
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"BEiT v2 .* cannot use a ResNet: choose .*VisionTransformer"):
         make("beit_v2", backbone=ResNet(18, width=8))
-    with pytest.raises(UserError, match=r"there is no tokenizer: set --method\.tokenizer"):
+    with pytest.raises(UserError, match=r"there is no tokenizer: .* vqkd and set --method\.tokenizer"):
         make("beit_v2", tokenizer=None)
-    with pytest.raises(UserError, match="a DiscreteEncoder has no codebook"):
+    with pytest.raises(UserError, match="a DiscreteEncoder cannot be the tokenizer, a VQTokenizer is needed"):
         make("beit_v2", tokenizer=DiscreteEncoder(4, 8, 8, 1))
-    with pytest.raises(UserError, match=r"no such run; train it first with python -m sslbook.train vqkd"):
+    with pytest.raises(UserError, match=r"no such run folder or file; train one with python -m sslbook.train vqkd"):
         make("beit_v2", tokenizer="runs/nothing")
-    with pytest.raises(UserError, match="codes for 2x2 patches and the backbone sees 4x4: use patch_size 8"):
+    with pytest.raises(UserError, match="codes for 2x2 patches and the backbone has 4x4: use patch_size 8"):
         make("beit_v2", tokenizer=VQTokenizer(**{**SMALL, "patch_size": 8}))
     with pytest.raises(UserError, match="leaves nothing to predict"):
         make("beit_v2", num_masked=0)
     with pytest.raises(UserError, match="leaves nothing to see"):
         make("beit_v2", num_masked=16)
-    with pytest.raises(UserError, match="does not lie before the last of 2 blocks: use 1"):
+    with pytest.raises(UserError, match="is not before the last of 2 blocks: use 1"):
         make("beit_v2", early_layer=2)
 
 

@@ -62,7 +62,7 @@ def test_the_loss_is_the_papers(n: int) -> None:
     method = make("vqkd", commitment=0.3)
     batch = make_batch(method, n)
     (images,) = batch.views
-    places = method.backbone.places(images)
+    places = method.backbone.latents(images)
     torch.testing.assert_close(places.norm(dim=2), torch.ones(n, 16))
     codes = torch.zeros_like(places)
     for i in range(n):
@@ -90,7 +90,7 @@ def test_codes_are_running_means_on_the_sphere() -> None:
 def test_the_gradient_of_a_code_passes_to_the_patch_that_chose_it() -> None:
     method = make("vqkd", commitment=0.3)
     batch = make_batch(method, 4)
-    places = method.backbone.places(batch.views[0])
+    places = method.backbone.latents(batch.views[0])
     codes = method.backbone.codebook[method.backbone.nearest(places)].requires_grad_()
     alike = cosine_loss(method.decoder(codes).flatten(0, 1), method.teacher(batch.views[0]).patches.flatten(0, 1))
     passed = torch.autograd.grad(alike, codes)[0] + 0.3 * 2 * (places - codes).detach() / places.numel()
@@ -107,7 +107,7 @@ def test_codes_follow_the_patches_that_chose_them(parts: int) -> None:
     method.started.fill_(1)
     for step in (1, 2):
         batch = make_batch(method, 4, seed=step)
-        places = method.backbone.places(batch.views[0]).detach().flatten(0, 1)
+        places = method.backbone.latents(batch.views[0]).detach().flatten(0, 1)
         tokens, expected = method.backbone.tokens(batch.views[0]).flatten(), method.backbone.codebook.clone()
         for k in tokens.unique().tolist():
             mine = places[tokens == k].mean(dim=0)
@@ -125,7 +125,7 @@ def test_how_many_codes_are_in_use() -> None:
         batch = make_batch(method, 4, seed=step)
         shares = method.backbone.tokens(batch.views[0]).flatten().bincount(minlength=8).double() / 64
         expected = math.exp(-sum(p * math.log(p) for p in shares.tolist() if p > 0))
-        assert float(method(batch, Clock(step))["codes_in_use"]) == pytest.approx(expected, rel=1e-4)
+        assert float(method(batch, Clock(step))["code_perplexity"]) == pytest.approx(expected, rel=1e-4)
         method.after_step(Clock(step, 10))
 
 
@@ -182,7 +182,7 @@ def test_codes_that_neither_start_at_patches_nor_are_revived_are_not_used() -> N
 def test_codes_start_at_patches() -> None:
     method = make("vqkd")
     batch = make_batch(method, 4)
-    places = method.backbone.places(batch.views[0]).flatten(0, 1)
+    places = method.backbone.latents(batch.views[0]).flatten(0, 1)
     method(batch, Clock())
     method.after_step(Clock(1, 10))
     distance = (method.backbone.codebook[:, None] - places).norm(dim=2)
