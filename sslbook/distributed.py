@@ -1,11 +1,10 @@
-"""Several processes, or one: the same code.
+"""Collectives over processes, each the identity in one process.
 
-Every function here is the identity while no process group exists, so a method is written once and runs alone, on two
-CPU processes (gloo) or on many GPUs (NCCL).
+A method is written once and runs in one process, in two CPU processes (gloo) or on many GPUs (NCCL).
 
-The convention that makes gradients come out right: each process returns the mean loss over *its own* images, the
-backward passes below give the gradient of the SUM of all processes' losses, and `DistributedDataParallel` divides by
-their number. What remains is the gradient of the mean over the global batch.
+The convention for gradients: each process returns the mean loss over *its own* images, the backward passes below give
+the gradient of the SUM of all processes' losses, and `DistributedDataParallel` divides by their number. The result is
+the gradient of the mean over the global batch.
 """
 
 import inspect
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,7 +38,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if initialized() else 1
 
 
@@ -49,19 +48,19 @@ def is_main() -> bool:
 
 
 def own_rows(count: int, device: torch.device | str = "cpu") -> Int[Tensor, "{count}"]:
-    """Which rows of a gathered batch are this process's: `count` positions, in order."""
+    """The positions of this process's `count` rows in a gathered batch."""
     return rank() * count + torch.arange(count, device=device)
 
 
 def barrier() -> None:
-    """Waits until every process has come this far."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()
 
 
 @torch.no_grad()
 def all_gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
-    """The rows of all processes in the order of their ranks, without gradient; every process must hold equally many."""
+    """The rows of all processes in the order of their ranks, without gradient; all must have the same number of rows."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -70,7 +69,7 @@ def all_gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
 
 
 def all_gather_with_grad(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
-    """As `gather`; the gradient of a row is summed over all the processes that used it."""
+    """As `all_gather`; the gradient of a row is summed over all the processes that used it."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
@@ -93,7 +92,7 @@ def all_reduce_sum(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 
 @torch.no_grad()
 def all_reduce_std(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "*rest"]:
-    """The standard deviation over the rows of all processes; every process must hold equally many."""
+    """The standard deviation over the rows of all processes, which must have the same number of rows."""
     center = all_reduce_mean(x.mean(dim=0))
     return all_reduce_mean((x - center).square().mean(dim=0)).sqrt()
 
@@ -114,7 +113,7 @@ def _reduced(x: Tensor, operation: Any) -> Tensor:
 
 @torch.no_grad()
 def broadcast(x: T) -> T:
-    """What process 0 passes, on every process: a tensor (all must pass one of the same shape), or any object."""
+    """The value that process 0 passes, in every process: a tensor (of one shape in all of them), or any object."""
     if world_size() == 1:
         return x
     box: list[Any] = [x]
@@ -156,7 +155,7 @@ class _Sum(torch.autograd.Function):
 def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     """The module in every process, with the same parameters and buffers, and gradients averaged over processes.
 
-    Every process computes the same changes of buffers, so they are sent but once: a memory may have a million rows.
+    Every process computes the same changes of buffers, so they are sent only once: a memory bank may have a million rows.
     """
     for buffer in module.buffers():
         buffer.copy_(broadcast(buffer))
@@ -168,10 +167,13 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
 
 
 def setup(device: str | None = None) -> torch.device:
-    """Joins the process group that `torchrun` describes, if it started us, and returns this process's device.
+    """Join the process group that `torchrun` describes, if it started this process; returns this process's device.
 
     Args:
         device: where to compute, such as `cpu` or `cuda:1`; by default a GPU if there is one.
+
+    Raises:
+        UserError: the device does not exist, or there are more processes than GPUs.
     """
     cuda = torch.cuda.is_available()
     try:
@@ -188,32 +190,32 @@ def setup(device: str | None = None) -> torch.device:
         return torch.device(device or kind)
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    place = torch.device("cpu")
+    chosen = torch.device("cpu")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine has no GPU of its own: "
                 f"start at most {torch.cuda.device_count()} processes (--nproc-per-node)"
             )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
     backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, device_id=place if backend == "nccl" else None)
-    return place
+    dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+    return chosen
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if initialized():
         dist.destroy_process_group()
 
 
 def launch(fn: Callable[..., T], processes: int, *args: Any) -> list[T]:
-    """Runs `fn(*args)` in new CPU processes that form a gloo group; returns what each returned, by rank.
+    """Run `fn(*args)` in new CPU processes that form a gloo group; returns what each returned, by rank.
 
     For notebooks and demonstrations. The processes import `fn` afresh, so it must live in a module, not in a cell.
     """
-    # As bytes: torch would pickle tensors as shared memory, and every process would train the same weights in place.
+    # As bytes: torch would pickle tensors as shared memory, and all processes would update the same weights in place.
     work = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_launched, (work, processes, folder), nprocs=processes)
@@ -231,7 +233,7 @@ def _launched(rank: int, work: bytes, processes: int, folder: str) -> None:
 
 
 def init_process_group(rank: int, processes: int, rendezvous: Path, timeout: float = 120.0) -> None:
-    """Joins a gloo group whose members meet through the file `rendezvous`: no port that could be taken."""
+    """Join a gloo group whose members meet through the file `rendezvous`, since a port could be in use."""
     dist.init_process_group(
         "gloo",
         init_method=rendezvous.resolve().as_uri(),

@@ -3,7 +3,7 @@ import torch
 from sslbook import rng
 
 
-def test_a_key_always_gives_the_same_numbers() -> None:
+def test_numbers_depend_on_their_key_alone() -> None:
     index = torch.tensor([5, 0, 123_456_789])
     row = rng.uniform(3, 7, index, 1, 4)
     torch.testing.assert_close(row[1], rng.uniform(3, 7, torch.tensor([0]), 1, 4)[0], rtol=0, atol=0)

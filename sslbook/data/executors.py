@@ -11,6 +11,7 @@ A crop with an antialiased resize is a linear function that separates into rows 
 writes it as two matrices per sample and two batched matrix products. Gaussian blur is treated alike.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sslbook.data.images import as_pil
-from sslbook.data.views import ColorParams, CropParams, View, sample_color, sample_params
+from sslbook.data.views import ColorParams, CropParams, View, sample_params
 
 _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
 
@@ -116,7 +117,8 @@ def apply_color(
     stream: int,
 ) -> Float[Tensor, "batch 3 size size"]:
     """The photometric half of `apply_batch`, for images that `crop_one` has cropped with the same key."""
-    color = sample_color(view, seed, epoch, index, stream)
+    size = torch.full((len(crops),), view.size)  # the colors do not depend on it
+    color = sample_params(view, seed, epoch, index, stream, size, size).color
     return color_batch(view, crops.transpose(0, 1).contiguous().float().mul_(1 / 255), color)
 
 
@@ -187,27 +189,25 @@ def color_batch(
 ) -> Float[Tensor, "batch 3 size size"]:
     """Color jitter, grayscale, blur, solarize, normalize; overwrites `x`."""
 
-    def chosen(mask: Bool[Tensor, "batch"]) -> Int[Tensor, "few"]:
-        return mask.nonzero()[:, 0]  # on the CPU, where parameters are sampled: the device never waits to count
+    def change(which: Bool[Tensor, "batch"], function: Callable[..., Tensor], *parameters: Tensor) -> None:
+        """Apply `function` to some samples, counted on the CPU, so that the device never waits."""
+        few = which.nonzero()[:, 0]
+        if len(few):
+            few = few.to(x.device)
+            x.index_copy_(1, few, function(x.index_select(1, few), *(values[few] for values in parameters)))
 
     if any(view.color_jitter) and view.color_jitter_p > 0:
-        factors = color.factors.to(x.device)
+        factors = color.factors.to(x.device)[:, :, None, None]
         for turn in range(4):  # each sample has its own order: the first step of all, then the second, ...
-            for step, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-                few = chosen(color.jitter & (color.order[:, turn] == step))
-                if view.color_jitter[step] > 0 and len(few):
-                    few = few.to(x.device)
-                    x.index_copy_(1, few, change(x.index_select(1, few), factors[few, step, None, None]))
-    if view.grayscale > 0 and len(few := chosen(color.grayscale)):
-        few = few.to(x.device)
-        x.index_copy_(1, few, _gray(x.index_select(1, few)).expand(3, -1, -1, -1))
-    if view.blur > 0 and len(few := chosen(color.blur)):
-        sigma, few = color.sigma[few].to(x.device), few.to(x.device)
-        x.index_copy_(1, few, _gaussian_blur(x.index_select(1, few), sigma))
-    if view.solarize > 0 and len(few := chosen(color.solarize)):
-        few = few.to(x.device)
-        some = x.index_select(1, few)
-        x.index_copy_(1, few, torch.minimum(some, 1 - some))  # above one half, 1 - x is the smaller
+            for step, function in enumerate((_brightness, _contrast, _saturation, _hue)):
+                if view.color_jitter[step] > 0:
+                    change(color.jitter & (color.order[:, turn] == step), function, factors[:, step])
+    if view.grayscale > 0:
+        change(color.grayscale, lambda some: _gray(some).expand(3, -1, -1, -1))
+    if view.blur > 0:
+        change(color.blur, _gaussian_blur, color.sigma.to(x.device))
+    if view.solarize > 0:
+        change(color.solarize, lambda some: torch.minimum(some, 1 - some))  # above one half, 1 - x is the smaller
 
     result = x.new_empty((x.shape[1], 3, *x.shape[2:]))
     for channel, (mean, std) in enumerate(zip(view.mean, view.std)):

@@ -96,31 +96,22 @@ def as_image(item: Any) -> Any:
     """
     from PIL import Image
 
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
     image = item
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
     if isinstance(image, np.ndarray):
-        try:
+        with contextlib.suppress(
+            TypeError, ValueError
+        ):  # Pillow has no mode for it; a tensor of the same values may do
             return to_rgb(Image.fromarray(image))
-        except (TypeError, ValueError):  # Pillow has no mode for it; a tensor of the same values may do
-            image = _as_tensor(image)
+    if isinstance(image, np.ndarray) and image.dtype.kind in "biuf" and image.ndim in (2, 3):
+        image = image[:, :, None] if image.ndim == 2 else image
+        image = image.transpose(2, 0, 1) if image.shape[2] in (1, 3) else image
+        image = torch.from_numpy(np.ascontiguousarray(image))
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3) and image.numel():
         return _as_uint8(image)
-    what = type(item).__name__
-    if isinstance(item, np.ndarray | Tensor):
-        what = f"{'array' if isinstance(item, np.ndarray) else 'tensor'} of shape {tuple(item.shape)}, {item.dtype}"
+    what = f"{type(item).__name__} {getattr(item, 'shape', '')} {getattr(item, 'dtype', '')}".strip()
     raise UserError(f"the dataset yields a {what}: it must yield a PIL image or a tensor (3, height, width)")
-
-
-def _as_tensor(image: np.ndarray) -> np.ndarray | Tensor:
-    """An array of numbers as a tensor with the channels first; anything else as it is."""
-    if image.dtype.kind not in "iuf" or image.ndim not in (2, 3):
-        return image
-    if image.ndim == 2:
-        image = image[None]
-    elif image.shape[2] in (1, 3):
-        image = image.transpose(2, 0, 1)
-    return torch.from_numpy(image.astype(np.float32 if image.dtype.kind == "f" else np.int64))
 
 
 def _as_uint8(image: Tensor) -> UInt8[Tensor, "channels height width"]:

@@ -266,42 +266,17 @@ class Data:
         device: torch.device,
         training: bool,
     ) -> Iterator[Batch]:
+        """The batches of images at `positions`: augmented on the device, or with the help of workers."""
         if isinstance(source, InMemory) and self.augment == "device":
-            return self._from_memory(source, views, positions, seed, epoch, device)
-        return self._from_workers(source, views, positions, seed, epoch, device, training)
-
-    def _from_memory(
-        self,
-        source: InMemory,
-        views: tuple[View, ...],
-        positions: tuple[Tensor, ...],
-        seed: int,
-        epoch: int,
-        device: torch.device,
-    ) -> Iterator[Batch]:
-        images = source.images
-        if images.nbytes <= MAX_BYTES_ON_DEVICE:
-            key = (id(source), str(device))
-            if key not in self._on_device:
-                self._on_device[key] = images.to(device)
-            images = self._on_device[key]
-        for index in positions:
-            selected = images[index.to(images.device)].to(device)
-            made = tuple(apply_batch(view, selected, seed, epoch, index, stream) for stream, view in enumerate(views))
-            yield Batch(made, index.to(device), source.labels[index].to(device))
-
-    def _from_workers(
-        self,
-        source: ImageSource,
-        views: tuple[View, ...],
-        positions: tuple[Tensor, ...],
-        seed: int,
-        epoch: int,
-        device: torch.device,
-        training: bool,
-    ) -> Iterator[Batch]:
-        if not positions:
+            images = self._on_device.get((id(source), str(device)), source.images)
+            if images.nbytes <= MAX_BYTES_ON_DEVICE:
+                images = self._on_device[id(source), str(device)] = images.to(device)
+            for index in positions:
+                chosen = images[index.to(images.device)].to(device)
+                made = tuple(apply_batch(view, chosen, seed, epoch, index, i) for i, view in enumerate(views))
+                yield Batch(made, index.to(device), source.labels[index].to(device))
             return
+
         key = (id(source), views, seed, self.augment, device.type)
         if training and self._idle is not None and self._idle[0] == key:
             loader = self._idle[1]
@@ -316,17 +291,16 @@ class Data:
                 raise UserError(crops.error)
             if training and number == len(positions):
                 self._idle = (key, loader)  # before the last yield: a caller that counts batches never resumes after it
-            if not len(crops.index):
-                continue
-            made = [view.to(device, non_blocking=True) for view in crops.views]
-            if self.augment == "device":
-                made = [
-                    apply_color(view, pixels, seed, epoch, crops.index, stream)
-                    for stream, (view, pixels) in enumerate(zip(views, made))
-                ]
-            yield Batch(tuple(made), crops.shown.to(device), source.labels[crops.shown].to(device))
+            if len(crops.index):
+                made = tuple(view.to(device, non_blocking=True) for view in crops.views)
+                if self.augment == "device":
+                    made = tuple(
+                        apply_color(view, pixels, seed, epoch, crops.index, i)
+                        for i, (view, pixels) in enumerate(zip(views, made))
+                    )
+                yield Batch(made, crops.shown.to(device), source.labels[crops.shown].to(device))
 
-    def _note_unreadable(self, unreadable: list[tuple[str, str]]) -> None:
+    def _note_unreadable(self, unreadable: tuple[tuple[str, str], ...]) -> None:
         for name, reason in unreadable:
             if self.strict:
                 raise UnreadableImage(name, reason)

@@ -174,11 +174,6 @@ def sample_params(
     return ViewParams(_sample_crop(view, u, heights, widths), _sample_color(view, u))
 
 
-def sample_color(view: View, seed: int, epoch: int, index: Int[Tensor, "batch"], stream: int) -> ColorParams:
-    """The photometric part of `sample_params`, which needs no sizes."""
-    return _sample_color(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS))
-
-
 def _sample_crop(
     view: View, u: Float[Tensor, "batch columns"], heights: Int[Tensor, "batch"], widths: Int[Tensor, "batch"]
 ) -> CropParams:

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,39 +28,31 @@ NO_IMAGES = torch.empty(0, dtype=torch.int64)
 class CroppedBatch(NamedTuple):
     """A batch as a worker returns it."""
 
-    index: Int[Tensor, "batch"]
+    index: Int[Tensor, "batch"] = NO_IMAGES
     """the images whose random parameters were used"""
-    shown: Int[Tensor, "batch"]
+    shown: Int[Tensor, "batch"] = NO_IMAGES
     """the images in the views: the same, except for those that replace unreadable ones"""
-    views: list[Tensor]
-    unreadable: list[tuple[str, str]]
+    views: tuple[Tensor, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
     """name and reason"""
     error: str = ""
     """why loading must stop; an exception would arrive as a traceback of many lines"""
 
 
+@dataclass
 class CropDataset(Dataset):
     """Turns `(epoch, positions of a batch)` into that batch of cropped or, if asked, fully augmented views.
 
     In training the next readable image replaces an unreadable one, wherever and whenever this happens; in evaluation
     an unreadable image is left out.
-
-    Args:
-        source: the images.
-        views: what each image becomes.
-        seed: of the views.
-        augment: apply the photometric steps too, image by image.
-        training: whether unreadable images are replaced.
     """
 
-    def __init__(
-        self, source: ImageSource, views: tuple[View, ...], seed: int, augment: bool = False, training: bool = True
-    ) -> None:
-        self.source = source
-        self.views = views
-        self.seed = seed
-        self.augment = augment
-        self.training = training
+    source: ImageSource
+    views: tuple[View, ...]
+    seed: int
+    augment: bool
+    """whether the photometric steps are applied too, image by image"""
+    training: bool
 
     def __getitem__(self, key: tuple[int, Tensor]) -> CroppedBatch:
         epoch, positions = key
@@ -75,12 +68,13 @@ class CropDataset(Dataset):
                     index += kept
                     shown += replaced
                     for stream, view in enumerate(self.views):
-                        views[stream] += self._augment(view, list(images), epoch, torch.tensor(kept), stream)
+                        views[stream] += self._augment(view, images, epoch, torch.tensor(kept), stream)
         except UserError as error:
-            return CroppedBatch(NO_IMAGES, NO_IMAGES, [], unreadable, str(error))
+            return CroppedBatch(unreadable=tuple(unreadable), error=str(error))
         if not index:
-            return CroppedBatch(NO_IMAGES, NO_IMAGES, [], unreadable)
-        return CroppedBatch(torch.tensor(index), torch.tensor(shown), [torch.stack(one) for one in views], unreadable)
+            return CroppedBatch(unreadable=tuple(unreadable))
+        made = tuple(torch.stack(one) for one in views)
+        return CroppedBatch(torch.tensor(index), torch.tensor(shown), made, tuple(unreadable))
 
     def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
         """The image at `position` or, in training, the next readable one, with its position."""
@@ -92,11 +86,10 @@ class CropDataset(Dataset):
                 unreadable.append((error.name, error.reason))
         if self.training:
             name, reason = unreadable[-1]
-            what = f"{attempts} images in a row cannot be read, the last is {name} ({reason})"
-            raise UserError(f"{what}: mend them")
+            raise UserError(f"{attempts} images in a row cannot be read, the last is {name} ({reason}): mend them")
         return None
 
-    def _augment(self, view: View, images: list[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
+    def _augment(self, view: View, images: Sequence[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
         if self.augment:
             return [apply_one(view, image, self.seed, epoch, i, stream) for image, i in zip(images, index.tolist())]
         heights, widths = (torch.tensor([getattr(image, side) for image in images]) for side in ("height", "width"))
@@ -106,15 +99,7 @@ class CropDataset(Dataset):
 
 
 class CropLoader:
-    """A `DataLoader` over batches that are chosen anew for every pass.
-
-    Args:
-        dataset: what the workers do.
-        num_workers: how many there are; 0 does the work in this process.
-        start_method: how they start; None means Python's default.
-        pin_memory: page-locked batches, for copies to a GPU.
-        persistent: keep the workers for the next pass.
-    """
+    """A `DataLoader` over batches that are chosen anew for every pass; `persistent` keeps its workers in between."""
 
     def __init__(
         self, dataset: CropDataset, num_workers: int, start_method: str | None, pin_memory: bool, persistent: bool
@@ -145,8 +130,7 @@ class CropLoader:
                 if not (self._loader.num_workers and _is_worker_death(error)):
                     raise
                 cause = "often for want of memory, or of /dev/shm"
-                died = f"a loader worker died ({cause}): try a lower --data.workers, or 0"
-                batch = CroppedBatch(NO_IMAGES, NO_IMAGES, [], [], died)
+                batch = CroppedBatch(error=f"a loader worker died ({cause}): try a lower --data.workers, or 0")
             if batch.error:
                 del iterator, self._loader  # ends the other workers
             yield batch

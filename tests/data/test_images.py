@@ -13,6 +13,7 @@ from PIL import Image
 
 from sslbook.data.datasets.base import DatasetSource
 from sslbook.data.datasets.folder import load_folder, scan
+from sslbook.data.datasets.listed import load_list
 from sslbook.data.images import UnreadableImage, open_image, to_rgb
 from sslbook.data.loader import Data
 from sslbook.data.views import View
@@ -271,6 +272,15 @@ def test_unlabeled_training_images_with_a_labeled_test_folder(tmp_path) -> None:
     assert sets.test.labels.tolist() == [-1, -1]
 
 
+def test_linked_folder_keeps_the_name_of_the_link(tmp_path, monkeypatch) -> None:
+    save(tmp_path / "stored" / "1.png")
+    (tmp_path / "flowers").symlink_to(tmp_path / "stored", target_is_directory=True)
+    assert Data(folder=tmp_path / "flowers").name == "flowers"
+    monkeypatch.chdir(tmp_path / "stored")
+    assert Data(folder=Path(".")).name == "stored"
+    assert Data(folder=Path("../flowers/")).name == "flowers"
+
+
 def test_rejects_folders_without_images(tmp_path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         Data(folder=tmp_path / "absent")
@@ -292,6 +302,46 @@ def test_unreadable_folder_raises_with_its_name(tmp_path) -> None:
             scan(tmp_path)
     finally:
         (tmp_path / "closed").chmod(0o700)
+
+
+# Lists ---------------------------------------------------------------------------------------------------------------
+
+
+def test_list_of_labeled_files(tmp_path) -> None:
+    for i in range(20):
+        save(tmp_path / "images" / f"a {i:02}.png")
+    lines = [f"images/a {i:02}.png {'10' if i % 2 else '2'}" for i in range(20)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n\n")
+    data = Data(list=tmp_path / "train.txt", workers=0)
+    assert data.describe() == "train.txt: 18 training images, 2 classes, 2 test images"
+    assert data.class_names == ("2", "10")
+    splits = load_list(tmp_path / "train.txt", "elsewhere")
+    for source in (splits.train, splits.test):
+        for i, label in enumerate(source.labels.tolist()):
+            assert label == int(source.path(i).stem[2:]) % 2
+    assert sum(len(batch.index) for batch in data.evaluation_batches("train", View.center(8))) == 18
+
+
+def test_list_of_unlabeled_files_relative_to_the_root(tmp_path) -> None:
+    save(tmp_path / "root" / "b c.JPG")
+    save(tmp_path / "root" / "d" / "1.png")
+    (tmp_path / "all.txt").write_text("d/1.png\nb c.JPG\n")
+    data = Data(list=tmp_path / "all.txt", root=tmp_path / "root")
+    assert data.describe() == "all.txt: 2 training images, no labels, no test images"
+    assert [data.image("train", i).size for i in range(2)] == [(12, 10), (12, 10)]
+
+
+def test_rejects_unusable_lists(tmp_path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "wrong.txt").write_text("nowhere/1.png 3\n")
+    for name, match in (
+        ("absent.txt", r"cannot read the list .*absent\.txt"),
+        ("empty.txt", "it is empty"),
+        ("wrong.txt", r"nowhere/1\.png is neither beside it nor in .*: set data\.root"),
+    ):
+        with pytest.raises(UserError, match=match) as caught:
+            Data(list=tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 # Sets by name --------------------------------------------------------------------------------------------------------
@@ -541,6 +591,11 @@ def test_every_dtype_gives_the_same_image(image) -> None:
     assert np.array_equal(made, np.broadcast_to(RAMP[: len(made)].numpy(), made.shape))
 
 
+def test_arrays_with_16_bits_or_transparency() -> None:
+    assert opened(np.full((2, 2), 40000, np.uint16)).getpixel((0, 0)) == (156, 156, 156)
+    assert opened(np.zeros((2, 2, 4), np.uint8)).getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize(
     ("image", "match"),
     [
@@ -550,9 +605,9 @@ def test_every_dtype_gives_the_same_image(image) -> None:
         (RAMP * 257, "int64 image with values 0 to 65535: scale it to 0..255"),
         (RAMP - 1, "values -1 to 254"),
         (RAMP.float().permute(1, 2, 0).numpy(), "values 0 to 255: scale it to 0..1"),
-        (torch.zeros(3, 0, 5), r"tensor of shape \(3, 0, 5\)"),
-        (np.zeros((2, 2, 5), np.float32), r"array of shape \(2, 2, 5\), float32"),
-        (np.array(["a"]), r"array of shape \(1,\), <U1"),
+        (torch.zeros(3, 0, 5), r"Tensor torch.Size\(\[3, 0, 5\]\) torch.float32"),
+        (np.zeros((2, 2, 5), np.float32), r"ndarray \(2, 2, 5\) float32"),
+        (np.array(["a"]), r"ndarray \(1,\) <U1"),
     ],
 )
 def test_rejects_values_out_of_range(image, match) -> None:

@@ -49,9 +49,9 @@ def load_imported(name: str, root: str | Path) -> Splits:
 
 def _labels(dataset: Any) -> list[Any]:
     """The dataset's `targets` or `labels`, or else those that its items hold; None for an unlabeled image."""
-    kind = type(dataset).__name__
+    name = type(dataset).__name__
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
-        raise UserError(f"{kind} has no __len__ and __getitem__, or no images: give a map-style dataset with images")
+        raise UserError(f"{name} has no __len__ and __getitem__, or no images: give a map-style dataset with images")
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is not None:
         return labels.tolist() if hasattr(labels, "tolist") else list(labels)
@@ -66,18 +66,18 @@ def _labels(dataset: Any) -> list[Any]:
             return [None] * len(dataset)
         if isinstance(item[1], str):  # a class or a caption
             cure = "number the classes, list their names as `targets`, or yield the image alone"
-            raise UserError(f"{kind} yields the label {item[1]!r}: {cure}")
+            raise UserError(f"{name} yields the label {item[1]!r}: {cure}")
         labels.append(item[1])
     return labels
 
 
 def _source(dataset: Any, labels: list[Any], numbers: dict[str, int]) -> DatasetSource:
     """The dataset with its labels as numbers; `numbers` are those of its classes if the labels are names."""
-    kind = type(dataset).__name__
+    name = type(dataset).__name__
     if len(labels) != len(dataset):
-        raise UserError(f"{kind} has {len(labels)} labels for {len(dataset)} images: give one for each image")
+        raise UserError(f"{name} has {len(labels)} labels for {len(dataset)} images: give one for each image")
     try:
         values = [-1 if label is None else numbers[label] if numbers else int(label) for label in labels]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{kind} has labels that are no classes: give each image one number, name or None") from error
+        raise UserError(f"{name} has labels that are no classes: give each image one number, name or None") from error
     return DatasetSource(dataset, torch.tensor(values, dtype=torch.int64), torch.arange(len(dataset)))
