@@ -1,19 +1,19 @@
-"""Barlow Twins: every dimension should agree between two views of an image and repeat no other dimension.
+"""Barlow Twins: make the cross-correlation matrix between the projections of two views the identity.
 
-The correlation of all dimensions of one view's projection with all of the other's, over the batch, is a matrix that
-should be the identity. Its diagonal asks for agreement, which a constant output cannot give since it has no correlation
-to speak of; the rest asks that no two dimensions say the same, so that a wide projection is filled with something.
+The diagonal of the matrix asks that each dimension agrees between the views. A constant output cannot satisfy it, since
+it has no correlation. The rest of the matrix asks that different dimensions are uncorrelated, which fills a wide
+projection with information.
 
 Zbontar, Jing, Misra, LeCun and Deny, 2021, "Barlow Twins: self-supervised learning via redundancy reduction"
-(arXiv:2103.03230), equations 1 and 2, algorithm 1. The defaults are those of the authors' code, whose lambda is 0.0051
-(paper: 0.005). Mean and deviation are those of batch norm: over the global batch, biased, with an epsilon of 1e-5.
+(arXiv:2103.03230), equations 1 and 2, algorithm 1. The defaults are those of the authors' code
+(facebookresearch/barlowtwins), whose lambda is 0.0051 (paper: 0.005). Mean and standard deviation are those of batch
+norm: over the global batch, biased, with an epsilon of 1e-5. What differs:
 
-What differs from the authors' code: it sums the correlation over GPUs without telling the backward pass, so that the
-gradient is divided by their number. LARS does not notice in weight matrices; biases and batch norms, whose rate of
-0.0048 it does not adapt, are moved less there.
+- The authors' code sums the correlation over GPUs outside of autograd, so that its gradient is divided by their number.
+  LARS cancels this factor for weight matrices. It does not adapt biases and batch norms, so the recipe's learning rate
+  of 0.0048 for these is the authors' number and not its effect: on their 16 GPUs they moved by 1/16 of it.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 
@@ -35,13 +36,13 @@ def standardize(z: Float[Tensor, "n dim"], epsilon: float = 1e-5) -> Float[Tenso
 
 
 def cross_correlation(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> Float[Tensor, "dim dim"]:
-    """Equation 2: how each dimension of one view goes with each of the other, over the rows of all processes."""
+    """Equation 2: the correlation of each dimension of one view with each of the other, over the global batch."""
     count = len(z_1) * distributed.world_size()
     return distributed.all_reduce_sum_with_grad(standardize(z_1).T @ standardize(z_2)) / count
 
 
 def redundancy_loss(c: Float[Tensor, "dim dim"], lambda_: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Equation 1 in its two terms: the diagonal's squared distance from 1, and the rest's from 0, times lambda."""
+    """Equation 1 in its two terms: the diagonal's squared distance from 1, and lambda times the rest's from 0."""
     diagonal = c.diagonal()
     return (1 - diagonal).square().sum(), lambda_ * (c.square().sum() - diagonal.square().sum())
 
@@ -51,13 +52,13 @@ class BarlowTwins(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what an image becomes at first.
-        view_2: what it becomes the second time.
+        view_1: the first view.
+        view_2: the second view.
         lambda_: weight of the redundancy between dimensions.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection, the number of dimensions to be decorrelated.
         projector_num_layers: linear layers in the projector.
-        projector: another network between backbone and loss, instead of the one that these describe.
+        projector: replaces the MLP behind the backbone.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class BarlowTwins(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         # One pass per view: batch norm never sees the two together, as in the authors' code.
-        z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]
-        with torch.autocast(z_1.device.type, enabled=False):  # small correlations would drown in bf16's rounding
+        z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]  # (n, dim) each
+        with full_precision(z_1):  # small correlations would be lost in bf16's rounding
             z_1, z_2 = z_1.float(), z_2.float()
-            invariance, redundancy = redundancy_loss(cross_correlation(z_1, z_2), self.lambda_)
+            c = cross_correlation(z_1, z_2)  # (dim, dim)
+            invariance, redundancy = redundancy_loss(c, self.lambda_)  # the two terms of equation 1
             return {
                 "loss": invariance + redundancy,
                 "invariance": invariance.detach(),

@@ -1,16 +1,16 @@
-"""BYOL: predict what a slow copy of oneself says about another view of the image; no wrong answers at all.
+"""BYOL: predict the EMA target network's projection of the other view; no negatives.
 
-The online network sees one view and predicts the projection that the target network, its moving average, makes of the
-other. A constant output would solve this task perfectly, yet with the predictor on one side and no gradient on the
-other the network does not go there.
+The online network sees one view and predicts the projection that the target network makes of the other. A constant
+output would solve this task perfectly, yet with a predictor on the online side and no gradient on the target side,
+training does not go there.
 
 Grill et al., 2020, "Bootstrap your own latent" (arXiv:2006.07733), equations 1 and 2, section 3 and appendix J. The
-defaults are those of the authors' code for 1000 epochs. What differs: the first layer of projector and predictor has no
-bias (batch norm follows and cancels it), the target starts as a copy of the online network (the authors draw each by
-itself), and its momentum counts the step just taken, so that it reaches 1 at the last one.
-"""
+defaults are those of the authors' code (google-deepmind/deepmind-research) for 1000 epochs. What differs:
 
-import math
+- The first layer of projector and predictor has no bias: batch norm follows and cancels it.
+- The target network starts as a copy of the online network; the authors initialize each by itself.
+- The EMA momentum counts the step just taken, so that it reaches 1 at the last one.
+"""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
-from sslbook.schedules import Clock
+from sslbook.schedules import Clock, Cosine
 
 
 def regression_loss(p: Float[Tensor, "n dim"], z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
@@ -29,23 +29,18 @@ def regression_loss(p: Float[Tensor, "n dim"], z: Float[Tensor, "n dim"]) -> Flo
     return (F.normalize(p, dim=1) - F.normalize(z, dim=1)).square().sum(dim=1).mean()
 
 
-def target_momentum(base: float, progress: float) -> float:
-    """From `base` to 1 along half a cosine (section 3.2, "Optimization")."""
-    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
-
-
 class BYOL(Method):
     """Bootstrap your own latent (arXiv:2006.07733).
 
     Args:
         backbone: the network to train.
-        view_1: what an image becomes at first.
-        view_2: what it becomes the second time.
+        view_1: the first view.
+        view_2: the second view.
         hidden_dim: hidden width of projector and predictor.
         projector_dim: width of the projection that is predicted.
-        momentum: how much of itself the target keeps at a step, in the beginning; rises to 1.
-        projector: another network behind the backbone, instead of the MLP described.
-        predictor: another network from one projection to the other.
+        momentum: EMA momentum of the target network at the beginning; rises to 1 along a cosine.
+        projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
+        predictor: replaces the MLP from one projection to the other.
     """
 
     def __init__(
@@ -71,14 +66,16 @@ class BYOL(Method):
         return (self.view_1, self.view_2)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        # One pass per view: batch norm never sees the two together, as in the authors' code.
-        z = [self.projector(self.backbone(x)) for x in batch.views]
+        # Online network. One pass per view: batch norm never sees the two together, as in the authors' code.
+        z = [self.projector(self.backbone(x)) for x in batch.views]  # 2 x (n, dim)
         p_1, p_2 = [self.predictor(z_view).float() for z_view in z]
+        # Target network, on the same views. An EMA module computes no gradient: the stop-gradient of equation 2.
         t_1, t_2 = [self.target_projector(self.target_backbone(x)).float() for x in batch.views]
+        # Symmetrized: each view predicts the target of the other.
         loss = regression_loss(p_1, t_2) + regression_loss(p_2, t_1)
         return {"loss": loss, "feature_std": feature_std(z[0])}
 
     def after_step(self, clock: Clock) -> None:
-        momentum = target_momentum(self.momentum, clock.progress)
-        self.target_backbone.update(self.backbone, momentum)
+        momentum = Cosine(self.momentum, 1.0)(clock)  # tau, section 3.2
+        self.target_backbone.update(self.backbone, momentum)  # equation 1
         self.target_projector.update(self.projector, momentum)

@@ -1,17 +1,18 @@
-"""DeepCluster: cluster the features, take the clusters for classes, learn to tell these classes apart, and repeat.
+"""DeepCluster: cluster the features with k-means, train a classifier on the clusters as pseudo-labels, and repeat.
 
-Even an untrained convolutional network puts some similar images near each other, and training on its own clusters
-sharpens what it has. Two things keep it from the easy ways out: an empty cluster is filled from the largest, and an
-epoch shows all clusters equally often, however many images they have.
+Even an untrained convolutional network maps some similar images near each other, and training on its own clusters
+amplifies this. Two measures prevent trivial solutions: an empty cluster is filled from the largest one, and images are
+sampled uniformly over clusters; otherwise the largest cluster would absorb the others.
 
 Caron, Bojanowski, Joulin and Douze, 2018, "Deep clustering for unsupervised learning of visual features"
-(arXiv:1807.05520), sections 3.2 and 3.3. Values and order of events are those of the authors' code (PCA with whitening
-to 256, k-means with 10,000 clusters before every epoch, a new classifier each time). What differs:
+(arXiv:1807.05520), sections 3.2 and 3.3. The defaults and the order of events are those of the authors' code
+(facebookresearch/deepcluster): PCA with whitening to 256 dimensions, k-means with 10,000 clusters before every epoch, a
+new classifier each time. What differs:
 
-- The classifier stands on the backbone's features; the authors' AlexNet and VGG have two hidden layers with dropout
-  before, which residual networks lack.
-- The first centroids, the new classifier and the order of images are drawn with counter-based random numbers. What an optimizer remembers
-  of the old classifier stays (a recipe can give the classifier no momentum, as in the authors' code).
+- The classifier stands on the backbone's features. The authors' AlexNet and VGG have two hidden layers with dropout
+  before it, which residual networks lack.
+- The first centroids, the new classifier and the order of images are functions of the seed and the epoch.
+- The optimizer's state of the old classifier stays. A recipe can give the classifier no momentum, as the authors do.
 """
 
 import torch
@@ -32,24 +33,24 @@ VIEW = View(crop=(0.08, 1.0))
 
 
 def uniform_order(assignment: Int[Tensor, "images"], num_clusters: int, seed: int, epoch: int) -> Int[Tensor, "images"]:
-    """As many images as there are, such that every cluster that has any gives about equally many (section 3.3).
+    """An epoch's images, sampled uniformly over the non-empty clusters (section 3.3), as many as there are images.
 
-    A cluster with more than its share gives different images, a smaller one repeats some. Images of cluster -1 are
+    A cluster larger than its share contributes different images, a smaller one repeats some. Images of cluster -1 are
     left out.
     """
     assignment = assignment.cpu()
     images = len(assignment)
     key = rng.uniform(seed, epoch, torch.arange(images), rng.METHOD, 1)[:, 0]
     shuffled = key.argsort(stable=True)
-    members = shuffled[assignment[shuffled].argsort(stable=True)]  # cluster by cluster, each in random order
+    members = shuffled[assignment[shuffled].argsort(stable=True)]  # sorted by cluster, in random order within each
     sizes = assignment[assignment >= 0].bincount(minlength=num_clusters)
-    starts = images - sizes.sum() + sizes.cumsum(0) - sizes  # those of cluster -1 come first
+    starts = images - sizes.sum() + sizes.cumsum(0) - sizes  # images of cluster -1 come first
     filled = sizes.nonzero()[:, 0]
     sizes, starts = sizes[filled, None], starts[filled, None]
     share = images // len(filled) + 1
     u = rng.uniform(seed, epoch, filled, rng.METHOD + 1, share)
-    place = torch.where(sizes > share, torch.arange(share), (u.double() * sizes).long())
-    chosen = members[(starts + place).flatten()]
+    position = torch.where(sizes > share, torch.arange(share), (u.double() * sizes).long())
+    chosen = members[(starts + position).flatten()]
     return chosen[rng.permutation(seed, epoch, len(chosen))][:images]
 
 
@@ -58,14 +59,17 @@ class DeepCluster(Method):
 
     Args:
         backbone: the network to train.
-        view: what an image becomes in training.
-        cluster_resize: for clustering, the shorter side of an image is brought to this length, and the center of the
-            view's size is seen.
-        sobel: show the network edges instead of colors, as the authors do.
-        num_clusters: how many clusters.
+        view: the view in training.
+        cluster_resize: for clustering, an image's shorter side is resized to this length in pixels, and a center crop
+            of the view's size is taken.
+        sobel: put a Sobel filter in front of the network, which removes color, as the authors do.
+        num_clusters: number of clusters.
         pca_dim: principal components of the features that are clustered.
-        kmeans_iterations: how often k-means moves its centroids.
+        kmeans_iterations: updates of the centroids in k-means.
         recluster_every: epochs between clusterings.
+
+    Raises:
+        UserError: the backbone has fewer features than `pca_dim`.
     """
 
     def __init__(
@@ -97,10 +101,8 @@ class DeepCluster(Method):
 
     def setup(self, data: Data) -> None:
         check_clusters(self.num_clusters, data.num_train)
-        if self.pca_dim > data.num_train:
-            raise UserError(f"{self.pca_dim} principal components of {data.num_train} images: lower --method.pca_dim")
         start = rng.uniform(0, 0, torch.arange(data.num_train), rng.METHOD, 1)[:, 0]
-        self.assignment = (start * self.num_clusters).long().to(self.assignment.device)
+        self.assignment = (start * self.num_clusters).long().to(self.assignment.device)  # until the first clustering
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
         if clock.epoch % self.recluster_every:
@@ -108,13 +110,13 @@ class DeepCluster(Method):
         features, index = embed(self.backbone, data, self.cluster_view)
         x = pca_whiten(features, self.pca_dim)
         _, clusters = kmeans(x, self.num_clusters, self.kmeans_iterations, 100003 * clock.seed + clock.epoch)
-        self.assignment.fill_(-1)  # unreadable images have no cluster and are not shown
+        self.assignment.fill_(-1)  # unreadable images have no cluster and are never sampled
         self.assignment[index] = clusters
         self.renew_classifier(clock)
 
     @torch.no_grad()
     def renew_classifier(self, clock: Clock) -> None:
-        """The new clusters have nothing to do with the old: the classifier begins anew."""
+        """Initializes the classifier again, since the new clusters do not correspond to the old ones."""
         generator = torch.Generator().manual_seed(100003 * clock.seed + clock.epoch)
         weight = 0.01 * torch.randn(self.classifier.weight.shape, generator=generator)
         self.classifier.weight.copy_(weight)
@@ -124,12 +126,12 @@ class DeepCluster(Method):
         return uniform_order(self.assignment, self.num_clusters, clock.seed, clock.epoch)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        label = self.assignment[batch.index]
+        label = self.assignment[batch.index]  # pseudo-labels y_n, constant during the epoch
         logits: Float[Tensor, "n clusters"] = self.classifier(self.backbone(batch.views[0])).float()
         accuracy = 100 * (logits.argmax(dim=1) == label).float().mean()
         largest = self.assignment[self.assignment >= 0].bincount(minlength=self.num_clusters).max()
         return {
-            "loss": F.cross_entropy(logits, label, ignore_index=-1),
-            "cluster_accuracy": accuracy,
-            "largest_cluster": largest / len(self.assignment),
+            "loss": F.cross_entropy(logits, label, ignore_index=-1),  # equation 1
+            "cluster_accuracy": accuracy,  # percent
+            "largest_cluster": largest / len(self.assignment),  # fraction of the images; near 1: collapse
         }

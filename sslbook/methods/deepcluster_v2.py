@@ -1,17 +1,17 @@
-"""DeepCluster-v2: DeepCluster with SwAV's crops and head, and no pass over the images between epochs.
+"""DeepCluster-v2: DeepCluster with multi-crop, a projector, and k-means centroids as the classifier.
 
-The projections of an epoch are kept as they come. Before the next one, spherical k-means clusters them, several times
-from different beginnings, and the centroids themselves become the classifiers: there is none to be learned anew. Every
-crop must then tell the cluster of its image.
+The projections of an epoch are stored as they are computed, so that no extra pass over the images is needed. Before
+the next epoch, spherical k-means clusters them several times from different starts, and its centroids are the weights
+of the classifiers, so that none is learned anew. From every crop the cluster of its image is predicted.
 
 Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
-cluster assignments" (arXiv:2006.09882), appendix D. The defaults are those of the authors' code for 800 epochs. What
-differs:
+cluster assignments" (arXiv:2006.09882), appendix D. The defaults are those of the authors' code (facebookresearch/swav)
+for 800 epochs. What differs:
 
-- The first centroids are rows drawn with counter-based random numbers, and an empty cluster gets half of the largest; the authors leave
-  an empty one where it was.
-- An image that the last epoch did not show keeps its older projection and its cluster; the authors leave it out of
-  the loss. Only one that never was seen is left out.
+- The first centroids are random rows chosen by the seed and the epoch, and an empty cluster takes half of the largest;
+  the authors leave an empty one as it was.
+- An image that the last epoch did not show keeps its older projection and is clustered again; the authors leave it out
+  of the loss. Only an image that was never shown is left out.
 """
 
 import torch
@@ -26,6 +26,7 @@ from sslbook.errors import at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, MemoryBank, backbone_dim
 from sslbook.nn.kmeans import check_clusters, embed_views, kmeans
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 
@@ -35,9 +36,16 @@ def cluster_loss(
     label: Int[Tensor, "heads n"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """The cross-entropy of every crop's prediction and its image's cluster, averaged over heads, crops and images.
+    """Cross-entropy of every crop's prediction and its image's cluster, averaged over heads, crops and images.
 
-    Images of cluster -1 do not count; the mean is over those that all processes have.
+    Args:
+        z: unit vectors of the crops.
+        prototypes: unit vectors, the centroids of each head.
+        label: cluster of each image in each head; images of cluster -1 do not count.
+        temperature: divides the cosines.
+
+    Returns:
+        The mean over the counted images of all processes.
     """
     counted = (label >= 0).float()
     logits = torch.einsum("cnd,hkd->chnk", z, prototypes) / temperature
@@ -52,15 +60,15 @@ class DeepClusterV2(Method):
 
     Args:
         backbone: the network to train.
-        view: a large crop; there are two, and their projections are clustered in turn.
+        view: a large crop; there are two, whose projections are clustered by the heads in turn.
         small_view: a small crop.
         num_small: number of small crops.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projections.
         num_prototypes: clusters of each head.
-        num_heads: how many clusterings there are, from different beginnings.
-        temperature: divides the scores.
-        kmeans_iterations: how often k-means moves its centroids.
+        num_heads: number of clusterings, from different starts.
+        temperature: divides the cosines to the prototypes.
+        kmeans_iterations: updates of the centroids in k-means.
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class DeepClusterV2(Method):
     assignment: Tensor
 
     def memories(self) -> tuple[MemoryBank, MemoryBank]:
-        """What the network last said of the two large crops of every image."""
+        """The latest projections of the two large crops of every image."""
         return self.memory_1, self.memory_2
 
     def views(self) -> tuple[View, ...]:
@@ -103,12 +111,12 @@ class DeepClusterV2(Method):
         check_clusters(clusters, data.num_train)
         for memory in self.memories():
             memory.allocate(data.num_train)
-            memory.rows.zero_()  # never seen
+            memory.rows.zero_()  # zero: not yet shown
         start = rng.uniform(0, 0, torch.arange(data.num_train), rng.METHOD, heads).T
         self.assignment = (start * clusters).long().to(self.assignment.device)  # until the first clustering
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
-        if clock.epoch == 0:
+        if clock.epoch == 0:  # the only pass over the images beside training
             z, index = embed_views(nn.Sequential(self.backbone, self.projector), data, self.views()[:2], clock)
             for memory, z_view in zip(self.memories(), z):
                 memory.rows[index] = F.normalize(z_view, dim=1)
@@ -129,11 +137,12 @@ class DeepClusterV2(Method):
         return F.normalize(z, dim=1).unflatten(0, (len(views), -1))
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        z = self.project(batch.views)
-        label = self.assignment[:, batch.index]
-        with torch.autocast(z.device.type, enabled=False):  # a temperature of 0.1 magnifies rounding
+        z = self.project(batch.views)  # (crops, n, dim), large crops first
+        label = self.assignment[:, batch.index]  # pseudo-labels (heads, n), constant during the epoch
+        with full_precision(z):  # a temperature of 0.1 magnifies rounding
+            # The prototypes are centroids and get no gradient; a copy, since before_epoch writes into the buffer.
             loss = cluster_loss(z, self.prototypes.clone(), label, self.temperature)
-            said = torch.einsum("cnd,hkd->chnk", z.detach(), self.prototypes).argmax(dim=3)
-        for memory, z_view in zip(self.memories(), z.detach()):
+            predicted = torch.einsum("cnd,hkd->chnk", z.detach(), self.prototypes).argmax(dim=3)
+        for memory, z_view in zip(self.memories(), z.detach()):  # of the two large crops, for the next clustering
             memory.update(batch.index, z_view, 0.0)
-        return {"loss": loss, "cluster_accuracy": 100 * (said == label).float().mean()}
+        return {"loss": loss, "cluster_accuracy": 100 * (predicted == label).float().mean()}

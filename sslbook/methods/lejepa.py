@@ -1,18 +1,21 @@
-"""LeJEPA: views of an image predict each other, and the features of all images are kept a standard Gaussian.
+"""LeJEPA: views of an image predict their mean, and SIGReg keeps the features of all images an isotropic Gaussian.
 
-Views should have the features that the large views have on average. That alone would allow a constant, so a second term
-measures how far the features of a batch are from the isotropic Gaussian, the distribution that the paper shows to be
-the best for unknown tasks: along many random directions, a statistical test of normality. One weight trades the two;
-there is no teacher, no stop-gradient and no predictor.
+Each view should have the mean projection of the large views. A constant would satisfy this, so a second term (SIGReg)
+measures how far the batch's features are from the isotropic Gaussian, which the paper shows to be the best
+distribution for unknown tasks: a statistical test of normality along many random directions. One weight trades the
+two; there is no teacher, no stop-gradient and no predictor.
 
 Balestriero and LeCun, 2025, "LeJEPA: provable and scalable self-supervised learning without the heuristics"
 (arXiv:2511.08544), the SIGReg and LeJEPA losses (algorithms 1 and 2). The defaults are those of the authors' README and
-package: 1,024 directions, 17 knots on [0, 3] (paper: on [-5, 5]), views of 224 and 98 pixels; lambda is the paper's. The
-directions are keyed by seed and step, so that all processes agree, and the test is of the global batch. The test of
-each view is taken by itself and averaged.
+package (rbalestr-lab/lejepa): 1,024 directions, 17 knots on [0, 3] (paper: on [-5, 5]), views of 224 and 98 pixels;
+lambda is the paper's. What differs:
+
+- The directions are random numbers of the seed and the step, so that all processes have the same.
+- The statistic is that of the global batch, of each view by itself, averaged over views.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -21,38 +24,24 @@ from torch import Tensor, nn
 
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
-from sslbook.data.views import View
+from sslbook.data.views import BYOL_1, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
-GLOBAL_VIEW = View(
-    crop=(0.3, 1.0),
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-    solarize=0.2,
-)
-LOCAL_VIEW = View(
-    size=98,
-    crop=(0.05, 0.3),
-    color_jitter=(0.4, 0.4, 0.2, 0.1),
-    color_jitter_p=0.8,
-    grayscale=0.2,
-    blur=0.5,
-    solarize=0.2,
-)
-KNOTS = 17  # places at which the characteristic functions are compared ...
-RANGE = 3.0  # ... from 0 to here: they are symmetric
+GLOBAL_VIEW = replace(BYOL_1, crop=(0.3, 1.0), interpolation="bilinear", blur=0.5, solarize=0.2)
+LOCAL_VIEW = replace(GLOBAL_VIEW, size=98, crop=(0.05, 0.3))
+KNOTS = 17  # points t at which the characteristic functions are compared ...
+RANGE = 3.0  # ... between 0 and here: they are symmetric
 
 
 def directions(dim: int, count: int, clock: Clock, device: torch.device) -> Float[Tensor, "{dim} {count}"]:
-    """Random unit vectors, keyed by seed and step: the same in every process.
+    """Random unit vectors as columns, a function of seed and step: the same in every process.
 
-    Normal numbers by Box and Muller's transformation have no preferred direction.
+    They are normalized Gaussian vectors (by the Box-Muller transform), which are uniform on the sphere.
     """
     index = torch.arange(count, device=device)
     u, v = rng.uniform(clock.seed, clock.step, index, rng.METHOD, 2 * dim).T.chunk(2)
@@ -61,17 +50,17 @@ def directions(dim: int, count: int, clock: Clock, device: torch.device) -> Floa
 
 
 def epps_pulley(x: Float[Tensor, "*views n count"]) -> Float[Tensor, "*views count"]:
-    """How far the numbers of all processes are from a standard normal distribution, for every column.
+    """The Epps-Pulley statistic of every column: its distance from a standard normal distribution.
 
     The squared difference of the empirical characteristic function from exp(-t^2 / 2), weighted by exp(-t^2 / 2) and
-    integrated over t by the trapezoidal rule, times the number of samples (Epps and Pulley, 1983).
+    integrated over t by the trapezoidal rule, times the number of samples in all processes (Epps and Pulley, 1983).
     """
     processes = distributed.world_size()
     t = torch.linspace(0, RANGE, KNOTS, dtype=x.dtype, device=x.device)
     gaussian = torch.exp(-t.square() / 2)
     weight = torch.full_like(t, 2 * RANGE / (KNOTS - 1))  # twice, for t and -t
     weight[0] = weight[-1] = RANGE / (KNOTS - 1)
-    angle = x[..., None] * t
+    angle = x[..., None] * t  # (*views, n, count, knots)
     functions = torch.stack([angle.cos().mean(dim=-3), angle.sin().mean(dim=-3)])
     real, imaginary = distributed.all_reduce_sum_with_grad(functions) / processes
     error = (real - gaussian).square() + imaginary.square()
@@ -79,7 +68,7 @@ def epps_pulley(x: Float[Tensor, "*views n count"]) -> Float[Tensor, "*views cou
 
 
 def prediction_loss(z: Float[Tensor, "views n dim"], num_global: int) -> Float[Tensor, ""]:
-    """Mean squared difference of all views from the mean of the global ones, which come first."""
+    """Mean squared distance of all views from the mean of the global ones, which come first."""
     return (z[:num_global].mean(dim=0) - z).square().mean()
 
 
@@ -87,16 +76,19 @@ class LeJEPA(Method):
     """Latent-Euclidean joint-embedding predictive architecture (arXiv:2511.08544).
 
     Args:
-        backbone: the network to train; it must take images of both views' sizes.
-        global_view: what an image becomes at large, `num_global` times.
-        local_view: what it becomes in small parts, `num_local` times.
-        num_global: large views of an image.
-        num_local: small views of an image.
-        lambda_: weight of the distance from a Gaussian; the prediction has the rest.
+        backbone: the network to train; it must accept images of both views' sizes.
+        global_view: the global view, of which there are `num_global`.
+        local_view: the local view, of which there are `num_local`.
+        num_global: global views of an image.
+        num_local: local views of an image.
+        lambda_: weight of SIGReg, from 0 to 1; the prediction has the rest.
         num_slices: random directions along which the distribution is tested.
         hidden_dim: hidden width of the projector.
-        projector_dim: width of the features that the loss is about.
-        projector: another network between backbone and loss; it must give `projector_dim` values.
+        projector_dim: width of the projections.
+        projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
+
+    Raises:
+        UserError: there are no global views or fewer than two views, or the weight is not from 0 to 1.
     """
 
     def __init__(
@@ -131,18 +123,20 @@ class LeJEPA(Method):
 
     def features(self, batch: Batch) -> Float[Tensor, "views n dim"]:
         """The projections of all views; views of one size go through the backbone together."""
-        large, small = batch.views[: self.num_global], batch.views[self.num_global :]
-        f = [self.backbone(torch.cat(views)) for views in (large, small) if views]
+        views = batch.views[: self.num_global], batch.views[self.num_global :]
+        f = [self.backbone(torch.cat(same_size)) for same_size in views if same_size]
         return rearrange(self.projector(torch.cat(f)), "(views n) dim -> views n dim", n=len(batch.index))
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        z = self.features(batch)
-        with torch.autocast(z.device.type, enabled=False):  # the angles of the characteristic function need precision
+        z = self.features(batch)  # (views, n, dim)
+        with full_precision(z):  # the angles t * x need it
             z = z.float()
-            a = directions(self.projector_dim, self.num_slices, clock, z.device)
+            # The mean of the global views is differentiated too: there is no stop-gradient.
             prediction = prediction_loss(z, self.num_global)
-            sigreg = epps_pulley(z @ a).mean()
-            loss = (1 - self.lambda_) * prediction + self.lambda_ * sigreg
+            # SIGReg (algorithm 1): project on random directions, test each, average over directions and views.
+            a = directions(self.projector_dim, self.num_slices, clock, z.device)
+            sigreg = epps_pulley(z @ a).mean()  # of (views, slices)
+            loss = (1 - self.lambda_) * prediction + self.lambda_ * sigreg  # algorithm 2
             return {
                 "loss": loss,
                 "prediction": prediction.detach(),

@@ -1,20 +1,22 @@
-"""ODC: DeepCluster without epochs of its own: the clusters move with every batch.
+"""ODC: DeepCluster with clusters that are updated after every batch instead of every epoch.
 
-A memory holds a feature of every image and its cluster, another the centroids. After a batch, its images move in the
-memory and go to the nearest centroid; clusters that became too small are dissolved, and in their places the largest
-ones are split. The labels thus change little by little, together with the classifier that learns them.
+A memory bank holds a feature and a cluster for every image, another memory the centroids. After a batch, the features
+of its images are updated and assigned to the nearest centroids; clusters that became too small are dissolved, and the
+largest ones are split to replace them. The pseudo-labels thus change gradually, together with the classifier.
 
 Zhan, Xie, Liu, Ong and Loy, 2020, "Online deep clustering for unsupervised representation learning"
-(arXiv:2006.10645), sections 3.1 to 3.3. Values and order of events are those of the authors' code (OpenSelfSup):
-similarity to a centroid is the inner product with the plain mean of its features, and the loss of a class has the
-weight frequency^-0.5. What differs:
+(arXiv:2006.10645), sections 3.1 to 3.3. The defaults and the order of events are those of the authors' code
+(open-mmlab/OpenSelfSup): similarity to a centroid is the inner product with the plain mean of its features, and the
+loss of a class is weighted by frequency^-0.5. What differs:
 
-- Dropout, the first centroids and the halves of a split cluster are keyed, and everything that looks at the memories is
-  computed alike in every process, so that one process and several have the same clusters.
-- The weighted loss is averaged over the global batch instead of each GPU's part.
-- The authors' code also turns every image by up to 2 degrees.
+- Dropout, the first centroids and the halves of a split cluster are functions of the seed, and the memories are updated
+  alike in every process, so that one process and several have the same clusters.
+- The weighted loss is averaged over the global batch instead of each GPU's images.
+- The authors' code also rotates every image by up to 2 degrees.
+- An epoch shows every image once; the authors' code samples images with replacement, so that one shows 63 % of them.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -22,10 +24,10 @@ from torch import Tensor, nn
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
+from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn import backbone_dim
-from sslbook.nn.kmeans import embed
-from sslbook.nn.online_clusters import OnlineClusters
+from sslbook.nn import MemoryBank, backbone_dim
+from sslbook.nn.kmeans import check_clusters, embed, kmeans
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.08, 1.0), color_jitter=(0.4, 0.4, 1.0, 0.5), color_jitter_p=1.0, grayscale=0.2)
@@ -34,21 +36,23 @@ VIEW = View(crop=(0.08, 1.0), color_jitter=(0.4, 0.4, 1.0, 0.5), color_jitter_p=
 def weighted_cross_entropy(
     logits: Float[Tensor, "n clusters"], label: Int[Tensor, "n"], sizes: Int[Tensor, "clusters"]
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy in which an image counts as its cluster's size to the power -0.5 (section 3.3).
+    """Mean cross-entropy in which an image is weighted by its cluster's size to the power -0.5 (section 3.3).
 
-    Images of cluster -1 do not count.
+    Args:
+        logits: scores of the clusters.
+        label: the images' clusters; an image of cluster -1 does not count.
+        sizes: images in each cluster.
     """
     weight = sizes.clamp(min=1).float().rsqrt()[label.clamp(min=0)] * (label >= 0)
     each = F.cross_entropy(logits, label, reduction="none", ignore_index=-1)
-    return (weight * each).sum() / distributed.all_reduce_mean(weight.sum()).clamp(
-        min=1e-9
-    )  # all images may be of cluster -1
+    total = distributed.all_reduce_mean(weight.sum()).clamp(min=1e-9)  # 0 if all images are of cluster -1
+    return (weight * each).sum() / total
 
 
 class Neck(nn.Module):
-    """Two layers with batch norm and dropout between backbone and classifier.
+    """Two linear layers with batch norm and dropout between backbone and classifier.
 
-    As in the authors' code, batch norm has no scale and shift, and its running statistics are slow.
+    As in the authors' code, batch norm has no scale and shift, and its running statistics have a momentum of 0.001.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
@@ -60,11 +64,113 @@ class Neck(nn.Module):
     def forward(
         self, x: Float[Tensor, "n in_dim"], kept: Bool[Tensor, "n hidden"] | None = None
     ) -> Float[Tensor, "n out_dim"]:
-        """`kept` says which half of the hidden values stay; the others become zero, and these are doubled."""
+        """`kept` is the mask of dropout with probability 1/2: kept values are doubled, the others become zero."""
         hidden = F.relu(self.norm(self.first(x)))
         if kept is not None:
             hidden = 2 * hidden * kept
         return F.relu(self.second(hidden))
+
+
+class OnlineClusters(nn.Module):
+    """The samples memory (a feature and a cluster for every image) and the centroids memory (section 3.1).
+
+    Both are the same in all processes, each of which computes them alike. An unreadable image has the cluster -1. The
+    nearest centroid is that of the largest inner product. InterCLR (`sslbook.methods.interclr`) uses the same.
+
+    Args:
+        num_clusters: number of clusters.
+        dim: width of the features.
+        momentum: momentum of an image's feature when it is updated.
+        min_cluster: clusters with fewer images are dissolved.
+    """
+
+    assignment: Tensor
+    centroids: Tensor
+
+    def __init__(self, num_clusters: int, dim: int, momentum: float, min_cluster: int) -> None:
+        super().__init__()
+        self.num_clusters, self.momentum, self.min_cluster = num_clusters, momentum, min_cluster
+        self.memory = MemoryBank(dim)
+        self.register_buffer("assignment", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("centroids", torch.zeros(num_clusters, dim))
+
+    def allocate(self, images: int) -> None:
+        """Sizes the memories for so many images, in random clusters.
+
+        Raises:
+            UserError: there are too few images for the clusters and their smallest size.
+        """
+        check_clusters(self.num_clusters, images)
+        if self.num_clusters * self.min_cluster > images:
+            raise UserError(
+                f"{self.num_clusters} clusters of at least {self.min_cluster} images need more than {images}: "
+                "lower --method.num_clusters or --method.min_cluster"
+            )
+        self.memory.allocate(images)
+        self.assignment = (rng.permutation(0, 0, images) % self.num_clusters).to(self.assignment.device)
+        self.update_centroids()
+
+    @torch.no_grad()
+    def initialize(
+        self, features: Float[Tensor, "n dim"], index: Int[Tensor, "n"], seed: int, iterations: int = 20
+    ) -> None:
+        """Sets the features of all readable images, and clusters them by k-means."""
+        x = F.normalize(features, dim=1)
+        _, clusters = kmeans(x, self.num_clusters, iterations, seed)
+        self.assignment.fill_(-1)
+        self.memory.rows[index], self.assignment[index] = x, clusters
+        self.update_centroids()
+        self.replace_small_clusters()
+
+    def sizes(self) -> Int[Tensor, "clusters"]:
+        """Images in every cluster."""
+        return self.assignment[self.assignment >= 0].bincount(minlength=self.num_clusters)
+
+    @torch.no_grad()
+    def update_samples(self, index: Int[Tensor, "n"], x: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
+        """Updates the batch's features and assigns them to the nearest centroids; returns the fraction reassigned."""
+        self.memory.update(index, F.normalize(x, dim=1), self.momentum)
+        index = distributed.all_gather(index)
+        old = self.assignment[index]
+        self.assignment[index] = (self.memory.rows[index] @ self.centroids.T).argmax(dim=1)
+        return (self.assignment[index] != old).float().mean()
+
+    @torch.no_grad()
+    def update_centroids(self) -> None:
+        """Moves every centroid to the mean of its features; that of an empty cluster stays."""
+        sums, sizes = torch.zeros_like(self.centroids, dtype=torch.float64), self.sizes()
+        for rows, clusters in zip(self.memory.rows.split(2**16), self.assignment.split(2**16)):
+            sums.index_add_(0, clusters[clusters >= 0], rows[clusters >= 0].double())
+        means = (sums / sizes.clamp(min=1)[:, None]).float()
+        self.centroids.copy_(torch.where(sizes[:, None] > 0, means, self.centroids))
+
+    @torch.no_grad()
+    def replace_small_clusters(self) -> None:
+        """Dissolves clusters below `min_cluster` and replaces them by halves of the largest ones (section 3.2)."""
+        small = (self.sizes() < self.min_cluster).nonzero()[:, 0]
+        if not len(small):
+            return
+        large = torch.ones(self.num_clusters, dtype=torch.bool, device=small.device)
+        large[small] = False
+        large = large.nonzero()[:, 0]
+        if len(large):
+            lost = torch.isin(self.assignment, small).nonzero()[:, 0]
+            self.assignment[lost] = large[(self.memory.rows[lost] @ self.centroids[large].T).argmax(dim=1)]
+        for empty in small:
+            if self.sizes()[empty]:
+                continue  # all clusters were small: the non-empty ones stay
+            self.split(int(self.sizes().argmax()), int(empty))
+
+    def split(self, largest: int, empty: int) -> None:
+        """Moves half of the images of the largest cluster into an empty one, by k-means with two clusters."""
+        members = (self.assignment == largest).nonzero()[:, 0]
+        rows = self.memory.rows[members]
+        _, half = kmeans(rows, 2, 20, 0)
+        if half.min() == half.max():  # all rows are equal
+            half = torch.arange(len(members), device=members.device) % 2
+        self.assignment[members[half == 1]] = empty
+        for side, cluster in enumerate((largest, empty)):
+            self.centroids[cluster] = rows[half == side].mean(dim=0)
 
 
 class ODC(Method):
@@ -72,13 +178,13 @@ class ODC(Method):
 
     Args:
         backbone: the network to train.
-        view: what an image becomes in training.
-        cluster_resize: for the first clustering, the shorter side of an image is brought to this length, and the
-            center of the view's size is seen.
+        view: the view in training.
+        cluster_resize: for the first clustering, an image's shorter side is resized to this length in pixels, and a
+            center crop of the view's size is taken.
         hidden_dim: hidden width between backbone and classifier.
-        feature_dim: width of the features in memory.
-        num_clusters: how many clusters.
-        momentum: how much of itself a row of the memory keeps when its image is seen.
+        feature_dim: width of the features in the memory bank.
+        num_clusters: number of clusters.
+        momentum: momentum of the memory bank's features.
         min_cluster: clusters with fewer images are dissolved.
         centroids_every: steps between updates of all centroids.
     """
@@ -113,18 +219,20 @@ class ODC(Method):
     def before_epoch(self, data: Data, clock: Clock) -> None:
         if clock.epoch == 0:
             features, index = embed(nn.Sequential(self.backbone, self.neck), data, self.cluster_view)
-            self.clusters.begin(features, index, clock.seed)
+            self.clusters.initialize(features, index, clock.seed)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         kept = rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, self.neck.first.out_features) < 0.5
-        x = self.neck(self.backbone(batch.views[0]), kept)
+        x = self.neck(self.backbone(batch.views[0]), kept)  # (n, dim)
+        # Pseudo-labels from before this batch.
         logits, label = self.classifier(x).float(), self.clusters.assignment[batch.index]
-        loss = weighted_cross_entropy(logits, label, self.clusters.sizes())
+        loss = weighted_cross_entropy(logits, label, self.clusters.sizes())  # section 3.3
         accuracy = 100 * (logits.argmax(dim=1) == label).float().mean()
-        changed = self.clusters.move_samples(batch.index, x.detach().float())
-        return {"loss": loss, "cluster_accuracy": accuracy, "changed": 100 * changed}
+        # Samples memory: new features, then new labels (section 3.1). Nothing here passes a gradient.
+        reassigned = self.clusters.update_samples(batch.index, x.detach().float())
+        return {"loss": loss, "cluster_accuracy": accuracy, "reassigned": 100 * reassigned}
 
     def after_step(self, clock: Clock) -> None:
         if clock.step % self.centroids_every == 0:
-            self.clusters.move_centroids()
-        self.clusters.deal_with_small_clusters()
+            self.clusters.update_centroids()
+        self.clusters.replace_small_clusters()

@@ -1,20 +1,20 @@
-"""SwAV: say of one crop which prototypes another crop of the image belongs to.
+"""SwAV: predict the cluster assignment of one crop from another crop of the same image, with online clustering.
 
-Each crop is compared with prototypes, directions that are learned. The target for one view of an image is the
-assignment of another, which Sinkhorn's algorithm makes so that over the batch all prototypes are used alike; otherwise
-everything would end at one prototype. Two large crops are assigned, and further small ones only predict.
+Every crop is compared with prototypes, learned directions. The target for a crop is the assignment (code) of another
+crop of the image. Sinkhorn-Knopp computes the codes so that all prototypes are equally frequent in the batch, which
+rules out one prototype for all. Two large crops get codes; further small crops only predict.
 
 Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
 cluster assignments" (arXiv:2006.09882), equations 1 to 5, section 3.2 on multi-crop, appendix A. The defaults are those
-of the authors' code for 800 epochs at a batch of 4096. What differs from it:
+of the authors' code (facebookresearch/swav) for 800 epochs at a batch of 4096. What differs:
 
-- The prototypes are brought back to unit length after each step instead of before the next.
-- The queue belongs to all processes together and is shared out among them for Sinkhorn's algorithm, which works with
+- The prototypes are normalized after each step instead of before the next.
+- The queue holds the projections of all processes and is divided among them for Sinkhorn-Knopp, which works with
   logarithms. One process and several compute the same.
 - Batch norm is over the whole global batch instead of groups of 8 GPUs.
-- While the prototypes are frozen they get a gradient of zero. Weight decay may then still shorten them, and bringing
-  them back to unit length undoes it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from sslbook.data.views import SWAV_GLOBAL, SWAV_LOCAL, View
 from sslbook.errors import UserError, at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
+from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.schedules import Clock, Duration, in_steps
 
@@ -34,9 +35,15 @@ from sslbook.schedules import Clock, Duration, in_steps
 def swapped_prediction(
     q: Float[Tensor, "assigned n prototypes"], scores: Float[Tensor, "crops n prototypes"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Equations 1, 2 and 6: the cross-entropy between each assigned crop's code and the prediction of every other crop.
+    """Equations 1, 2 and 6: cross-entropy of each code and the prediction of every other crop.
 
-    The first crops are the assigned ones. The mean is over images and over the pairs of different crops.
+    Args:
+        q: codes of the large crops, which come first.
+        scores: cosines of all crops with the prototypes.
+        temperature: divides the scores.
+
+    Returns:
+        The mean over images and over the pairs of different crops.
     """
     log_p = F.log_softmax(scores / temperature, dim=2)
     pairs = [(s, t) for s in range(len(q)) for t in range(len(scores)) if s != t]
@@ -44,8 +51,8 @@ def swapped_prediction(
 
 
 @torch.no_grad()
-def used(scores: Float[Tensor, "crops n prototypes"], temperature: float) -> Float[Tensor, ""]:
-    """How many prototypes are in use: the exponential of the entropy of the mean prediction over all processes."""
+def prototype_perplexity(scores: Float[Tensor, "crops n prototypes"], temperature: float) -> Float[Tensor, ""]:
+    """The exponential of the entropy of the mean prediction over all processes: 1 if one prototype has all crops."""
     p = distributed.all_reduce_mean(F.softmax(scores / temperature, dim=2).mean(dim=(0, 1)))
     return (-torch.xlogy(p, p).sum()).exp()
 
@@ -55,18 +62,18 @@ class SwAV(Method):
 
     Args:
         backbone: the network to train.
-        view: a large crop; there are two, each with its own assignment.
+        view: a large crop; there are two, each with its own code.
         small_view: a small crop, which only predicts.
         num_small: number of small crops.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projections and prototypes.
-        num_prototypes: how many prototypes.
+        num_prototypes: number of prototypes.
         temperature: divides the scores in the prediction.
-        epsilon: divides the scores in the assignment; the smaller, the harder.
-        sinkhorn_iterations: how often the assignment is normalized in turn.
-        freeze_prototypes: duration from the beginning in which the prototypes stay as they are.
-        queue_size: projections of earlier batches that take part in the assignment, for small batches (the authors take
-            3840 at 256); 0 for none.
+        epsilon: divides the scores in Sinkhorn-Knopp; the smaller, the harder the codes.
+        sinkhorn_iterations: normalizations of columns and rows.
+        freeze_prototypes: duration at the beginning in which the prototypes are frozen.
+        queue_size: projections of earlier batches that help to compute the codes of a small batch; 0 for none. The
+            authors take 3840 at a batch of 256.
         queue_start: duration before the queue is filled; it is used once it is full.
     """
 
@@ -94,17 +101,13 @@ class SwAV(Method):
         self.backbone = backbone
         self.projector = MLP(backbone_dim(backbone), hidden_dim, projector_dim)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, projector_dim), dim=1))
-        self.queues = nn.ModuleList([Queue(queue_size, projector_dim) for _ in range(2 if queue_size else 0)])
+        self.queues: Any = nn.ModuleList([Queue(queue_size, projector_dim) for _ in range(2 if queue_size else 0)])
         self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
 
     queued: Tensor
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view, *[self.small_view] * self.num_small)
-
-    def held(self) -> list[Queue]:
-        """The queues, one for each large crop, or none."""
-        return [queue for queue in self.queues if isinstance(queue, Queue)]
 
     def project(self, views: tuple[Tensor, ...]) -> Float[Tensor, "crops n dim"]:
         """Unit vectors of all crops: one pass of the backbone for each size, one of the projector for all."""
@@ -113,41 +116,43 @@ class SwAV(Method):
         return F.normalize(z, dim=1).unflatten(0, (len(views), -1))
 
     @torch.no_grad()
-    def assign(self, z: Float[Tensor, "assigned n dim"]) -> Float[Tensor, "assigned n prototypes"]:
-        """The codes, made with the queue's help if it is full (equations 3 to 5)."""
+    def codes(self, z: Float[Tensor, "large n dim"]) -> Float[Tensor, "large n prototypes"]:
+        """Sinkhorn assignments of the large crops (equations 3 to 5), together with the queue's rows if it is full."""
         n, rank, processes = z.shape[1], distributed.rank(), distributed.world_size()
-        codes, queues = [], self.held()
+        codes = []
         for crop, z_crop in enumerate(z):
-            if queues and self.queued >= len(queues[crop].rows):
-                z_crop = torch.cat([z_crop, queues[crop].rows[rank::processes]])
+            if self.queues and self.queued >= len(self.queues[crop].rows):
+                z_crop = torch.cat([z_crop, self.queues[crop].rows[rank::processes]])
             codes.append(sinkhorn(z_crop @ self.prototypes.T, self.epsilon, self.sinkhorn_iterations)[:n])
         return torch.stack(codes)
 
     @torch.no_grad()
-    def remember(self, z: Float[Tensor, "assigned n dim"], clock: Clock) -> None:
-        """The projections into the queues, from `queue_start` on."""
-        batch, size = z.shape[1] * distributed.world_size(), len(self.held()[0].rows)
+    def enqueue(self, z: Float[Tensor, "large n dim"], clock: Clock) -> None:
+        """Puts the projections of the large crops into their queues, from `queue_start` on."""
+        batch, size = z.shape[1] * distributed.world_size(), len(self.queues[0].rows)
         if size % batch:
             raise UserError(
                 f"a queue of {size} does not hold whole batches of {batch}: "
                 f"set --method.queue_size to a multiple of {batch}, such as {max(1, size // batch) * batch}"
             )
         if clock.step >= in_steps(self.queue_start, clock.total_steps, clock.steps_per_epoch):
-            for queue, z_crop in zip(self.held(), z):
+            for queue, z_crop in zip(self.queues, z):
                 queue.push(z_crop)
             self.queued.add_(batch).clamp_(max=size)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        frozen = clock.step < in_steps(self.freeze_prototypes, clock.total_steps, clock.steps_per_epoch)
-        c = self.prototypes.detach() + 0 * self.prototypes if frozen else self.prototypes
-        z = self.project(batch.views)
-        with torch.autocast(z.device.type, enabled=False):  # a temperature of 0.05 magnifies rounding
-            scores = z @ c.T
-            q = self.assign(z[:2].detach())
-            loss = swapped_prediction(q, scores, self.temperature)
+        z = self.project(batch.views)  # (crops, n, dim), large crops first
+        with full_precision(z):  # a temperature of 0.05 magnifies rounding
+            scores = z @ self.prototypes.T  # cosines (crops, n, prototypes)
+            q = self.codes(z[:2].detach())  # targets: no gradient through Sinkhorn-Knopp
+            loss = swapped_prediction(q, scores, self.temperature)  # equation 1
         if self.queues:
-            self.remember(z[:2].detach(), clock)
-        return {"loss": loss, "used_prototypes": used(scores.detach(), self.temperature)}
+            self.enqueue(z[:2].detach(), clock)
+        return {"loss": loss, "prototype_perplexity": prototype_perplexity(scores.detach(), self.temperature)}
+
+    def before_optimizer_step(self, clock: Clock) -> None:
+        if clock.step < in_steps(self.freeze_prototypes, clock.total_steps, clock.steps_per_epoch):
+            self.prototypes.grad = None  # frozen (appendix A)
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:

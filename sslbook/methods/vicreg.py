@@ -1,17 +1,17 @@
-"""VICReg: three plain demands on the features of two views: invariance, variance, covariance.
+"""VICReg: variance, invariance and covariance regularization of the projections of two views.
 
-Views of an image should have the same features (invariance), every dimension should differ between images by at
-least a given deviation (variance), and no two dimensions should vary together (covariance). The second keeps the
-network from a constant, the third from saying one thing many times; no negatives, teacher or normalization are needed.
+Invariance: views of an image should have the same projection. Variance: the standard deviation of every dimension over
+the batch should reach a threshold, which rules out a constant. Covariance: no two dimensions should vary together,
+which rules out that all encode the same. There are no negatives, no teacher and no normalization.
 
 Bardes, Ponce and LeCun, 2022, "VICReg: variance-invariance-covariance regularization for self-supervised learning"
-(arXiv:2105.04906), equations 1 to 6, algorithm 1. The defaults are those of the authors' code, which differs from the
-paper: the invariance is divided by the dimension too, and the variance terms of the two views are halved while their
-covariance terms are not. Variance and covariance are over the global batch. What differs from the authors' code: the
-hidden linear layers of the expander have no bias (batch norm follows and cancels it).
+(arXiv:2105.04906), equations 1 to 6, algorithm 1. The defaults are those of the authors' code (facebookresearch/vicreg).
+As there, and unlike in the paper, the invariance is divided by the dimension too, and the variance terms of the two
+views are halved while their covariance terms are not. Variance and covariance are of the global batch. What differs:
+
+- The hidden linear layers of the expander have no bias: batch norm follows and cancels it.
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 
@@ -31,7 +32,7 @@ def invariance_loss(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) ->
 
 
 def variance_loss(z: Float[Tensor, "n dim"], gamma: float = 1.0, epsilon: float = 1e-4) -> Float[Tensor, ""]:
-    """Equations 1 and 2: by how much the deviation of a dimension falls short of `gamma`, averaged over dimensions."""
+    """Equations 1 and 2: how far the standard deviation falls short of `gamma`, averaged over dimensions."""
     return F.relu(gamma - (z.var(dim=0) + epsilon).sqrt()).mean()
 
 
@@ -47,15 +48,15 @@ class VICReg(Method):
 
     Args:
         backbone: the network to train.
-        view_1: what an image becomes at first.
-        view_2: what it becomes the second time.
-        invariance_weight: weight of the difference between the views' features.
-        variance_weight: weight of what the deviations lack.
+        view_1: the first view.
+        view_2: the second view.
+        invariance_weight: weight of the squared difference between the views' projections.
+        variance_weight: weight of the hinge on the standard deviations.
         covariance_weight: weight of the covariances between dimensions.
         hidden_dim: hidden width of the projector, which the paper calls expander.
-        projector_dim: width of the features that the loss is about.
+        projector_dim: width of the projections.
         projector_num_layers: linear layers in the projector.
-        projector: another network between backbone and loss, instead of the one that these describe.
+        projector: replaces the MLP behind the backbone.
     """
 
     def __init__(
@@ -84,13 +85,14 @@ class VICReg(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         # One pass per view: batch norm never sees the two together, as in the authors' code.
-        z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]
-        with torch.autocast(z_1.device.type, enabled=False):
+        z_1, z_2 = [self.projector(self.backbone(x)) for x in batch.views]  # (n, dim) each
+        with full_precision(z_1):
             z_1, z_2 = z_1.float(), z_2.float()
-            invariance, std = invariance_loss(z_1, z_2), feature_std(z_1)
+            invariance, std = invariance_loss(z_1, z_2), feature_std(z_1)  # s of equation 5
+            # Variance and covariance need the whole batch: (n, dim) -> (batch, dim).
             z_1, z_2 = distributed.all_gather_with_grad(z_1), distributed.all_gather_with_grad(z_2)
-            variance = variance_loss(z_1) / 2 + variance_loss(z_2) / 2
-            covariance = covariance_loss(z_1) + covariance_loss(z_2)
+            variance = variance_loss(z_1) / 2 + variance_loss(z_2) / 2  # v of equation 1
+            covariance = covariance_loss(z_1) + covariance_loss(z_2)  # c of equation 4
             loss = (  # equation 6
                 self.invariance_weight * invariance
                 + self.variance_weight * variance

@@ -1,14 +1,17 @@
-"""W-MSE: whiten the projections of a batch, then simply pull the views of an image together.
+"""W-MSE: whiten the projections of a batch, then minimize the distance between the views of an image.
 
-After whitening, the projections of different images have mean zero, variance one in every direction and no
-correlation, whatever the network does: they cannot fall onto a point or a line. What is left to learn is that views of
-one image lie close, a mean squared error without negatives, teacher or predictor.
+After whitening, the projections of a batch have mean zero, variance one in every direction and no correlations,
+whatever the network computes, so they cannot collapse to a point or a line. What is left to learn is a mean squared
+error between views, without negatives, teacher or predictor. The covariance of few samples is unreliable; therefore
+the batch is cut into random slices, several times, and each slice of each view is whitened by itself.
 
 Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised representation learning"
-(arXiv:2007.06346), section 3. The defaults are those of the authors' code for STL-10 and
-Tiny ImageNet. A covariance of few samples is unreliable, so the batch is cut into slices at random, several times, and
-each slice of each view is whitened alone. Here the slices are cut from the global batch, and which images share one
-is keyed by image and epoch instead of drawn from a running generator.
+(arXiv:2007.06346), section 3. The defaults are those of the authors' code (htdt/self-supervised) for STL-10 and Tiny
+ImageNet, with four permutations; its README also has a command for ImageNet-100, with one. What differs:
+
+- The slices are cut from the global batch.
+- Which images share a slice is a random number of the image and the epoch, instead of a running generator's.
+- Color jitter comes after the crop; in the authors' code before it, so that its contrast is that of the whole image.
 """
 
 from itertools import combinations
@@ -26,6 +29,7 @@ from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
+from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
 VIEW = View(
@@ -34,9 +38,14 @@ VIEW = View(
 
 
 def whiten(x: Float[Tensor, "*slices size dim"], epsilon: float = 0.0) -> Float[Tensor, "*slices size dim"]:
-    """W (x - mean) for every row, with W the inverse of the Cholesky factor of the slice's covariance.
+    """W (x - mean) for every row of a slice, where W is the inverse Cholesky factor of the slice's covariance.
 
-    Raises a `UserError` if the covariance is singular.
+    Args:
+        x: projections, slice by slice.
+        epsilon: weight of the identity in the covariance, which has the rest.
+
+    Raises:
+        UserError: a covariance is singular.
     """
     x = x - x.mean(dim=-2, keepdim=True)
     covariance = x.mT @ x / (x.shape[-2] - 1)
@@ -48,9 +57,16 @@ def whiten(x: Float[Tensor, "*slices size dim"], epsilon: float = 0.0) -> Float[
 
 
 def slices(index: Int[Tensor, "batch"], size: int, stream: int, clock: Clock) -> Int[Tensor, "slices {size}"]:
-    """The rows of a batch in keyed order, cut into slices.
+    """The rows of a batch in random order, cut into slices.
 
-    Raises a `UserError` if the batch is no multiple of a slice.
+    Args:
+        index: which images are in the batch.
+        size: images in a slice.
+        stream: of the random numbers; another one for each permutation.
+        clock: gives seed and epoch.
+
+    Raises:
+        UserError: the batch is not a multiple of the slice.
     """
     if len(index) % size:
         raise UserError(
@@ -62,7 +78,7 @@ def slices(index: Int[Tensor, "batch"], size: int, stream: int, clock: Clock) ->
 
 
 def pair_loss(z: Float[Tensor, "views batch dim"]) -> Float[Tensor, ""]:
-    """The squared distance of normalized rows, 2 - 2 cos, averaged over rows and pairs of views."""
+    """Squared distance of the normalized rows, 2 - 2 cos, averaged over rows and pairs of views."""
     z = F.normalize(z, dim=2)
     pairs = [(z[i] - z[j]).square().sum(dim=1).mean() for i, j in combinations(range(len(z)), 2)]
     return torch.stack(pairs).mean()
@@ -73,14 +89,17 @@ class WMSE(Method):
 
     Args:
         backbone: the network to train.
-        view: what an image becomes, `num_views` times, each augmented independently.
+        view: the view, of which there are `num_views`, augmented independently.
         num_views: views of an image; 2 and 4 in the paper (W-MSE 2, W-MSE 4).
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection that is whitened.
         slice_size: images whitened together, twice `projector_dim` in the paper; the batch must be a multiple.
-        num_permutations: how many times the batch is cut into slices, each each augmented independently.
-        epsilon: how much of the identity is mixed into the covariance.
-        projector: another network between backbone and whitening; it must give `projector_dim` values.
+        num_permutations: how many times the batch is permuted and cut into slices.
+        epsilon: weight of the identity that is mixed into the covariance.
+        projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
+
+    Raises:
+        UserError: there are fewer than two views, or not more images in a slice than dimensions.
     """
 
     def __init__(
@@ -100,7 +119,7 @@ class WMSE(Method):
             raise UserError(f"W-MSE compares views of an image and cannot do with {num_views}: set num_views=2")
         if slice_size <= projector_dim:
             raise UserError(
-                f"{slice_size} images cannot show the covariance of {projector_dim} dimensions: "
+                f"{slice_size} images cannot determine the covariance of {projector_dim} dimensions: "
                 f"use a slice_size of {2 * projector_dim}"
             )
         self.view, self.num_views, self.slice_size = view, num_views, slice_size
@@ -112,19 +131,19 @@ class WMSE(Method):
         return (self.view,) * self.num_views
 
     def whitened(self, x: Float[Tensor, "views slices size dim"]) -> Float[Tensor, "views slices size dim"]:
-        """Each slice of each view whitened by itself."""
+        """Each slice of each view, whitened by itself."""
         return whiten(x, self.epsilon)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        # As in the authors' code: the backbone sees one view at a time, the projector all of them together.
+        # As in the authors' code, the backbone sees one view at a time, the projector all of them together.
         h = self.projector(torch.cat([self.backbone(x) for x in batch.views]))
-        with torch.autocast(h.device.type, enabled=False):  # a covariance is hard to invert in bf16
+        with full_precision(h):  # a covariance is hard to invert in bf16
             h = rearrange(h.float(), "(views n) dim -> n views dim", views=self.num_views)
-            h_all = distributed.all_gather_with_grad(h).transpose(0, 1)
+            h_all = distributed.all_gather_with_grad(h).transpose(0, 1)  # (views, batch, dim)
             index = distributed.all_gather(batch.index)
             loss = h.new_zeros(())
             for k in range(self.num_permutations):
-                rows = slices(index, self.slice_size, rng.METHOD + k, clock)
-                z = self.whitened(h_all[:, rows])
+                rows = slices(index, self.slice_size, rng.METHOD + k, clock)  # (slices, size), the same for all views
+                z = self.whitened(h_all[:, rows])  # differentiated as well
                 loss = loss + pair_loss(rearrange(z, "views slices size dim -> views (slices size) dim"))
             return {"loss": loss / self.num_permutations, "feature_std": feature_std(h[:, 0])}

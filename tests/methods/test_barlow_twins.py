@@ -48,13 +48,13 @@ def literal(z_1: Tensor, z_2: Tensor, lambda_: float) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("n", "dim", "lambda_"), [(5, 3, 0.0051), (2, 7, 1.0), (7, 1, 0.5)])
-def test_the_loss_is_equation_1(n: int, dim: int, lambda_: float) -> None:
+def test_loss_equals_equation_1(n: int, dim: int, lambda_: float) -> None:
     z_1, z_2 = torch.randn(2, n, dim, dtype=torch.float64) * 3 + 1
     got = redundancy_loss(cross_correlation(z_1, z_2), lambda_)
     assert [float(x) for x in got] == pytest.approx(literal(z_1, z_2, lambda_), rel=1e-9, abs=1e-12)
 
 
-def test_the_normalization_is_batch_norms() -> None:
+def test_normalization_equals_batch_norm() -> None:
     z_1, z_2 = torch.randn(2, 6, 4)
     norm = nn.BatchNorm1d(4, affine=False)
     torch.testing.assert_close(cross_correlation(z_1, z_2), norm(z_1).T @ norm(z_2) / 6)
@@ -65,14 +65,14 @@ def _correlation(z: Tensor) -> Tensor:
     return cross_correlation(*z[:, distributed.rank() * n :][:, :n])
 
 
-def test_the_correlation_is_of_the_global_batch(pool) -> None:
+def test_correlation_is_of_the_global_batch(pool) -> None:
     for z in (torch.randn(2, 6, 3), torch.randn(2, 2, 3)):  # the second: one image in each process
         for got in pool.run(_correlation, z):
             torch.testing.assert_close(got, _correlation(z))
 
 
 def redundancy_after_training(lambda_: float) -> tuple[float, float]:
-    """How far the dimensions agree between views, and how far different ones are correlated."""
+    """The mean correlation of a dimension between views, and of different dimensions."""
     method = make("barlow_twins", lambda_=lambda_)
     optimizer = torch.optim.AdamW(method.parameters(), lr=5e-3)
     batch = make_batch(method, 64)
@@ -85,7 +85,7 @@ def redundancy_after_training(lambda_: float) -> tuple[float, float]:
     return float(c.diagonal().mean()), float((c - c.diag().diag()).abs().sum() / (16 * 15))
 
 
-def test_without_the_rest_of_the_matrix_dimensions_repeat() -> None:
+def test_without_redundancy_term_dimensions_are_correlated() -> None:
     agreement, redundancy = redundancy_after_training(0.05)
     assert agreement > 0.7
     assert redundancy < 0.15
@@ -94,7 +94,7 @@ def test_without_the_rest_of_the_matrix_dimensions_repeat() -> None:
     assert redundancy > 0.25
 
 
-def test_the_papers_size() -> None:
+def test_default_sizes() -> None:
     """The authors' code: 8192-8192-8192 without biases; ResNet-50 has 23.5 million parameters."""
     with torch.device("meta"):
         method = BarlowTwins(resnet50())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslbook.methods.byol import regression_loss, target_momentum
+from sslbook.methods.byol import regression_loss
 from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
@@ -19,7 +19,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_regression_loss_is_equation_2(n: int) -> None:
+def test_regression_loss_equals_equation_2(n: int) -> None:
     p, z = torch.randn(2, n, 4, dtype=torch.float64)
     expected = 0.0
     for a, b in zip(p.tolist(), z.tolist()):
@@ -28,14 +28,7 @@ def test_regression_loss_is_equation_2(n: int) -> None:
     assert float(regression_loss(p, z)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_momentum_rises_along_a_cosine() -> None:
-    assert target_momentum(0.996, 0.0) == 0.996
-    assert target_momentum(0.996, 1.0) == 1.0
-    assert target_momentum(0.9, 0.5) == pytest.approx(0.95)
-    assert target_momentum(0.9, 0.25) == pytest.approx(1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2)
-
-
-def test_both_directions_each_view_alone() -> None:
+def test_loss_is_symmetric_with_one_pass_per_view() -> None:
     method = make("byol")
     batch = make_batch(method, 5)
     out = method(batch, Clock())
@@ -50,25 +43,25 @@ def test_both_directions_each_view_alone() -> None:
     assert all(p.grad is None for p in method.target_backbone.parameters())
 
 
-def test_the_target_follows() -> None:
+@pytest.mark.parametrize("progress", [0.0, 0.25, 0.5, 1.0])
+def test_target_follows_with_a_momentum_that_rises_along_a_cosine(progress: float) -> None:
     method = make("byol", momentum=0.5)
+    momentum = 1 - 0.5 * (math.cos(math.pi * progress) + 1) / 2  # section 3.2
     for target, online in ((method.target_backbone, method.backbone), (method.target_projector, method.projector)):
         start = next(target.module.parameters()).clone()
         with torch.no_grad():
             next(online.parameters()).add_(1)
-        method.after_step(Clock(0, 10))
-        torch.testing.assert_close(next(target.module.parameters()), start + 0.5)
-        method.after_step(Clock(10, 10))  # the momentum is 1
-        torch.testing.assert_close(next(target.module.parameters()), start + 0.5)
+        method.after_step(Clock(round(1000 * progress), 1000))
+        torch.testing.assert_close(next(target.module.parameters()), start + 1 - momentum)
 
 
-def test_spread() -> None:
+def test_feature_std() -> None:
     assert feature_std(torch.ones(6, 4)) < 1e-6
     assert feature_std(torch.randn(4000, 64)) == pytest.approx(1.0, abs=0.01)
     assert feature_std(torch.ones(1, 4)) == 0
 
 
-def spread_after_training(predictor: bool) -> float:
+def std_after_training(predictor: bool) -> float:
     method = make("byol", momentum=0.9)
     if not predictor:
         method.predictor = nn.Identity()
@@ -82,7 +75,7 @@ def spread_after_training(predictor: bool) -> float:
     return float(out["feature_std"])
 
 
-def test_without_its_predictor_it_collapses() -> None:
-    kept, removed = spread_after_training(True), spread_after_training(False)
+def test_without_predictor_it_collapses() -> None:
+    kept, removed = std_after_training(True), std_after_training(False)
     assert kept > 0.65
     assert removed < 0.4

@@ -14,7 +14,7 @@ from sslbook.nn import ConvNet, kmeans
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
 
-VIEW_WITHOUT_CHANCE = View.center(SIZE)
+CENTER_CROP = View.center(SIZE)
 
 CASE = Case(
     options={"view": VIEW, "cluster_resize": SIZE, "num_clusters": 6, "pca_dim": 8},
@@ -26,14 +26,14 @@ CASE = Case(
         "method.pca_dim": 8,
         "method.recluster_every": 1,
     },
-    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn at random
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # the first pseudo-labels are random
     overfit={"backbone": ConvNet(16), "sobel": False},
     corners=[(2, 0.05, {}), (6, 0.05, {"sobel": False})],
     other_backbones=[transformer],
 )
 
 
-def test_the_loss_is_the_cross_entropy_of_the_clusters() -> None:
+def test_loss_equals_cross_entropy_of_the_clusters() -> None:
     method = make("deepcluster")
     batch = make_batch(method, 5)._replace(index=torch.tensor([3, 9, 3, 63, 0]))
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_the_loss_is_the_cross_entropy_of_the_clusters() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[1, 50, 7, 0, 2], [5, 5], [1], [0, 0, 3]])
-def test_every_cluster_is_shown_alike(sizes: list[int]) -> None:
+def test_clusters_are_sampled_uniformly(sizes: list[int]) -> None:
     assignment = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)] + [torch.full((4,), -1)])
     assignment = assignment[torch.randperm(len(assignment))]
     filled = [i for i, size in enumerate(sizes) if size]
@@ -57,7 +57,7 @@ def test_every_cluster_is_shown_alike(sizes: list[int]) -> None:
     share = len(assignment) // len(filled) + 1
     for i in filled:
         images = order[shown == i]
-        assert share - len(filled) <= len(images) <= share  # what is over the number of images is cut off
+        assert share - len(filled) <= len(images) <= share  # the order is cut at the number of images
         if sizes[i] > share:
             assert len(images.unique()) == len(images)  # a large cluster repeats nothing
     assert torch.equal(order, uniform_order(assignment, len(sizes), 0, 3))
@@ -65,11 +65,11 @@ def test_every_cluster_is_shown_alike(sizes: list[int]) -> None:
         assert not torch.equal(order, uniform_order(assignment, len(sizes), 0, 4))
 
 
-def test_a_round_clusters_whitened_features_of_centers() -> None:
+def test_before_epoch_clusters_whitened_features_of_center_crops() -> None:
     method, data, clock = make("deepcluster"), Data(shapes=TINY_SHAPES), Clock(4, 10, 2, seed=1)
     old = method.classifier.weight.detach().clone()
     method.before_epoch(data, clock)
-    (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, NUM_IMAGES)
+    (batch,) = data.evaluation_batches("train", CENTER_CROP, NUM_IMAGES)
     with torch.no_grad():
         features = method.eval().backbone(batch.views[0])
     x = kmeans.pca_whiten(features, 8)
@@ -103,37 +103,35 @@ def test_processes_agree_about_clusters_classifier_and_order(pool) -> None:
             assert torch.equal(a, b)
 
 
-def clusters_made() -> int:
-    """In five rounds of clustering and training; eight in each would be 40, of ten images twelve times each."""
+def num_clusters_found() -> int:
+    """The sum over five rounds of clustering and training, at most 40; there are ten distinct images, twelve times each."""
     off = dict.fromkeys(NUISANCES, 0.0)
     data = Data(shapes=Shapes(num_train=120, num_test=4, size=SIZE, **off))
-    method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False, num_clusters=8)
+    method = make("deepcluster", view=CENTER_CROP, sobel=False, num_clusters=8)
     method.setup(data)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
-    made = 0
+    found = 0
     for epoch in range(5):
         clock = Clock(3 * epoch, 15, 3, seed=3)
         method.before_epoch(data, clock)
-        made += len(method.assignment.unique())
+        found += len(method.assignment.unique())
         for batch in data.batches(method.views(), 40, seed=0, epoch=epoch, order=method.sample_order(data, clock)):
             optimizer.zero_grad()
             method(batch, clock)["loss"].backward()
             optimizer.step()
-    return made
+    return found
 
 
-def test_without_filling_empty_clusters_rounds_make_fewer(monkeypatch) -> None:
-    assert clusters_made() > 38
+def test_without_filling_empty_clusters_there_are_fewer(monkeypatch) -> None:
+    assert num_clusters_found() > 38
     monkeypatch.setattr(kmeans, "split_largest", lambda centroids, sizes: centroids)
-    assert clusters_made() < 35
+    assert num_clusters_found() < 35
 
 
-def told_apart(epochs: int = 16) -> tuple[float, int]:
-    """Where one of five clusters has nearly all images: the part of the others' images that training recognizes,
-    and how many clusters the network ever names.
-    """
+def train_on_unbalanced_clusters(epochs: int = 16) -> tuple[float, int]:
+    """With nearly all images in one of six clusters: the accuracy on the others, and the number of classes predicted."""
     data = Data(shapes=Shapes(num_train=160, num_test=4, size=SIZE))
-    method = make("deepcluster", view=VIEW_WITHOUT_CHANCE, sobel=False)
+    method = make("deepcluster", view=CENTER_CROP, sobel=False)
     method.setup(data)
     method.assignment.copy_((torch.arange(160) - 135).clamp(min=0) // 5)  # 140 images, and five times 5 or less
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
@@ -143,30 +141,30 @@ def told_apart(epochs: int = 16) -> tuple[float, int]:
             optimizer.zero_grad()
             method(batch, clock)["loss"].backward()
             optimizer.step()
-    (batch,) = data.evaluation_batches("train", VIEW_WITHOUT_CHANCE, 160)
+    (batch,) = data.evaluation_batches("train", CENTER_CROP, 160)
     with torch.no_grad():
-        said = method.eval().classifier(method.backbone(batch.views[0])).argmax(dim=1)
-    return float((said == method.assignment)[method.assignment > 0].float().mean()), len(said.unique())
+        predicted = method.eval().classifier(method.backbone(batch.views[0])).argmax(dim=1)
+    return float((predicted == method.assignment)[method.assignment > 0].float().mean()), len(predicted.unique())
 
 
-def test_without_uniform_sampling_all_images_become_the_largest_cluster(monkeypatch) -> None:
-    found, named = told_apart()
-    assert found > 0.4
-    assert named > 3
+def test_without_uniform_sampling_the_largest_cluster_absorbs_all(monkeypatch) -> None:
+    accuracy, num_predicted = train_on_unbalanced_clusters()
+    assert accuracy > 0.4
+    assert num_predicted > 3
     monkeypatch.setattr(DeepCluster, "sample_order", lambda self, data, clock: None)
-    found, named = told_apart()
-    assert found < 0.2
-    assert named < 3
+    accuracy, num_predicted = train_on_unbalanced_clusters()
+    assert accuracy < 0.2
+    assert num_predicted < 3
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"17 principal components of 16 features: set --method.pca_dim to 16 or less"):
         make("deepcluster", pca_dim=17)
     with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("deepcluster", num_clusters=65)
 
 
-def test_the_paper_scale_model() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = DeepCluster(nets.resnet50())
     assert method.classifier.weight.shape == (10000, 2048)

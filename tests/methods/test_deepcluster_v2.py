@@ -36,7 +36,7 @@ CASE = Case(
         "method.num_prototypes": 6,
         "method.num_heads": 2,
     },
-    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # of classes that are drawn at random
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 90),  # the first pseudo-labels are random
     overfit={"hidden_dim": 64},
     lr=0.01,
     corners=[(2, 0.005, {"num_small": 0}), (6, 0.005, {"temperature": 0.05})],
@@ -45,7 +45,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize(("crops", "n", "temperature"), [(3, 5, 0.1), (2, 1, 0.1), (2, 4, 0.01)])
-def test_the_loss_term_by_term(crops: int, n: int, temperature: float) -> None:
+def test_loss_equals_literal_sum(crops: int, n: int, temperature: float) -> None:
     z = F.normalize(torch.randn(crops, n, 4, dtype=torch.float64), dim=2)
     prototypes = F.normalize(torch.randn(2, 3, 4, dtype=torch.float64), dim=2)
     label = torch.randint(3, (2, n))
@@ -62,7 +62,7 @@ def test_the_loss_term_by_term(crops: int, n: int, temperature: float) -> None:
     assert float(cluster_loss(z, prototypes, label, temperature)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_nothing_but_unseen_images_is_no_loss() -> None:
+def test_images_without_cluster_have_no_loss() -> None:
     z = torch.randn(2, 3, 4, requires_grad=True)
     loss = cluster_loss(z, torch.randn(1, 5, 4), torch.full((1, 3), -1), 0.1)
     loss.backward()
@@ -79,7 +79,7 @@ def _loss(z: Tensor, label: Tensor) -> tuple[float, Tensor]:
     return float(distributed.all_reduce_mean(loss.detach())), mine.grad / distributed.world_size()
 
 
-def test_images_left_out_are_counted_over_all_processes(pool) -> None:
+def test_counted_images_are_summed_over_all_processes(pool) -> None:
     z, label = torch.randn(2, 6, 4), torch.tensor([[1, -1, -1, 2, 3, 0]])
     loss, gradient = _loss(z, label)
     got = pool.run(_loss, z, label)
@@ -87,7 +87,7 @@ def test_images_left_out_are_counted_over_all_processes(pool) -> None:
     assert got[0][0] == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_memory_is_the_last_epochs_and_becomes_the_prototypes() -> None:
+def test_centroids_of_the_last_epochs_projections_are_the_prototypes() -> None:
     method, data = make("deepcluster_v2"), Data(shapes=TINY_SHAPES)
     first = Clock(0, 4, 2, seed=3)
     views, index = kmeans.embed_views(torch.nn.Sequential(method.backbone, method.projector), data, (VIEW, VIEW), first)
@@ -112,7 +112,7 @@ def test_the_memory_is_the_last_epochs_and_becomes_the_prototypes() -> None:
         torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(6))
 
 
-def test_images_never_seen_have_no_cluster() -> None:
+def test_images_never_shown_have_no_cluster() -> None:
     data = Data(shapes=Shapes(num_train=70, num_test=4, size=SIZE))
     method = make("deepcluster_v2")
     method.setup(data)
@@ -140,7 +140,7 @@ def test_processes_agree_about_prototypes(pool) -> None:
 
 
 def agreement_of_crops(clustered: bool) -> float:
-    """How much more alike two crops of an image are than crops of different images, after training."""
+    """Cosine of two crops of an image minus that of crops of different images, after training."""
     data = Data(shapes=Shapes(num_train=96, num_test=4, size=SIZE))
     method = make("deepcluster_v2", num_prototypes=24)
     method.setup(data)
@@ -159,16 +159,16 @@ def agreement_of_crops(clustered: bool) -> float:
     return float(similarity.diagonal().mean() - similarity.mean())
 
 
-def test_clusters_that_never_come_from_features_teach_less() -> None:
+def test_without_clustering_the_features_it_learns_less() -> None:
     assert agreement_of_crops(True) > 2 * agreement_of_crops(False)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("deepcluster_v2", num_prototypes=65)
 
 
-def test_the_paper_scale_model() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = DeepClusterV2(nets.resnet50())
     assert method.prototypes.shape == (3, 3000, 128)

@@ -50,13 +50,13 @@ def literal(column: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("views", "n", "count"), [(2, 5, 3), (1, 1, 2), (3, 8, 1)])
-def test_epps_pulley_is_the_papers(views: int, n: int, count: int) -> None:
+def test_epps_pulley_equals_literal_integral(views: int, n: int, count: int) -> None:
     x = 2 * torch.randn(views, n, count, dtype=torch.float64) + 0.5
     expected = [[literal(column.tolist()) for column in view.T] for view in x]
     torch.testing.assert_close(epps_pulley(x), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_only_the_standard_normal_distribution_passes() -> None:
+def test_epps_pulley_is_small_for_the_standard_normal_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(2000, 1, generator=generator)
     small = float(epps_pulley(normal))
@@ -66,7 +66,7 @@ def test_only_the_standard_normal_distribution_passes() -> None:
         assert float(epps_pulley(other)) > 10 * small
 
 
-def test_directions_are_keyed_and_have_no_preference() -> None:
+def test_directions_are_uniform_and_depend_on_seed_and_step_alone() -> None:
     device = torch.device("cpu")
     a = directions(3, 5000, Clock(step=7, seed=5), device)
     torch.manual_seed(1)
@@ -91,7 +91,7 @@ def _statistic(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("n", [6, 2])
-def test_the_statistic_is_of_the_global_batch(n: int, pool) -> None:
+def test_statistic_is_of_the_global_batch(n: int, pool) -> None:
     x = torch.randn(2, n, 3)
     value, gradient = _statistic(x)
     for got_value, got_gradient in pool.run(_statistic, x):
@@ -100,7 +100,7 @@ def test_the_statistic_is_of_the_global_batch(n: int, pool) -> None:
 
 
 @pytest.mark.parametrize(("views", "num_global", "n"), [(5, 2, 3), (2, 1, 1), (3, 3, 2)])
-def test_the_prediction_is_of_the_mean_of_the_global_views(views: int, num_global: int, n: int) -> None:
+def test_prediction_loss_is_the_distance_from_the_global_mean(views: int, num_global: int, n: int) -> None:
     z = torch.randn(views, n, 4, dtype=torch.float64)
     errors = []
     for i in range(n):
@@ -110,15 +110,15 @@ def test_the_prediction_is_of_the_mean_of_the_global_views(views: int, num_globa
     assert float(prediction_loss(z, num_global)) == pytest.approx(sum(errors) / len(errors), rel=1e-10)
 
 
-def test_one_weight_trades_the_two() -> None:
+def test_lambda_weighs_the_two_terms() -> None:
     method = make("lejepa", lambda_=0.3)
     out = method(make_batch(method, 5), Clock())
     torch.testing.assert_close(out["loss"].detach(), 0.7 * out["prediction"] + 0.3 * out["sigreg"])
     assert [view.size for view in method.views()] == [16, 16, 8, 8]
 
 
-def test_the_methods_loss_and_its_gradient() -> None:
-    """Every view is tested by itself along the step's directions; nothing stops a gradient."""
+def test_forward_and_its_gradient() -> None:
+    """SIGReg is of every view by itself, along the step's directions; there is no stop-gradient."""
     method = make("lejepa", lambda_=0.3)
     batch, clock = make_batch(method, 5), Clock(step=7, seed=5)
     f = [method.backbone(torch.cat(views)) for views in (batch.views[:2], batch.views[2:])]
@@ -132,7 +132,7 @@ def test_the_methods_loss_and_its_gradient() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-4)
 
 
-def deviation_after_training(lambda_: float) -> float:
+def std_after_training(lambda_: float) -> float:
     method = make("lejepa", lambda_=lambda_)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     for step in range(60):
@@ -143,19 +143,19 @@ def deviation_after_training(lambda_: float) -> float:
     return float(method.features(batch)[0].std(dim=0).mean().detach())
 
 
-def test_without_its_regularizer_it_collapses() -> None:
-    assert deviation_after_training(0.2) > 0.4
-    assert deviation_after_training(0.0) < 0.1
+def test_without_sigreg_it_collapses() -> None:
+    assert std_after_training(0.2) > 0.4
+    assert std_after_training(0.0) < 0.1
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="has 0 of them and 2 local ones: use num_global=2"):
         make("lejepa", num_global=0)
     with pytest.raises(UserError, match="use a number from 0 to 1"):
         make("lejepa", lambda_=1.5)
 
 
-def test_the_readmes_size() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = LeJEPA(resnet50())
         assert method.projector(method.backbone(torch.zeros(2, 3, 98, 98))).shape == (2, 128)

@@ -9,9 +9,8 @@ from sslbook import distributed, rng
 from sslbook import nn as nets
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
-from sslbook.methods.odc import ODC, Neck, weighted_cross_entropy
+from sslbook.methods.odc import ODC, Neck, OnlineClusters, weighted_cross_entropy
 from sslbook.nn import kmeans
-from sslbook.nn.online_clusters import OnlineClusters
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
 
@@ -35,7 +34,7 @@ CASE = Case(
         "method.min_cluster": 3,
         "method.centroids_every": 2,
     },
-    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 80 and out["changed"] < 20),
+    learned=lambda method, batch, out: bool(out["cluster_accuracy"] > 80 and out["reassigned"] < 20),
     overfit={"hidden_dim": 256},
     lr=0.01,
     corners=[(2, 0.01, {}), (6, 0.01, {"min_cluster": 8, "centroids_every": 1})],
@@ -45,7 +44,7 @@ CASE = Case(
 
 @pytest.mark.parametrize("sizes", [[4, 25, 1], [1, 1, 1], [0, 9, 100]])
 @pytest.mark.parametrize("n", [5, 1])
-def test_the_loss_counts_frequency_to_the_minus_one_half(n: int, sizes: list[int]) -> None:
+def test_loss_weighs_by_frequency_to_the_minus_one_half(n: int, sizes: list[int]) -> None:
     logits = torch.randn(n, 3, dtype=torch.float64)
     label = torch.randint(1, 3, (n,))
     terms, weights = [], []
@@ -83,7 +82,7 @@ def test_images_of_no_cluster_do_not_count() -> None:
     assert not logits.grad.any()
 
 
-def test_an_image_that_was_not_readable_at_first_gets_its_cluster_when_it_is_seen() -> None:
+def test_image_without_cluster_gets_one_when_it_is_shown() -> None:
     method = make("odc")
     batch = make_batch(method, 8)
     method.clusters.assignment[batch.index[:2]] = -1
@@ -93,7 +92,7 @@ def test_an_image_that_was_not_readable_at_first_gets_its_cluster_when_it_is_see
     assert (method.clusters.assignment[batch.index] >= 0).all()
 
 
-def test_what_the_method_weighs_by_are_the_clusters_of_the_memory() -> None:
+def test_forward_weighs_by_the_memorys_cluster_sizes() -> None:
     method, clock = make("odc"), Clock(seed=3)
     method.clusters.assignment.copy_(torch.tensor([0] * 40 + [1] * 14 + [2] * 4 + [3] * 3 + [4] * 2 + [5]))
     batch = make_batch(method, 8)._replace(index=torch.tensor([0, 39, 41, 55, 58, 61, 62, 63]))
@@ -109,7 +108,7 @@ def test_what_the_method_weighs_by_are_the_clusters_of_the_memory() -> None:
     assert loss != pytest.approx(sum(terms) / 8, rel=1e-3)
 
 
-def test_half_of_the_hidden_values_stay_doubled() -> None:
+def test_neck_dropout_doubles_kept_values() -> None:
     neck = Neck(4, 6, 3).eval()
     x, kept = torch.randn(2, 4), torch.tensor([[True, False] * 3, [False] * 6])
     hidden = F.relu(neck.norm(neck.first(x)))
@@ -118,11 +117,11 @@ def test_half_of_the_hidden_values_stay_doubled() -> None:
     torch.testing.assert_close(neck(x, kept), F.relu(neck.second(2 * hidden)))
 
 
-def test_samples_move_and_change_over_to_the_nearest_centroid() -> None:
+def test_samples_are_updated_and_reassigned_to_the_nearest_centroid() -> None:
     method = make("odc", momentum=0.25)
     rows, labels = method.clusters.memory.rows.clone(), method.clusters.assignment.clone()
     index, x = torch.tensor([5, 60, 5]), 7 * torch.rand(3, 16)
-    method.clusters.move_samples(index, x)
+    method.clusters.update_samples(index, x)
     for i, feature in ((60, x[1]), (5, x[2])):  # of a repeated image the last counts
         row = F.normalize(0.25 * rows[i] + 0.75 * F.normalize(feature, dim=0), dim=0)
         torch.testing.assert_close(method.clusters.memory.rows[i], row)
@@ -133,12 +132,12 @@ def test_samples_move_and_change_over_to_the_nearest_centroid() -> None:
     assert torch.equal(method.clusters.memory.rows[others], rows[others])
 
 
-def test_centroids_are_means() -> None:
+def test_centroids_are_means_of_their_features() -> None:
     method = make("odc")
     method.clusters.assignment.copy_(torch.arange(NUM_IMAGES) % 4)
     method.clusters.assignment[:8] = -1
     old = method.clusters.centroids.clone()
-    method.clusters.move_centroids()
+    method.clusters.update_centroids()
     for cluster in range(4):
         members = [i for i in range(8, NUM_IMAGES) if i % 4 == cluster]
         torch.testing.assert_close(method.clusters.centroids[cluster], method.clusters.memory.rows[members].mean(dim=0))
@@ -149,9 +148,9 @@ def test_small_clusters_are_dissolved_and_the_largest_split() -> None:
     method = make("odc")
     assignment = torch.tensor([0] * 30 + [1] * 20 + [2] * 11 + [3] * 2 + [5])  # cluster 4 is empty
     method.clusters.assignment.copy_(assignment)
-    method.clusters.move_centroids()
+    method.clusters.update_centroids()
     centroids, rows = method.clusters.centroids.clone(), method.clusters.memory.rows
-    method.clusters.deal_with_small_clusters()
+    method.clusters.replace_small_clusters()
     assert method.clusters.sizes().sum() == NUM_IMAGES
     assert (method.clusters.sizes() > 0).all()
     for i in range(61, 64):  # these went to the nearest of the large ones, or to a half of it
@@ -165,16 +164,16 @@ def test_small_clusters_are_dissolved_and_the_largest_split() -> None:
         torch.testing.assert_close(method.clusters.centroids[cluster], rows[members].mean(dim=0))
 
 
-def test_a_cluster_of_equal_rows_is_split_too() -> None:
+def test_cluster_of_equal_rows_is_split_too() -> None:
     method = make("odc")
     method.clusters.memory.rows.fill_(0.25)
     method.clusters.assignment.fill_(2)
-    method.clusters.deal_with_small_clusters()
+    method.clusters.replace_small_clusters()
     assert (method.clusters.sizes() > 0).all()
     assert method.clusters.centroids.isfinite().all()
 
 
-def test_clusters_follow_the_steps() -> None:
+def test_updates_follow_the_steps() -> None:
     """All centroids move every `centroids_every` steps, and small clusters are dealt with after each."""
     method = make("odc", centroids_every=3)
     clusters = method.clusters
@@ -191,44 +190,44 @@ def test_clusters_follow_the_steps() -> None:
     assert clusters.sizes().min() >= 3
 
 
-def test_it_begins_with_clusters_of_all_images() -> None:
+def test_first_epoch_starts_with_kmeans_of_all_images() -> None:
     method, data = make("odc"), Data(shapes=TINY_SHAPES)
     method.before_epoch(data, Clock(seed=4))
     features, _ = kmeans.embed(torch.nn.Sequential(method.backbone, method.neck), data, method.cluster_view)
     torch.testing.assert_close(method.clusters.memory.rows, F.normalize(features, dim=1))
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    method.before_epoch(data, Clock(2, 4, 2, seed=4))  # never again
+    method.before_epoch(data, Clock(2, 4, 2, seed=4))  # later epochs leave the clusters alone
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 
-def clusters_after_drifting() -> int:
-    """How many clusters are in use after the features of all images have moved for some epochs."""
+def num_clusters_after_drifting() -> int:
+    """Number of non-empty clusters after the features of all images have drifted for some epochs."""
     generator = torch.Generator().manual_seed(0)
     clusters = OnlineClusters(32, 4, momentum=0.5, min_cluster=2)
     clusters.allocate(128)
-    clusters.begin(torch.randn(128, 4, generator=generator), torch.arange(128), seed=0)
+    clusters.initialize(torch.randn(128, 4, generator=generator), torch.arange(128), seed=0)
     for step in range(80):
         x = torch.randn(16, 4, generator=generator) + torch.tensor([1.0, 0.0, 0.0, 0.0])
-        clusters.move_samples((torch.arange(16) + 16 * step) % 128, x)
-        clusters.move_centroids()
-        clusters.deal_with_small_clusters()
+        clusters.update_samples((torch.arange(16) + 16 * step) % 128, x)
+        clusters.update_centroids()
+        clusters.replace_small_clusters()
     return int((clusters.sizes() > 0).sum())
 
 
-def test_without_care_for_small_clusters_they_are_lost(monkeypatch) -> None:
-    assert clusters_after_drifting() == 32
-    monkeypatch.setattr(OnlineClusters, "deal_with_small_clusters", lambda self: None)
-    assert clusters_after_drifting() < 30
+def test_without_replacing_small_clusters_they_are_lost(monkeypatch) -> None:
+    assert num_clusters_after_drifting() == 32
+    monkeypatch.setattr(OnlineClusters, "replace_small_clusters", lambda self: None)
+    assert num_clusters_after_drifting() < 30
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("odc", num_clusters=65)
     with pytest.raises(UserError, match="6 clusters of at least 11 images need more than 64: lower"):
         make("odc", min_cluster=11)
 
 
-def test_the_paper_scale_model() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = ODC(nets.resnet50())
     assert method.classifier.weight.shape == (10000, 256)

@@ -22,7 +22,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_distance_is_equation_1(n: int) -> None:
+def test_distance_equals_equation_1(n: int) -> None:
     p, z = torch.randn(2, n, 4, dtype=torch.float64)
     expected = 0.0
     for a, b in zip(p.tolist(), z.tolist()):
@@ -30,7 +30,7 @@ def test_distance_is_equation_1(n: int) -> None:
     assert float(distance(p, z)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_both_directions_each_view_alone() -> None:
+def test_loss_is_symmetric_with_one_pass_per_view() -> None:
     method = make("simsiam")
     batch = make_batch(method, 5)
     z = [method.projector(method.backbone(x)) for x in batch.views]
@@ -38,8 +38,8 @@ def test_both_directions_each_view_alone() -> None:
     torch.testing.assert_close(method(batch, Clock())["loss"], expected)
 
 
-def test_no_gradient_through_what_is_predicted() -> None:
-    """A predictor that passes none back leaves the network without any."""
+def test_no_gradient_through_the_target() -> None:
+    """If the predictor passes no gradient back, the backbone gets none."""
     method = make("simsiam")
     for module in method.predictor:
         if isinstance(module, torch.nn.Linear):
@@ -55,9 +55,9 @@ class WithoutStopGradient(SimSiam):
         return z
 
 
-def spread_after_training(cls: type[SimSiam]) -> float:
+def std_after_training(cls: type[SimSiam]) -> float:
     torch.manual_seed(0)
-    # No batch norm at the end of the projector, which keeps up the spread of whatever comes in (paper, table 3).
+    # Without batch norm at the end of the projector, which would keep the features' std up (paper, table 3).
     method = cls(CASE.backbone(), **SMALL, projector=MLP(16, 32, 16, num_layers=3))
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     for step in range(100):
@@ -69,11 +69,11 @@ def spread_after_training(cls: type[SimSiam]) -> float:
 
 
 def test_without_stop_gradient_it_collapses() -> None:
-    assert spread_after_training(SimSiam) > 0.6
-    assert spread_after_training(WithoutStopGradient) < 0.3
+    assert std_after_training(SimSiam) > 0.6
+    assert std_after_training(WithoutStopGradient) < 0.3
 
 
-def test_the_papers_size() -> None:
+def test_default_sizes() -> None:
     """Section 3: the projector 2048-2048-2048-2048, the predictor 2048-512-2048, the predictor's output plain."""
     with torch.device("meta"):
         method = SimSiam(resnet50())
@@ -84,7 +84,7 @@ def test_the_papers_size() -> None:
     assert not method.projector[-1].affine
 
 
-def test_every_recipe_keeps_the_predictors_rate() -> None:
+def test_recipes_keep_the_predictors_learning_rate_constant() -> None:
     files = sorted((RECIPES / "simsiam").glob("*.yaml"))
     assert len(files) == 4
     for file in files:

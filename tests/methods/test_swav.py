@@ -9,7 +9,7 @@ from sslbook import nn as nets
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import swav
-from sslbook.methods.swav import SwAV, swapped_prediction, used
+from sslbook.methods.swav import SwAV, prototype_perplexity, swapped_prediction
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
 
@@ -35,8 +35,8 @@ CASE = Case(
         "method.queue_size": 16,
         "method.queue_start": "1 steps",
     },
-    # Every crop's assignment is foretold, and the assignments tell the images apart (log 12 = 2.5 for one and all).
-    learned=lambda method, batch, out: bool(out["loss"] < 0.9 and out["used_prototypes"] > 8),
+    # The codes are predicted, and they differ between images (a uniform prediction has a loss of log 12 = 2.5).
+    learned=lambda method, batch, out: bool(out["loss"] < 0.9 and out["prototype_perplexity"] > 8),
     lr=0.01,
     corners=[(2, 0.005, {}), (6, 0.005, {"num_small": 0, "queue_size": 6, "queue_start": 0})],
     other_backbones=[transformer],
@@ -44,7 +44,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize(("n", "crops", "temperature"), [(5, 2, 0.1), (1, 5, 0.1), (3, 3, 0.01)])
-def test_the_loss_is_equation_2(n: int, crops: int, temperature: float) -> None:
+def test_loss_equals_equation_2(n: int, crops: int, temperature: float) -> None:
     q = torch.rand(2, n, 4, dtype=torch.float64)
     q /= q.sum(dim=2, keepdim=True)
     scores = torch.randn(crops, n, 4, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_the_loss_is_equation_2(n: int, crops: int, temperature: float) -> None:
     assert float(swapped_prediction(q, scores, temperature)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_large_crops_are_assigned_and_all_others_predict() -> None:
+def test_forward_equals_its_parts() -> None:
     method = make("swav")
     batch = make_batch(method, 6)
     with torch.no_grad():
@@ -71,14 +71,14 @@ def test_large_crops_are_assigned_and_all_others_predict() -> None:
     torch.testing.assert_close(loss, swapped_prediction(q, scores, 0.1))
 
 
-def test_the_codes_are_targets_and_not_learnt() -> None:
+def test_codes_have_no_gradient() -> None:
     method = make("swav")
     batch = make_batch(method, 6)
     z = method.project(batch.views)
-    assert not method.assign(z[:2]).requires_grad
+    assert not method.codes(z[:2]).requires_grad
 
 
-def test_prototypes_are_unit_vectors_after_every_step() -> None:
+def test_prototypes_are_normalized_after_every_step() -> None:
     method = make("swav")
     torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(12))
     with torch.no_grad():
@@ -87,20 +87,22 @@ def test_prototypes_are_unit_vectors_after_every_step() -> None:
     torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(12))
 
 
-def test_prototypes_are_frozen_at_first() -> None:
+def test_frozen_prototypes_get_no_gradient() -> None:
     method = make("swav", freeze_prototypes="2 steps")
     start = method.prototypes.detach().clone()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for step in range(3):
         optimizer.zero_grad()
         method(make_batch(method, 8, seed=step), Clock(step, 10))["loss"].backward()
+        method.before_optimizer_step(Clock(step, 10))
+        assert (method.prototypes.grad is None) == (step < 2)
         optimizer.step()
         method.after_step(Clock(step + 1, 10))
         moved = float((method.prototypes.detach() - start).abs().max())
         assert moved < 1e-6 if step < 2 else moved > 1e-4
 
 
-def test_the_queue_fills_from_its_start_and_then_takes_part() -> None:
+def test_queue_fills_from_its_start_and_is_used_when_full() -> None:
     method = make("swav", queue_size=16, queue_start=1)
     clocks = [Clock(step, 10, steps_per_epoch=2) for step in range(6)]
     held = []
@@ -111,7 +113,7 @@ def test_the_queue_fills_from_its_start_and_then_takes_part() -> None:
             plain = torch.stack([swav.sinkhorn(z[i] @ method.prototypes.T, 0.05, 3) for i in range(2)])
             rows = [torch.cat([z[i], method.queues[i].rows]) for i in range(2)]
             queued = torch.stack([swav.sinkhorn(r @ method.prototypes.T, 0.05, 3)[:8] for r in rows])
-            torch.testing.assert_close(method.assign(z[:2]), queued if step >= 4 else plain)
+            torch.testing.assert_close(method.codes(z[:2]), queued if step >= 4 else plain)
             assert not torch.allclose(queued, plain)
             method(batch, clock)
         held.append(int(method.queued))
@@ -120,7 +122,7 @@ def test_the_queue_fills_from_its_start_and_then_takes_part() -> None:
     assert held == [0, 0, 8, 16, 16, 16]
 
 
-def test_a_queue_holds_whole_batches() -> None:
+def test_rejects_a_queue_of_broken_batches() -> None:
     method = make("swav", queue_size=20)
     with pytest.raises(
         UserError, match=r"queue of 20 does not hold whole batches of 8: .* a multiple of 8, such as 16"
@@ -128,13 +130,13 @@ def test_a_queue_holds_whole_batches() -> None:
         method(make_batch(method, 8), Clock())
 
 
-def test_how_many_prototypes_are_used() -> None:
-    assert used(torch.zeros(2, 3, 5), 0.1) == pytest.approx(5)
-    assert used(torch.eye(4)[None], 1e-3) == pytest.approx(4)
-    assert used(torch.eye(4)[:1].repeat(6, 1)[None], 1e-3) == pytest.approx(1)
+def test_prototype_perplexity() -> None:
+    assert prototype_perplexity(torch.zeros(2, 3, 5), 0.1) == pytest.approx(5)
+    assert prototype_perplexity(torch.eye(4)[None], 1e-3) == pytest.approx(4)
+    assert prototype_perplexity(torch.eye(4)[:1].repeat(6, 1)[None], 1e-3) == pytest.approx(1)
 
 
-def prototypes_after_training() -> float:
+def perplexity_after_training() -> float:
     method = make("swav", projector_dim=8)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     out: dict[str, Tensor] = {}
@@ -144,16 +146,16 @@ def prototypes_after_training() -> float:
         out["loss"].backward()
         optimizer.step()
         method.after_step(Clock(step + 1, 40))
-    return float(out["used_prototypes"])
+    return float(out["prototype_perplexity"])
 
 
-def test_without_sinkhorn_everything_ends_at_one_prototype(monkeypatch) -> None:
-    assert prototypes_after_training() > 6
+def test_without_sinkhorn_it_collapses_to_one_prototype(monkeypatch) -> None:
+    assert perplexity_after_training() > 6
     monkeypatch.setattr(swav, "sinkhorn", lambda scores, epsilon, iterations: F.softmax(scores / epsilon, dim=1))
-    assert prototypes_after_training() < 1.5
+    assert perplexity_after_training() < 1.5
 
 
-def test_the_paper_scale_model() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = SwAV(nets.resnet50())
     assert len(method.views()) == 8

@@ -27,7 +27,7 @@ def covariance(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("n", "dim", "scale"), [(5, 3, 1.0), (2, 7, 0.01), (7, 1, 0.5)])
-def test_the_terms_are_the_papers(n: int, dim: int, scale: float) -> None:
+def test_terms_equal_equations_1_to_5(n: int, dim: int, scale: float) -> None:
     z_1, z_2 = scale * torch.randn(2, n, dim, dtype=torch.float64) + 1
     columns = z_1.T.tolist()
     variance = sum(max(0.0, 1 - math.sqrt(covariance(c, c) + 1e-4)) for c in columns) / dim
@@ -38,7 +38,7 @@ def test_the_terms_are_the_papers(n: int, dim: int, scale: float) -> None:
     assert float(invariance_loss(z_1, z_2)) == pytest.approx(paper / dim, rel=1e-10)
 
 
-def test_the_sum_is_the_authors() -> None:
+def test_loss_weights_the_terms_as_the_authors_code() -> None:
     method = make("vicreg", invariance_weight=2.0, variance_weight=3.0, covariance_weight=5.0)
     batch = make_batch(method, 5)
     z_1, z_2 = [method.projector(method.backbone(x)) for x in batch.views]
@@ -48,7 +48,7 @@ def test_the_sum_is_the_authors() -> None:
 
 
 def after_training(**options: float) -> tuple[float, float]:
-    """The mean deviation of a dimension, and the mean correlation of two different ones."""
+    """The mean standard deviation of a dimension, and the mean correlation of two different ones."""
     method = make("vicreg", **options)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     batch = make_batch(method, 32)
@@ -61,15 +61,15 @@ def after_training(**options: float) -> tuple[float, float]:
     return float(z.std(dim=0).mean()), float((c - c.diag().diag()).abs().sum() / (16 * 15))
 
 
-def test_without_variance_it_collapses_and_without_covariance_it_repeats() -> None:
-    deviation, correlation = after_training(covariance_weight=5.0)
-    assert deviation > 0.6
+def test_without_variance_it_collapses_and_without_covariance_dimensions_are_correlated() -> None:
+    std, correlation = after_training(covariance_weight=5.0)
+    assert std > 0.6
     assert correlation < 0.15
     assert after_training(variance_weight=0.0)[0] < 0.3
     assert after_training(covariance_weight=0.0)[1] > 0.25
 
 
-def test_the_papers_size() -> None:
+def test_default_sizes() -> None:
     """Section 4.2: an expander of three layers of 8192; the authors' code has no bias in the last."""
     with torch.device("meta"):
         method = VICReg(resnet50())

@@ -58,12 +58,12 @@ def literal_whitening(x: Tensor, epsilon: float) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("n", "dim", "epsilon"), [(7, 3, 0.0), (5, 4, 0.1), (2, 1, 0.0)])
-def test_whitening_is_the_papers(n: int, dim: int, epsilon: float) -> None:
+def test_whitening_equals_literal_computation(n: int, dim: int, epsilon: float) -> None:
     x = torch.randn(n, dim, dtype=torch.float64) @ torch.randn(dim, dim, dtype=torch.float64) + 1
     torch.testing.assert_close(whiten(x, epsilon), torch.tensor(literal_whitening(x, epsilon), dtype=torch.float64))
 
 
-def test_what_is_whitened_is_white() -> None:
+def test_whitened_slices_have_identity_covariance() -> None:
     x = torch.randn(2, 3, 9, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64)
     z = whiten(x).flatten(0, 1)
     for part in z:  # every slice by itself
@@ -72,7 +72,7 @@ def test_what_is_whitened_is_white() -> None:
 
 
 @pytest.mark.parametrize(("views", "n"), [(2, 5), (4, 3), (3, 1)])
-def test_the_loss_is_the_mean_over_pairs(views: int, n: int) -> None:
+def test_loss_is_the_mean_over_pairs(views: int, n: int) -> None:
     z = torch.randn(views, n, 3, dtype=torch.float64)
     terms = []
     for i in range(views):
@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_over_pairs(views: int, n: int) -> None:
     assert float(pair_loss(z)) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
 
 
-def test_the_methods_loss_slice_by_slice() -> None:
+def test_forward_slice_by_slice() -> None:
     method = make("wmse", slice_size=4, num_views=3, num_permutations=2, epsilon=0.1)
     batch, clock = make_batch(method, 8), Clock(seed=2)
     h = method.projector(torch.cat([method.backbone(x) for x in batch.views])).double().unflatten(0, (3, 8))
@@ -101,13 +101,13 @@ def test_the_methods_loss_slice_by_slice() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_gradient_goes_to_all_views() -> None:
+def test_all_views_get_a_gradient() -> None:
     z = torch.randn(3, 5, 4, requires_grad=True)
     pair_loss(z).backward()
     assert (z.grad.abs().amax(dim=(1, 2)) > 0).all()
 
 
-def test_slices_are_keyed() -> None:
+def test_slices_depend_on_image_epoch_and_stream_alone() -> None:
     index, clock = torch.randperm(64)[:12], Clock(step=7, steps_per_epoch=2, seed=5)
     rows = slices(index, 4, rng.METHOD, clock)
     assert torch.equal(rows.flatten().sort().values, torch.arange(12))
@@ -127,7 +127,7 @@ class WithoutWhitening(WMSE):
         return x
 
 
-def spread_after_training(cls: type[WMSE]) -> float:
+def std_after_training(cls: type[WMSE]) -> float:
     torch.manual_seed(0)
     method = cls(CASE.backbone(), **{**SMALL, "projector_dim": 4, "slice_size": 16, "num_permutations": 1})
     optimizer = torch.optim.AdamW(method.parameters(), lr=5e-3)
@@ -140,11 +140,11 @@ def spread_after_training(cls: type[WMSE]) -> float:
 
 
 def test_without_whitening_it_collapses() -> None:
-    assert spread_after_training(WMSE) > 0.6
-    assert spread_after_training(WithoutWhitening) < 0.3
+    assert std_after_training(WMSE) > 0.6
+    assert std_after_training(WithoutWhitening) < 0.3
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="use a slice_size of 16"):
         make("wmse", projector_dim=8, slice_size=8)
     with pytest.raises(UserError, match="cannot do with 1: set num_views=2"):
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused() -> None:
         whiten(torch.ones(8, 3))
 
 
-def test_the_defaults_size() -> None:
+def test_default_sizes() -> None:
     with torch.device("meta"):
         method = WMSE(resnet50())
         assert method.projector(method.backbone(torch.zeros(2, 3, 224, 224))).shape == (2, 128)
