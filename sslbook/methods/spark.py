@@ -1,20 +1,25 @@
-"""SparK: hide patches from a convolutional network without letting it notice the holes, and draw them.
+"""SparK: masked image modeling for convolutional networks, with sparse convolutions and a hierarchical decoder.
 
-Zeros in place of patches are no absence for a dense convolution: visible places leak into the holes layer by layer, the
-pattern of the mask wears off, and the statistics of batch norm become those of half-empty images. Here the encoder
-computes as if hidden places did not exist: after every layer they are empty again, and normalization looks at visible
-places only. A light decoder in the shape of a U gets the maps of all scales, the holes filled with a mask token each.
+A dense convolution given zeros in place of masked patches spreads visible values into them layer by layer, so that the
+mask disappears, and batch norm computes statistics of half-empty images. Here the encoder computes as if masked
+positions did not exist: after every layer they are empty again, and normalization is over visible positions only. A
+light U-Net decoder gets the maps of all resolutions, with a mask token at every masked position.
 
 Tian, Jiang, Diao, Lin, Wang and Yuan, 2023, "Designing BERT for convolutional networks: Sparse and hierarchical masked
 modeling" (arXiv:2301.03580), section 3: 3.1 sparse encoder, 3.2 hierarchical decoder, 3.3 loss on normalized pixels of
-hidden patches. As in the authors' code sparseness is imitated by dense layers whose results are masked. What differs:
-layers of any network are masked from outside, by standing in for their `forward` while the method runs it, so that the
-backbone is the ordinary one; all convolutions of the decoder start as He's, where there only those that enlarge do and
-the others start from a truncated normal of 0.02; maps are made dense after a batch norm, where the authors take a layer
-norm for ConvNeXt; and which patches are hidden is keyed.
+masked patches. As in the authors' code sparse layers are dense ones whose results are masked.
+
+What differs from the authors' code:
+
+- layers of any network are masked from outside, by replacing their `forward` while the method runs it, where the
+  network is converted to sparse classes;
+- all convolutions of the decoder start from He's initialization, where only the transposed ones do and the others start
+  from a truncated normal of 0.02;
+- maps are densified after a batch norm, where it is a layer norm for ConvNeXt;
+- our `ResNet` has no drop path, where it has a rate of 0.05;
+- masks are a function of seed, image and epoch, where they are drawn from torch's generator.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,58 +27,48 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sslbook import rng
 from sslbook.data.loader import Batch
+from sslbook.data.masks import require_mask, uniform_mask
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn import ConvNet, ResNet
-from sslbook.nn.patches import patchify
+from sslbook.nn.backbones import require
+from sslbook.nn.patches import normalize_patches, patchify
 from sslbook.schedules import Clock
 
 VIEW = View(crop=(0.67, 1.0), interpolation="bicubic")
+GLOBAL_LAYERS = ("GlobalResponseNorm", "SEModule", "SqueezeExcite", "EffectiveSEModule", "EcaModule")  # of timm
 
 
 def reconstruction_loss(
     prediction: Float[Tensor, "batch patches values"],
     target: Float[Tensor, "batch patches values"],
-    hidden: Bool[Tensor, "batch patches"],
+    masked: Bool[Tensor, "batch patches"],
 ) -> Float[Tensor, ""]:
-    """Mean squared error over hidden patches, each brought to mean 0 and variance 1 first (section 3.3)."""
-    prediction, target = prediction[hidden].float(), target[hidden].float()
-    variance, mean = torch.var_mean(target, dim=1, keepdim=True)
-    return (prediction - (target - mean) / (variance + 1e-6).sqrt()).square().mean()
+    """Mean squared error over masked patches, each normalized to mean 0 and variance 1 (section 3.3)."""
+    return (prediction[masked].float() - normalize_patches(target[masked].float())).square().mean()
 
 
-def visible_mask(
-    index: Int[Tensor, "batch"], grid: tuple[int, int], num_visible: int, clock: Clock
-) -> Bool[Tensor, "batch 1 rows columns"]:
-    """Equally many visible patches in every image, true where visible."""
-    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, grid[0] * grid[1]).argsort(dim=1, stable=True)
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_visible], True)
-    return mask.view(len(index), 1, *grid)
-
-
-def at(mask: Bool[Tensor, "batch 1 rows columns"], x: Tensor) -> Bool[Tensor, "batch 1 height width"]:
-    """The mask at the resolution of a map `(batch, channels, height, width)`."""
-    rows, columns = x.shape[2] // mask.shape[2], x.shape[3] // mask.shape[3]
-    return mask.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
+def mask_like(visible: Bool[Tensor, "batch 1 rows columns"], x: Tensor) -> Bool[Tensor, "batch 1 height width"]:
+    """The mask of patches at the resolution of a map `(batch, channels, height, width)`."""
+    rows, columns = x.shape[2] // visible.shape[2], x.shape[3] // visible.shape[3]
+    return visible.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
 
 
 @contextmanager
-def sparsely(network: nn.Module, mask: Bool[Tensor, "batch 1 rows columns"]) -> Iterator[None]:
-    """While this lasts, convolutions, poolings and norms of `network` work on visible places only."""
-    places = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+def sparse_layers(network: nn.Module, visible: Bool[Tensor, "batch 1 rows columns"]) -> Iterator[None]:
+    """Inside this context, convolutions, poolings and batch norms of `network` work on visible positions only."""
     changed: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
     for module in network.modules():
-        if isinstance(module, places):
-            changed.append((module, _masked(module.forward, mask)))
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            changed.append((module, _sparse(module.forward, visible)))
         elif isinstance(module, _BatchNorm):
-            changed.append((module, _normalized_over_visible(module.forward, mask)))
+            changed.append((module, _sparse_norm(module.forward, visible)))
     try:
         for module, forward in changed:
             module.__dict__["forward"] = forward
@@ -83,92 +78,46 @@ def sparsely(network: nn.Module, mask: Bool[Tensor, "batch 1 rows columns"]) -> 
             module.__dict__.pop("forward", None)
 
 
-def _masked(forward: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
-    def only_visible(x: Tensor) -> Tensor:
-        y = forward(x * at(mask, x))
-        return y * at(mask, y)
+def _sparse(dense: Callable[[Tensor], Tensor], visible: Tensor) -> Callable[[Tensor], Tensor]:
+    """A layer that reads zeros at masked positions, and writes zeros there (section 3.1)."""
 
-    return only_visible
+    def forward(x: Tensor) -> Tensor:
+        y = dense(x * mask_like(visible, x))
+        return y * mask_like(visible, y)
+
+    return forward
 
 
-def _normalized_over_visible(forward: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """All processes have equally many visible places, so a norm that is over all of them stays that."""
+def _sparse_norm(dense: Callable[[Tensor], Tensor], visible: Tensor) -> Callable[[Tensor], Tensor]:
+    """A batch norm over visible positions. All processes have equally many, so that global statistics stay exact."""
 
-    def only_visible(x: Tensor) -> Tensor:
-        visible = at(mask, x)[:, 0]
-        rows = forward(rearrange(x, "b c h w -> b h w c")[visible][:, :, None, None])[:, :, 0, 0]
-        y = rows.new_zeros(*visible.shape, rows.shape[1])
-        y[visible] = rows
+    def forward(x: Tensor) -> Tensor:
+        positions = mask_like(visible, x)[:, 0]
+        rows = dense(rearrange(x, "b c h w -> b h w c")[positions][:, :, None, None])[:, :, 0, 0]  # (visible, channels)
+        y = rows.new_zeros(*positions.shape, rows.shape[1])
+        y[positions] = rows
         return rearrange(y, "b h w c -> b c h w")
 
-    return only_visible
+    return forward
 
 
-def feature_maps(backbone: nn.Module, x: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-    """The last map of every resolution, the finest first.
+def require_local(backbone: nn.Module) -> None:
+    """Check that no layer mixes all positions of a map, masked ones included, where masking its result is no help.
 
-    Raises a `UserError` if the network has none that can be had.
+    Raises:
+        UserError: there is a group or instance norm, attention, or a layer of timm such as squeeze-and-excitation.
     """
-    if isinstance(backbone, ResNet):
-        maps = [backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(x))))]
-        for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-            maps.append(stage(maps[-1]))
-        return _last_of_each(maps[1:])
-    if isinstance(backbone, ConvNet):
-        maps = [x.contiguous(memory_format=torch.channels_last)]
-        for layer in backbone.layers:
-            maps.append(layer(maps[-1]))
-        return _last_of_each(maps[1:])
-    network: Any = backbone
-    if not hasattr(network, "forward_intermediates") or any(hasattr(m, "qkv") for m in network.modules()):
-        raise UserError(
-            f"SparK masks convolutions and cannot use a {type(backbone).__name__}: choose sslbook.nn.ResNet, resnet50 "
-            "and the like, sslbook.nn.ConvNet, or a ResNet or ConvNeXt of timm"
-        )
-    return _last_of_each(network.forward_intermediates(x, intermediates_only=True))
-
-
-def _last_of_each(maps: list[Tensor]) -> list[Tensor]:
-    return list({tuple(m.shape[2:]): m for m in maps}.values())
-
-
-def _freeze_what_is_not_used(backbone: nn.Module, maps: list[Tensor]) -> None:
-    """A norm behind the last map, as timm's ConvNeXt has, would get no gradient, and processes would wait for it."""
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad([m.sum() for m in maps], parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
-
-
-@torch.no_grad()
-def _refuse_what_notices_holes(backbone: nn.Module, size: int, side: int) -> None:
-    """An image among hidden patches must have the maps that it has alone; a norm or gate over all places sees more."""
-    if any(parameter.is_meta for parameter in backbone.parameters()):
-        return  # no numbers to try it with
-    stride, alike = size // side, False
-    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
-    visible = torch.ones(1, 1, side, side, dtype=torch.bool, device="cpu")
-    backbone = copy.deepcopy(backbone).cpu().eval()
-    for parameter in backbone.parameters():
-        if not parameter.any():  # what begins at zero would hide what it does
-            parameter.fill_(0.5)
-    try:
-        with sparsely(backbone, visible):
-            alone = feature_maps(backbone, x)[-1]
-        with sparsely(backbone, nn.functional.pad(visible, [1] * 4)):
-            among = feature_maps(backbone, nn.functional.pad(x, [stride] * 4))[-1]
-        alike = bool((among[:, :, 1:-1, 1:-1] - alone).abs().max() <= 1e-3 * alone.abs().max())
-    except (RuntimeError, AssertionError):  # a layer that works on one number per channel has no place for the mask
-        pass
-    if not alike:
-        raise UserError(
-            f"SparK cannot use this {type(backbone).__name__}: one of its layers, such as a group norm or squeeze-and-"
-            "excitation, looks at all places, hidden ones too; choose one with batch norm, or a ConvNeXt"
-        )
+    for module in backbone.modules():
+        name = type(module).__name__
+        if isinstance(module, (nn.GroupNorm, _InstanceNorm)) or hasattr(module, "qkv") or name in GLOBAL_LAYERS:
+            raise UserError(
+                f"SparK cannot use this {type(backbone).__name__}: its layer {name} depends on all positions of a map, "
+                "masked ones too; choose a ResNet with batch norm, or a ConvNeXt"
+            )
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution and halves the channels."""
+    """A block of the U-Net decoder: doubles the resolution and halves the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -186,7 +135,7 @@ class UpBlock(nn.Module):
 
 
 class Densify(nn.Module):
-    """A sparse map as the decoder wants it: normalized, its holes filled, its channels matched (section 3.2)."""
+    """A sparse map made dense for the decoder: normalized, masked positions filled, channels matched (section 3.2)."""
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -195,44 +144,45 @@ class Densify(nn.Module):
         self.project = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(
-        self, x: Float[Tensor, "batch channels h w"], mask: Bool[Tensor, "batch 1 rows columns"]
+        self, x: Float[Tensor, "batch channels h w"], visible: Bool[Tensor, "batch 1 rows columns"]
     ) -> Float[Tensor, "batch out h w"]:
-        with sparsely(self.norm, mask):
+        with sparse_layers(self.norm, visible):
             x = self.norm(x)
-        return self.project(torch.where(at(mask, x), x, self.mask_token.to(x.dtype)[:, None, None]))
+        x = torch.where(mask_like(visible, x), x, self.mask_token.to(x.dtype)[:, None, None])  # [M_i] in the paper
+        return self.project(x)
 
 
 class SparK(Method):
     """Sparse and hierarchical masked modeling (arXiv:2301.03580).
 
     Args:
-        backbone: the convolutional network to train. A patch is what one place of its last map stands for.
-        view: what an image becomes.
-        mask_ratio: part of the patches that is hidden.
-        decoder_dim: channels of the decoder where it begins; each doubling of the resolution halves them.
+        backbone: the convolutional network to train. A patch is what one position of its last map stands for.
+        view: augmentation of an image.
+        mask_ratio: fraction of the patches that is masked.
+        decoder_dim: channels of the decoder's first block; each doubling of the resolution halves them.
+
+    Raises:
+        UserError: the backbone has no maps of several resolutions or a layer that depends on all positions, the view
+            does not fit them, `decoder_dim` cannot be halved, or the mask ratio masks no patch or all of them.
     """
 
     def __init__(self, backbone: nn.Module, view: View = VIEW, mask_ratio: float = 0.6, decoder_dim: int = 768) -> None:
         super().__init__()
+        require(backbone, "forward_stages", "SparK")
+        require_local(backbone)
         self.view, self.mask_ratio, self.backbone = view, mask_ratio, backbone
-        training = backbone.training
-        maps = feature_maps(backbone.eval(), torch.zeros(1, 3, view.size, view.size))[::-1]
-        backbone.train(training)
-        _freeze_what_is_not_used(backbone, maps)
+        maps = self._trial_maps()
         self.stride = view.size // maps[0].shape[2]
         doublings = round(math.log2(self.stride))
-        if (
-            any(view.size != self.stride * m.shape[2] // 2**i for i, m in enumerate(maps))
-            or 2**doublings != self.stride
-        ):
-            side = 2 ** round(math.log2(max(2, self.stride)))
+        sides = [m.shape[2] for m in maps]
+        if 2**doublings != self.stride or any(view.size != self.stride * s // 2**i for i, s in enumerate(sides)):
+            near = 2 ** round(math.log2(max(2, self.stride)))
             raise UserError(
-                f"images of {view.size} pixels cannot be cut into the patches of this {type(backbone).__name__}, "
-                f"whose maps have sides {', '.join(str(m.shape[2]) for m in maps)}: use a view of "
-                f"{max(1, round(view.size / side)) * side} pixels"
+                f"images of {view.size} pixels cannot be cut into the patches of this {type(backbone).__name__}, whose "
+                f"maps have sides {', '.join(map(str, sides))}: use a view of "
+                f"{max(1, round(view.size / near)) * near} pixels"
             )
-        _refuse_what_notices_holes(backbone, view.size, maps[0].shape[2])
-        self.num_visible(maps[0].shape[2] ** 2)  # refuses a ratio that leaves nothing to do
+        self.num_visible(sides[0] ** 2)  # raises if the ratio masks no patch or all
         if decoder_dim % 2**doublings:
             raise UserError(f"decoder_dim {decoder_dim} is halved {doublings} times: use a multiple of {2**doublings}")
         self.densify = nn.ModuleList(
@@ -244,40 +194,57 @@ class SparK(Method):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def _trial_maps(self) -> list[Tensor]:
+        """The maps of a blank image, coarse to fine. Freezes what they do not depend on, such as a norm before pooling.
+
+        A parameter without gradient would make several processes wait for it.
+        """
+        net: Any = self.backbone
+        training = net.training
+        maps = net.eval().forward_stages(torch.zeros(1, 3, self.view.size, self.view.size))
+        net.train(training)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad([m.sum() for m in maps], parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.requires_grad_(gradient is not None)
+        return maps[::-1]
+
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
     def num_visible(self, num_patches: int) -> int:
-        """How many patches the encoder sees; a `UserError` if that is none or all."""
+        """How many patches the encoder sees.
+
+        Raises:
+            UserError: none, or all of them.
+        """
         visible = round(num_patches * (1 - self.mask_ratio))
-        if not 0 < visible < num_patches:
-            raise UserError(
-                f"mask ratio {self.mask_ratio} of {num_patches} patches leaves nothing to "
-                f"{'predict' if visible else 'see'}: use a ratio near 0.6, or images with more patches"
-            )
-        return visible
+        return num_patches - require_mask(num_patches - visible, num_patches)
 
     def encode(
-        self, images: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch 1 rows columns"]
+        self, images: Float[Tensor, "batch 3 height width"], visible: Bool[Tensor, "batch 1 rows columns"]
     ) -> list[Tensor]:
-        """The sparse maps, the coarsest first."""
-        with sparsely(self.backbone, mask):
-            return feature_maps(self.backbone, images)[::-1]
+        """The sparse maps S_i, coarse to fine (section 3.1)."""
+        net: Any = self.backbone
+        with sparse_layers(net, visible):
+            return net.forward_stages(images)[::-1]
 
     def predict(
-        self, images: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch 1 rows columns"]
+        self, images: Float[Tensor, "batch 3 height width"], visible: Bool[Tensor, "batch 1 rows columns"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The decoder's drawing of the whole image, every patch up to its own mean and deviation."""
-        maps = self.encode(images, mask)
-        x = self.densify[0](maps[0], mask)
+        """The decoder's prediction of the whole image, every patch normalized."""
+        maps = self.encode(images, visible)
+        x = self.densify[0](maps[0], visible)  # D_4, the coarsest map made dense (section 3.2)
         for i, block in enumerate(self.decoder):
-            x = block(x if i == 0 or i >= len(self.densify) else x + self.densify[i](maps[i], mask))
+            # D_i = B(D_(i+1)) + phi(S_i). Resolutions finer than the finest map have no S_i.
+            x = block(x if i == 0 or i >= len(self.densify) else x + self.densify[i](maps[i], visible))
         return self.predict_pixels(x)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
-        mask = visible_mask(batch.index, grid, self.num_visible(grid[0] * grid[1]), clock)
-        prediction = self.predict(images, mask)
-        hidden = ~mask.flatten(1)
-        return {"loss": reconstruction_loss(patchify(prediction, self.stride), patchify(images, self.stride), hidden)}
+        rows, columns = images.shape[2] // self.stride, images.shape[3] // self.stride
+        visible = uniform_mask(batch.index, rows * columns, self.num_visible(rows * columns), clock)  # (batch, patches)
+        prediction = self.predict(images, rearrange(visible, "b (h w) -> b 1 h w", h=rows))
+        # Masked patches only: (batch, patches, 3 * stride^2) each.
+        loss = reconstruction_loss(patchify(prediction, self.stride), patchify(images, self.stride), ~visible)
+        return {"loss": loss}
