@@ -126,7 +126,7 @@ VARIANTS = {
     "no projector": {},
     "k = i kept": {"kind": KeepsItself},
     **{f"temperature {t:g}": {"temperature": t} for t in TEMPERATURES},
-    "textured ground": {},
+    "textured background": {},
 }
 SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.images}
 Table = dict[str, dict[str, list[float]]]
@@ -178,7 +178,7 @@ def sabotage(seeds: list[int], only: list[str]) -> None:
     for name in only:
         rows: Table = {}
         for seed in seeds:
-            method, data = make(seed, **VARIANTS[name]), textured if name == "textured ground" else plain
+            method, data = make(seed, **VARIANTS[name]), textured if name == "textured background" else plain
             if name == "no projector":
                 method.projector = nn.Identity()
             log = train(method, data, STEPS, seed)
