@@ -9,12 +9,25 @@ PACKAGE = Path(__file__).parents[1] / "sslbook"
 
 # From the bottom; a circle between two names fails, since one of them stands above the other.
 LEVELS = [
-    *("errors", "types", "rng", "schedules", "distributed", "checkpoint", "data", "nn", "optim", "weights", "methods"),
+    *(
+        "errors",
+        "types",
+        "rng",
+        "schedules",
+        "distributed",
+        "checkpoint",
+        "results",
+        "data",
+        "nn",
+        "optim",
+        "weights",
+        "methods",
+    ),
     *("evaluation", "notebook", "engine", "report", "loggers", "cli"),
-    *("train", "extract", "evaluate", "compare", "tools", "__init__", "__main__"),
+    *("train", "evaluate", "extract", "compare", "tools", "__init__", "__main__"),
 ]
-# A variant may import its parent method; every method may import the base class.
-PARENTS = {"mff": {"mae"}, "pixmim": {"mae"}}
+# A variant may import the method that its paper builds on; every method may import the base class.
+PARENTS = {"mff": {"mae"}, "pixmim": {"mae"}, "ibot": {"dino"}, "interclr": {"odc"}}
 
 
 def imports(path: Path) -> set[str]:
