@@ -1,59 +1,65 @@
-"""MixMIM: put the visible patches of one image into the holes of another, and draw what each of them hides.
+"""MixMIM: fill the masked patches of one image with those of another, and reconstruct both images.
 
-A mask token tells the encoder nothing, and at evaluation there is none. Here the hidden half of an image's patches is
-filled with those of a partner, whose missing patches are just the others: the encoder sees whole sequences, all of
-them images. So that neither helps or disturbs the other, attention stays within the patches of one image. The
-decoder takes the two apart again and draws the hidden half of each.
+A mask token tells the encoder nothing, and there is none at evaluation. Here the masked half of an image's patches is
+replaced by the patches of another image that are masked complementarily, so that the encoder sees whole sequences of
+real patches. Attention stays within the patches of one image, and the decoder reconstructs the masked half of each.
 
 Liu, Huang, Zheng, Liu and Li, 2023, "MixMAE: Mixed and masked autoencoder for efficient pretraining of hierarchical
-vision transformers" (arXiv:2205.13137, at first called MixMIM), section 3: mixing (eq. 1), masked attention, dual
-reconstruction (eq. 2). What differs: the encoder is a plain vision transformer, whose class token is there twice, once
-for either image, since a shared one would carry news from one to the other (the authors' is a Swin without class
-token); what is hidden and drawn at once is one of its patches, a square of 32 pixels there. Every image has a mask of
-its own instead of one for the batch. Partners are drawn by key: the authors turn the batch of a GPU around.
+vision transformers" (arXiv:2205.13137, at first called MixMIM), section 3: mixing (equation 1), masked attention, dual
+reconstruction (equation 2).
+
+What differs from the authors' code:
+
+- the encoder is a plain vision transformer, where it is a Swin without class token. The class token is there twice, once
+  for each image, since a shared one would carry information from one to the other;
+- what is masked and reconstructed as a whole is a patch of this encoder, where it is a square of 32 pixels;
+- every image has its own mask instead of one for the batch;
+- pairs of images are a function of seed and epoch, where the batch of a GPU is mixed with itself in reverse order; so
+  are masks, where they are drawn from torch's generator.
 """
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
+from sslbook.data.masks import require_mask, uniform_mask
 from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.patches import patchify
-from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, resample_positions, sincos_positions
+from sslbook.nn.patches import normalize_patches, patchify
+from sslbook.nn.vit import (
+    Block,
+    VisionTransformer,
+    init_transformer,
+    patch_grid,
+    require_transformer,
+    resample_positions,
+    sincos_positions,
+)
 from sslbook.schedules import Clock
 
 
-def partners(index: Int[Tensor, "images"], groups: int, clock: Clock) -> Int[Tensor, "images"]:
-    """Whose patches fill the holes of each: within its group an image's partner is drawn, and partners mutually.
+def other_images(index: Int[Tensor, "images"], num_groups: int, clock: Clock) -> Int[Tensor, "images"]:
+    """For every image the row of the other image it is mixed with: random pairs within each of `num_groups` groups.
 
-    The group is brought into a random order that depends on its images alone, and turned around; of an odd number one
-    is its own partner, which hides as much.
+    The images of a group are sorted by a random number of their own, and the first is paired with the last, and so on.
+    The middle one of an odd number is mixed with itself, which masks as much.
     """
     order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + 1, 1)[:, 0]
-    order = order.view(groups, -1).argsort(dim=1, stable=True)
-    found = torch.empty_like(order).scatter(1, order, order.flip(1))
-    return (found + torch.arange(groups, device=index.device)[:, None] * order.shape[1]).flatten()
+    order = order.view(num_groups, -1).argsort(dim=1, stable=True)
+    other = torch.empty_like(order).scatter(1, order, order.flip(1))
+    return (other + torch.arange(num_groups, device=index.device)[:, None] * order.shape[1]).flatten()
 
 
-def partner_mask(
-    index: Int[Tensor, "batch"], num_patches: int, num_hidden: int, clock: Clock
-) -> Bool[Tensor, "batch patches"]:
-    """True where an image is hidden and its partner is seen."""
-    order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD, num_patches).argsort(dim=1, stable=True)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_hidden], True)
-
-
-def apart(mask: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch 1 tokens tokens"]:
-    """What is added to attention so that it stays within an image: two class tokens come first, one for each."""
-    ours = mask.new_tensor([False, True]).expand(len(mask), -1)
-    owner = torch.cat([ours, mask], dim=1)
-    other = owner[:, :, None] != owner[:, None, :]
-    return torch.zeros(other.shape, device=mask.device).masked_fill(other, -torch.inf)[:, None]
+def attention_bias(mask: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch 1 tokens tokens"]:
+    """0 between tokens of the same image and -inf between the two images; both class tokens come first."""
+    cls = mask.new_tensor([False, True]).expand(len(mask), -1)
+    owner = torch.cat([cls, mask], dim=1)  # False: a token of the image, True: of the other one
+    different = owner[:, :, None] != owner[:, None, :]
+    return torch.zeros(different.shape, device=mask.device).masked_fill(different, -torch.inf)[:, None]
 
 
 def dual_loss(
@@ -62,12 +68,9 @@ def dual_loss(
     mask: Bool[Tensor, "batch patches"],
     normalize: bool,
 ) -> Float[Tensor, ""]:
-    """Squared error of the first image where `mask` is true and of the second elsewhere (equation 2)."""
-    first, second = (torch.where(mask[:, :, None], x[0].float(), x[1].float()) for x in (prediction, target))
-    if normalize:
-        variance, mean = torch.var_mean(second, dim=2, keepdim=True)
-        second = (second - mean) / (variance + 1e-6).sqrt()
-    return (first - second).square().mean()
+    """Mean squared error over the masked patches of both images (equation 2): of the first where `mask` is true."""
+    prediction, target = (torch.where(mask[:, :, None], x[0].float(), x[1].float()) for x in (prediction, target))
+    return (prediction - (normalize_patches(target) if normalize else target)).square().mean()
 
 
 class MixMIM(Method):
@@ -75,14 +78,18 @@ class MixMIM(Method):
 
     Args:
         backbone: the vision transformer to train.
-        view: what an image becomes.
-        mask_ratio: part of an image's patches that its partner's replace.
-        norm_pix_loss: predict every patch normalized by its own mean and deviation.
+        view: augmentation of an image.
+        mask_ratio: fraction of an image's patches that is replaced by those of the other image.
+        norm_pix_loss: whether the target is every patch normalized by its own mean and standard deviation.
         decoder_dim: width of the decoder.
-        decoder_depth: blocks of the decoder.
+        decoder_depth: number of blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
-        partner_groups: into how many parts the global batch falls within which partners are drawn. With 1 the
-            processes must exchange their images; a multiple of their number saves that.
+        num_mix_groups: number of groups of the global batch within which images are paired. With 1 the processes
+            exchange their images; a multiple of the number of processes avoids that.
+
+    Raises:
+        UserError: the backbone is no `VisionTransformer` with absolute positions, its patches do not fit the view, or
+            the mask ratio masks no patch or all of them.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -96,21 +103,17 @@ class MixMIM(Method):
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
-        partner_groups: int = 1,
+        num_mix_groups: int = 1,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, VisionTransformer) or backbone.rel_pos_bias is not None:
-            raise UserError(
-                f"MixMIM mixes the patches of a vision transformer and cannot use this {type(backbone).__name__}: "
-                "choose sslbook.nn.VisionTransformer with positions sincos or learned, or vit_tiny, vit_base, ..."
-            )
+        backbone = require_transformer(backbone, "MixMIM", drops_patches=True)
         self.view, self.mask_ratio, self.norm_pix_loss = view, mask_ratio, norm_pix_loss
-        self.partner_groups = partner_groups
+        self.num_mix_groups = num_mix_groups
         self.backbone = backbone
         self.grid = patch_grid(view.size, view.size, backbone.patch_size)
-        self.num_hidden(self.grid[0] * self.grid[1])  # refuses a ratio that leaves nothing to do
+        self.num_masked(self.grid[0] * self.grid[1])  # raises if the ratio masks no patch or all
         self.decoder_embed = nn.Linear(backbone.dim, decoder_dim)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(decoder_dim))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, decoder_dim))
         self.register_buffer("positions", sincos_positions(decoder_dim, *self.grid))
         self.decoder = nn.Sequential(*[Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
@@ -121,38 +124,39 @@ class MixMIM(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def num_hidden(self, num_patches: int) -> int:
-        """How many patches of an image its partner's replace; a `UserError` if that is none or all."""
-        hidden = round(num_patches * self.mask_ratio)
-        if not 0 < hidden < num_patches:
-            raise UserError(
-                f"mask ratio {self.mask_ratio} of {num_patches} patches leaves nothing to "
-                f"{'see of one image' if hidden else 'predict'}: use a ratio near 0.5"
-            )
-        return hidden
+    def num_masked(self, num_patches: int) -> int:
+        """How many patches of an image are replaced by those of the other.
 
-    def partners(
+        Raises:
+            UserError: none, or all of them.
+        """
+        return require_mask(round(num_patches * self.mask_ratio), num_patches)
+
+    def others(
         self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock
     ) -> Float[Tensor, "batch 3 height width"]:
-        """For every image of this process its partner, which may be with another."""
-        processes, groups = distributed.world_size(), self.partner_groups
+        """The other image for every image of this process, possibly from another process.
+
+        Raises:
+            UserError: the global batch cannot be divided into groups.
+        """
+        processes, groups = distributed.world_size(), self.num_mix_groups
         if (len(index) * processes) % groups:
             raise UserError(
-                f"a batch of {len(index) * processes} does not fall into {groups} groups: change partner_groups"
+                f"a batch of {len(index) * processes} cannot be divided into {groups} groups: change num_mix_groups"
             )
         if groups % processes == 0:
-            return images[partners(index, groups // processes, clock)]
-        found = partners(distributed.all_gather(index), groups, clock)
-        own = slice(distributed.rank() * len(index), (distributed.rank() + 1) * len(index))
-        return distributed.all_gather(images)[found[own]]
+            return images[other_images(index, groups // processes, clock)]
+        rows = other_images(distributed.all_gather(index), groups, clock)
+        return distributed.all_gather(images)[rows[distributed.own_rows(len(index), index.device)]]
 
     def encode(
         self, mixed: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Both class tokens and all patches, encoded as if each image were alone."""
+        """Both class tokens and all patches, encoded as if each image were alone (masked self-attention)."""
         backbone = self.backbone
         tokens = backbone.prepend_cls(backbone.embed(mixed))
-        x, bias = torch.cat([tokens[:, :1], tokens], dim=1), apart(mask)
+        x, bias = torch.cat([tokens[:, :1], tokens], dim=1), attention_bias(mask)  # (batch, 2 + patches, dim)
         for block in backbone.blocks:
             x = block(x, bias)
         return backbone.norm(x)
@@ -160,13 +164,13 @@ class MixMIM(Method):
     def decode(
         self, encoded: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch patches"], grid: tuple[int, int]
     ) -> Float[Tensor, "2 batch patches values"]:
-        """The drawings of each image and of its partner, each from its own visible patches and mask tokens."""
+        """The reconstructions of each image and of the other, each from its own visible patches and mask tokens."""
         x = self.decoder_embed(encoded)
         cls, patches = x[:, :2], x[:, 2:]
-        token = self.mask_token.to(x.dtype)
-        hidden = mask[:, :, None]
-        both = torch.cat([torch.where(hidden, token, patches), torch.where(hidden, patches, token)])
-        both = both + resample_positions(self.positions, self.grid, grid)
+        token, replaced = self.mask_token.to(x.dtype), mask[:, :, None]
+        # Unmix: every sequence keeps its own tokens, and mask tokens stand in place of the other image's.
+        both = torch.cat([torch.where(replaced, token, patches), torch.where(replaced, patches, token)])
+        both = both + resample_positions(self.positions, self.grid, grid)  # (2 batch, patches, dim)
         x = self.decoder(torch.cat([torch.cat([cls[:, :1], cls[:, 1:]]), both], dim=1))
         return rearrange(self.predict_pixels(self.decoder_norm(x[:, 1:])), "(two b) n d -> two b n d", two=2)
 
@@ -176,19 +180,19 @@ class MixMIM(Method):
         others: Float[Tensor, "batch 3 height width"],
         mask: Bool[Tensor, "batch patches"],
     ) -> Float[Tensor, "2 batch patches values"]:
-        """What is drawn of the images and of their partners, from the mixture of both (equation 1)."""
+        """The reconstructions of the images and of the others, from the mixture of both."""
         side = self.backbone.patch_size
         grid = (images.shape[2] // side, images.shape[3] // side)
-        place = rearrange(mask, "b (h w) -> b 1 h w", h=grid[0])
-        place = place.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
-        return self.decode(self.encode(torch.where(place, others, images), mask), mask, grid)
+        pixels = repeat(mask, "b (h w) -> b 1 (h p) (w q)", h=grid[0], p=side, q=side)
+        mixed = torch.where(pixels, others, images)  # equation 1
+        return self.decode(self.encode(mixed, mask), mask, grid)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        others = self.partners(images, batch.index, clock)
+        others = self.others(images, batch.index, clock)
         side = self.backbone.patch_size
-        target = torch.stack([patchify(images, side), patchify(others, side)])
+        target = torch.stack([patchify(images, side), patchify(others, side)])  # (2, batch, patches, values)
         num_patches = target.shape[2]
-        mask = partner_mask(batch.index, num_patches, self.num_hidden(num_patches), clock)
-        prediction = self.predict(images, others, mask)
+        mask = uniform_mask(batch.index, num_patches, self.num_masked(num_patches), clock)  # true: from the other image
+        prediction = self.predict(images, others, mask)  # dual reconstruction: of both images from one encoder pass
         return {"loss": dual_loss(prediction, target, mask, self.norm_pix_loss)}
