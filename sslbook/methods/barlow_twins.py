@@ -25,6 +25,7 @@ from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 
 def standardize(z: Float[Tensor, "n dim"], epsilon: float = 1e-5) -> Float[Tensor, "n dim"]:
@@ -67,9 +68,9 @@ class BarlowTwins(Method):
         view_1: View = BYOL_1,
         view_2: View = BYOL_2,
         lambda_: float = 0.0051,
-        hidden_dim: int = 8192,
-        projector_dim: int = 8192,
-        projector_num_layers: int = 3,
+        hidden_dim: PositiveInt = 8192,
+        projector_dim: PositiveInt = 8192,
+        projector_num_layers: PositiveInt = 3,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import EMA, MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.schedules import Clock, Cosine
+from sslbook.types import PositiveInt
 
 
 def regression_loss(p: Float[Tensor, "n dim"], z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
@@ -48,8 +49,8 @@ class BYOL(Method):
         backbone: nn.Module,
         view_1: View = BYOL_1,
         view_2: View = BYOL_2,
-        hidden_dim: int = 4096,
-        projector_dim: int = 256,
+        hidden_dim: PositiveInt = 4096,
+        projector_dim: PositiveInt = 256,
         momentum: float = 0.996,
         projector: nn.Module | None = None,
         predictor: nn.Module | None = None,

@@ -28,6 +28,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import Sobel, backbone_dim
 from sslbook.nn.kmeans import check_clusters, embed, kmeans, pca_whiten
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.08, 1.0))
 
@@ -76,12 +77,12 @@ class DeepCluster(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        cluster_resize: int = 256,
+        cluster_resize: PositiveInt = 256,
         sobel: bool = True,
-        num_clusters: int = 10000,
-        pca_dim: int = 256,
+        num_clusters: PositiveInt = 10000,
+        pca_dim: PositiveInt = 256,
         kmeans_iterations: int = 20,
-        recluster_every: int = 1,
+        recluster_every: PositiveInt = 1,
     ) -> None:
         super().__init__()
         dim = backbone_dim(backbone)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import SWAV_GLOBAL, SWAV_LOCAL, View
-from sslbook.errors import at_least_one
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, MemoryBank, backbone_dim
 from sslbook.nn.kmeans import check_clusters, embed_views, kmeans
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def cluster_loss(
@@ -77,15 +77,14 @@ class DeepClusterV2(Method):
         view: View = SWAV_GLOBAL,
         small_view: View = SWAV_LOCAL,
         num_small: int = 6,
-        hidden_dim: int = 2048,
-        projector_dim: int = 128,
-        num_prototypes: int = 3000,
-        num_heads: int = 3,
-        temperature: float = 0.1,
+        hidden_dim: PositiveInt = 2048,
+        projector_dim: PositiveInt = 128,
+        num_prototypes: PositiveInt = 3000,
+        num_heads: PositiveInt = 3,
+        temperature: PositiveFloat = 0.1,
         kmeans_iterations: int = 10,
     ) -> None:
         super().__init__()
-        at_least_one(num_prototypes=num_prototypes)
         self.view, self.small_view, self.num_small = view, small_view, num_small
         self.temperature, self.kmeans_iterations = temperature, kmeans_iterations
         self.backbone = backbone

@@ -30,6 +30,7 @@ from sslbook.nn import EMA, DINOHead, VisionTransformer, backbone_dim
 from sslbook.nn.precision import full_precision
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
+from sslbook.types import PositiveFloat, PositiveInt
 
 GLOBAL_1 = replace(BYOL_1, crop=(0.4, 1.0))
 GLOBAL_2 = replace(BYOL_2, crop=(0.4, 1.0))
@@ -97,13 +98,13 @@ class DINO(Method):
         global_2: View = GLOBAL_2,
         local: View = LOCAL,
         num_local: int = 8,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_outputs: int = 65536,
+        hidden_dim: PositiveInt = 2048,
+        bottleneck_dim: PositiveInt = 256,
+        num_outputs: PositiveInt = 65536,
         head_batch_norm: bool = False,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        teacher_temperature_start: float = 0.04,
+        student_temperature: PositiveFloat = 0.1,
+        teacher_temperature: PositiveFloat = 0.07,
+        teacher_temperature_start: PositiveFloat = 0.04,
         teacher_temperature_warmup: Duration = 30,
         center_momentum: float = 0.9,
         momentum: float = 0.996,

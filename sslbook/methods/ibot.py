@@ -41,6 +41,7 @@ from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
+from sslbook.types import PositiveFloat, PositiveInt
 
 GLOBAL_1 = replace(BYOL_1, crop=(0.25, 1.0))
 GLOBAL_2 = replace(BYOL_2, crop=(0.25, 1.0))
@@ -126,9 +127,9 @@ class IBOT(Method):
         global_2: View = GLOBAL_2,
         local: View = LOCAL,
         num_local: int = 10,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_outputs: int = 8192,
+        hidden_dim: PositiveInt = 2048,
+        bottleneck_dim: PositiveInt = 256,
+        num_outputs: PositiveInt = 8192,
         separate_heads: bool = False,
         mask_probability: float = 0.5,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
@@ -137,9 +138,9 @@ class IBOT(Method):
         patch_weight: float = 1.0,
         koleo_weight: float = 0.0,
         centering: Literal["center", "sinkhorn"] = "center",
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        teacher_temperature_start: float = 0.04,
+        student_temperature: PositiveFloat = 0.1,
+        teacher_temperature: PositiveFloat = 0.07,
+        teacher_temperature_start: PositiveFloat = 0.04,
         teacher_temperature_warmup: Duration = 30,
         center_momentum: float = 0.9,
         momentum: float = 0.996,

@@ -31,6 +31,7 @@ from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 GLOBAL_VIEW = replace(BYOL_1, crop=(0.3, 1.0), interpolation="bilinear", blur=0.5, solarize=0.2)
 LOCAL_VIEW = replace(GLOBAL_VIEW, size=98, crop=(0.05, 0.3))
@@ -99,9 +100,9 @@ class LeJEPA(Method):
         num_global: int = 2,
         num_local: int = 6,
         lambda_: float = 0.05,
-        num_slices: int = 1024,
-        hidden_dim: int = 2048,
-        projector_dim: int = 128,
+        num_slices: PositiveInt = 1024,
+        hidden_dim: PositiveInt = 2048,
+        projector_dim: PositiveInt = 128,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Linear
+from sslbook.types import PositiveFloat, PositiveInt
 
 LARGE = replace(MOCO_V2, crop=(0.3, 1.0))
 FOCAL = replace(MOCO_V2, size=96, crop=(0.05, 0.3))
@@ -102,17 +103,17 @@ class MSN(Method):
         num_large: int = 1,
         num_focal: int = 10,
         patch_drop: float = 0.15,
-        hidden_dim: int = 2048,
-        output_dim: int = 256,
-        num_prototypes: int = 1024,
-        temperature: float = 0.1,
-        sharpening: float = 0.25,
+        hidden_dim: PositiveInt = 2048,
+        output_dim: PositiveInt = 256,
+        num_prototypes: PositiveInt = 1024,
+        temperature: PositiveFloat = 0.1,
+        sharpening: PositiveFloat = 0.25,
         sinkhorn_targets: bool = True,
         mean_entropy_weight: float = 1.0,
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        at_least_one(num_prototypes=num_prototypes, num_anchors=num_large + num_focal)
+        at_least_one(num_anchors=num_large + num_focal)
         if not isinstance(backbone, VisionTransformer):
             raise UserError(
                 f"MSN drops patches of a vision transformer and cannot use a {type(backbone).__name__}: "

@@ -29,6 +29,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import MemoryBank, backbone_dim
 from sslbook.nn.kmeans import check_clusters, embed, kmeans
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.08, 1.0), color_jitter=(0.4, 0.4, 1.0, 0.5), color_jitter_p=1.0, grayscale=0.2)
 
@@ -193,13 +194,13 @@ class ODC(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        cluster_resize: int = 256,
-        hidden_dim: int = 512,
-        feature_dim: int = 256,
-        num_clusters: int = 10000,
+        cluster_resize: PositiveInt = 256,
+        hidden_dim: PositiveInt = 512,
+        feature_dim: PositiveInt = 256,
+        num_clusters: PositiveInt = 10000,
         momentum: float = 0.5,
         min_cluster: int = 20,
-        centroids_every: int = 10,
+        centroids_every: PositiveInt = 10,
     ) -> None:
         super().__init__()
         self.view = view

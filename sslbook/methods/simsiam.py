@@ -24,6 +24,7 @@ from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 
 def distance(p: Float[Tensor, "n dim"], z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
@@ -49,10 +50,10 @@ class SimSiam(Method):
         self,
         backbone: nn.Module,
         view: View = MOCO_V2,
-        hidden_dim: int = 2048,
-        projector_dim: int = 2048,
-        projector_num_layers: int = 3,
-        predictor_dim: int = 512,
+        hidden_dim: PositiveInt = 2048,
+        projector_dim: PositiveInt = 2048,
+        projector_num_layers: PositiveInt = 3,
+        predictor_dim: PositiveInt = 512,
         projector: nn.Module | None = None,
         predictor: nn.Module | None = None,
     ) -> None:

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.views import SWAV_GLOBAL, SWAV_LOCAL, View
-from sslbook.errors import UserError, at_least_one
+from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
 from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.schedules import Clock, Duration, in_steps
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def swapped_prediction(
@@ -83,18 +84,17 @@ class SwAV(Method):
         view: View = SWAV_GLOBAL,
         small_view: View = SWAV_LOCAL,
         num_small: int = 6,
-        hidden_dim: int = 2048,
-        projector_dim: int = 128,
-        num_prototypes: int = 3000,
-        temperature: float = 0.1,
-        epsilon: float = 0.05,
-        sinkhorn_iterations: int = 3,
+        hidden_dim: PositiveInt = 2048,
+        projector_dim: PositiveInt = 128,
+        num_prototypes: PositiveInt = 3000,
+        temperature: PositiveFloat = 0.1,
+        epsilon: PositiveFloat = 0.05,
+        sinkhorn_iterations: PositiveInt = 3,
         freeze_prototypes: Duration = "313 steps",
         queue_size: int = 0,
         queue_start: Duration = 15,
     ) -> None:
         super().__init__()
-        at_least_one(num_prototypes=num_prototypes)
         self.view, self.small_view, self.num_small = view, small_view, num_small
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
         self.freeze_prototypes, self.queue_start = freeze_prototypes, queue_start

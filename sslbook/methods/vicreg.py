@@ -24,6 +24,7 @@ from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 
 def invariance_loss(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
@@ -67,9 +68,9 @@ class VICReg(Method):
         invariance_weight: float = 25.0,
         variance_weight: float = 25.0,
         covariance_weight: float = 1.0,
-        hidden_dim: int = 8192,
-        projector_dim: int = 8192,
-        projector_num_layers: int = 3,
+        hidden_dim: PositiveInt = 8192,
+        projector_dim: PositiveInt = 8192,
+        projector_num_layers: PositiveInt = 3,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(
     crop=(0.2, 1.0), interpolation="bicubic", color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.8, grayscale=0.1
@@ -106,11 +107,11 @@ class WMSE(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        num_views: int = 2,
-        hidden_dim: int = 1024,
-        projector_dim: int = 128,
-        slice_size: int = 256,
-        num_permutations: int = 4,
+        num_views: PositiveInt = 2,
+        hidden_dim: PositiveInt = 1024,
+        projector_dim: PositiveInt = 128,
+        slice_size: PositiveInt = 256,
+        num_permutations: PositiveInt = 4,
         epsilon: float = 0.0,
         projector: nn.Module | None = None,
     ) -> None:
