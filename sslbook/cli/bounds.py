@@ -32,7 +32,10 @@ def check_numbers(resolved: dict[str, Any], engine: Callable) -> None:
 
 def _numbers(prefix: str, values: dict[str, Any], owner: Callable | None) -> Iterator[tuple[str, float, float | None]]:
     """Every number with its name and its bound."""
-    parameters = dict(inspect.signature(owner).parameters) if owner is not None else {}
+    parameters: dict[str, inspect.Parameter] = {}
+    for maker in reversed(inspect.getmro(owner)) if inspect.isclass(owner) else [owner] if owner is not None else []:
+        if maker is not object:  # parents too: a variant passes their options on as **kwargs
+            parameters |= inspect.signature(maker).parameters
     counts = bool(prefix) and owner is not None and owner.__module__.startswith("sslbook.")  # our integers are counts
     for key, value in values.items():
         name = f"{prefix}{key}"

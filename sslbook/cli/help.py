@@ -20,8 +20,10 @@ KNOBS = {  # the first to turn; views have other names in some methods
     "epochs": "",
 }
 EXPERT = (
-    *("backend", "compile", "channels_last", "layer_decay", "decay_bias_and_norm", "rules", "weight_decay_schedule"),
+    *("compile", "channels_last", "layer_decay", "decay_bias_and_norm", "rules", "weight_decay_schedule"),
     *("checkpoint_every", "keep_last", "monitor", "log_every", "progress", "data.start_method", "data.augment"),
+    *("optimizer.amsgrad", "optimizer.maximize", "optimizer.foreach", "optimizer.capturable"),
+    *("optimizer.differentiable", "optimizer.fused", "optimizer.decoupled_weight_decay"),
     *("data.strict", "data.limit", "data.shapes.*", "method.*.ratio", "method.*.resize", "method.*.interpolation"),
     *("method.*.blur_sigma", "method.*.color_jitter_p", "method.*.mean", "method.*.std"),
 )
@@ -53,13 +55,12 @@ def option_list(parser: Parser, resolved: dict[str, Any], description: str) -> s
     """All options of a training run with the values in force: the most used first, those for experts last."""
     values = {**resolved, "method": resolved["method"]["init_args"]}
     texts = {action.dest: action.help or "" for action in parser._actions}
-    types = {action.dest: getattr(action, "_typehint", action.type) for action in parser._actions}
     rows = {}  # name: (value, text)
     for name in parser.options:
         if parser.holds_options(name):
             continue
         value = _lookup(values, name)
-        rows[name] = (_plain(value) if value is not None else _type_name(types.get(name)), texts.get(name, ""))
+        rows[name] = (_plain(value) if value is not None else _type_name(parser.hint(name)), texts.get(name, ""))
         if isinstance(value, dict) and "class_path" in value:
             for key, argument in (value.get("init_args") or {}).items():
                 rows[f"{name}.{key}"] = (_plain(argument), "")
@@ -87,16 +88,10 @@ def backbone_list() -> str:
         assert make is not None
         with torch.device("meta"):
             millions = sum(parameter.numel() for parameter in make().parameters()) / 1e6
-        options = ", ".join(
-            str(p).partition(":")[0] + ("" if p.default is p.empty else f"={p.default}")
-            for p in inspect.signature(make).parameters.values()
-            if p.kind is p.POSITIONAL_OR_KEYWORD
-        )
-        lines.append(
-            textwrap.fill(
-                f"{name:<18}{millions:>7.1f}   {options}", 118, initial_indent="  ", subsequent_indent=" " * 30
-            )
-        )
+        parameters = [p for p in inspect.signature(make).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
+        row = f"  {name:<18}{millions:>7.1f}   {options}"
+        lines.append(textwrap.fill(row, 118, subsequent_indent=" " * 30))
     lines.append("  timm/NAME          any network of timm; or the import path of a module of your own")
     return "\n".join(lines)
 
@@ -117,6 +112,8 @@ def _plain(value: Any) -> str:
         return value["class_path"].rpartition(".")[2]
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[" + ", ".join(_plain(item) for item in value) + "]"
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:g}"
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 
@@ -130,7 +127,7 @@ def _type_name(hint: Any) -> str:
 
 def _row(name: str, row: tuple[str, str], text: str = "") -> str:
     head = f"  --{name} {row[0]}"
-    text = " ".join((text or row[1]).split())
+    text = " ".join((text or row[1]).split()).rstrip(".")
     if not text:
         return head
     indent = " " * 44

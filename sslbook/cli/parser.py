@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import yaml
@@ -61,7 +61,7 @@ class Parser(ArgumentParser):
     def options(self) -> list[str]:
         """The names of all options, such as `method.view.size`."""
         names = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
-        return [name for name in names if not name.endswith(".help") and name not in ("help", "print_config")]
+        return [name for name in names if not name.endswith((".help", "+")) and name not in ("help", "print_config")]
 
     def holds_options(self, name: str) -> bool:
         """Whether a name stands for a group of options, such as `method.view`."""
@@ -69,9 +69,18 @@ class Parser(ArgumentParser):
 
     def takes_class(self, name: str) -> bool:
         """Whether an option's value is a class with its arguments, or a list of such."""
-        action = self._option_string_actions.get(f"--{name}")
-        may_be_text = str in get_args(getattr(action, "_typehint", None))  # such as the folder of a teacher's run
+        may_be_text = str in get_args(self.hint(name))  # such as the folder of a teacher's run
         return f"--{name}.help" in self._option_string_actions and not may_be_text and not self.holds_options(name)
+
+    def only_class(self, name: str) -> str | None:
+        """The import path of the one class of ours that an option takes, if it takes no other."""
+        own = [kind for kind in _classes(self.hint(name)) if kind.__module__.startswith("sslbook.")]
+        return f"{own[0].__module__}.{own[0].__qualname__}" if len(own) == 1 and not own[0].__subclasses__() else None
+
+    def hint(self, name: str) -> Any:
+        """The type of an option, as its signature has it."""
+        action = self._option_string_actions.get(f"--{name}")
+        return getattr(action, "_typehint", getattr(action, "type", None))
 
     def refuse_unknown(self, values: dict[str, Any], source: str = "") -> None:
         """Compare the keys of a nested mapping with the options, and arguments of classes with their signatures.
@@ -96,7 +105,7 @@ class Parser(ArgumentParser):
             elif name not in options:
                 yield self.explain_unknown(name)
             elif self.takes_class(name):
-                yield from _wrong_arguments(name, value)
+                yield from _wrong_arguments(name, value, self.hint(name))
 
     def explain_unknown(self, name: str) -> str:
         """What to write instead of an option that does not exist."""
@@ -120,11 +129,11 @@ class Parser(ArgumentParser):
         return f"unknown option {name}" + (f"; did you mean {meant[0]}?" if meant else "")
 
 
-def class_named(name: str) -> type | None:
-    """The class or function of an import path, or the optimizer, schedule or hook of that name; None if there is none."""
+def class_named(name: str, hint: Any = None) -> Callable | None:
+    """The class or function of an import path, or the one of that name which suits a type; None if there is none."""
     module, _, last = name.rpartition(".")
     if not module:
-        return _known_classes().get(name)
+        return _subclasses(hint).get(name)
     try:
         found = getattr(importlib.import_module(module), last, None)
     except (ImportError, ValueError):
@@ -132,62 +141,69 @@ def class_named(name: str) -> type | None:
     return found if callable(found) else None
 
 
-def _known_classes() -> dict[str, type]:
-    """Optimizers, schedules and hooks, by their names without a path."""
-    import torch
-
-    import sslbook.loggers
-    import sslbook.optim  # noqa: F401  (defines optimizers)
-    from sslbook.engine.hooks import Hook
-    from sslbook.schedules import Schedule
-
-    known: list[type] = [torch.optim.Optimizer, Schedule, Hook]
-    for kind in known:  # which grows: AdamW is an Adam
-        known += [subclass for subclass in kind.__subclasses__() if not subclass.__name__.startswith("_")]
-    return {kind.__name__: kind for kind in known[3:]}
+def _classes(hint: Any) -> Iterator[type]:
+    """The classes in a type such as `list[Hook] | None` or `Callable[[Iterable], Optimizer]`."""
+    if inspect.isclass(hint) and not get_args(hint):
+        yield hint
+    for part in hint if isinstance(hint, list) else get_args(hint):
+        yield from _classes(part)
 
 
-def _wrong_arguments(name: str, value: Any) -> Iterator[str]:
+def _subclasses(hint: Any) -> dict[str, type]:
+    """Subclasses of the classes in a type, by their names without a path."""
+    kinds = [kind for kind in _classes(hint) if kind is not object and kind.__module__ != "builtins"]
+    bases = len(kinds)
+    for kind in kinds:  # which grows: AdamW is an Adam
+        kinds += [subclass for subclass in kind.__subclasses__() if not subclass.__name__.startswith("_")]
+    return {kind.__name__: kind for kind in kinds[bases:]}
+
+
+def _wrong_arguments(name: str, value: Any, hint: Any) -> Iterator[str]:
     """Arguments that the class of an option does not take, and a class that does not exist."""
     for spec in value if isinstance(value, list) else [value]:
         if not isinstance(spec, dict):
             continue
         if not isinstance(value, list) and (astray := [str(key) for key in spec if key not in CLASS_KEYS]):
             yield f"{name}: {', '.join(astray)} stand below init_args of a class_path"
-            continue
-        path, given = str(spec.get("class_path", "")), spec.get("init_args") or {}
-        kind = class_named(path)
-        if path and kind is None:
-            yield f"{name}: " + _no_class(path)
-        if kind is None:
-            continue
-        parameters = inspect.signature(kind).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        for key, argument in given.items():
-            if isinstance(argument, dict) and "class_path" in argument:
-                yield from _wrong_arguments(f"{name}.{key}", argument)
-            if key not in parameters and not takes_any:
-                new = RENAMED.get(key)
-                hint = f"; write {new}" if new in parameters else nearest(key, list(parameters))
-                yield f"{name}: unknown option {key!r} of {kind.__name__}{hint}"
+        elif (path := str(spec.get("class_path", ""))) and (kind := class_named(path, hint)) is None:
+            yield f"{name}: there is no {path}{_meant_class(path, hint)}"
+        elif path:
+            parameters = inspect.signature(kind).parameters
+            takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            for key, argument in (spec.get("init_args") or {}).items():
+                if key in parameters and isinstance(argument, dict) and "class_path" in argument:
+                    yield from _wrong_arguments(f"{name}.{key}", argument, parameters[key].annotation)
+                elif key not in parameters and not takes_any:
+                    new = RENAMED.get(key)
+                    meant = f"; write {new}" if new in parameters else nearest(key, list(parameters))
+                    yield f"{name}: unknown option {key!r} of {kind.__name__}{meant}"
 
 
-def _no_class(path: str) -> str:
-    """There is no such class, and which one may be meant."""
+def _meant_class(path: str, hint: Any) -> str:
+    """What to write instead of a class that does not exist."""
     name = path.rpartition(".")[2]
-    moved = next((new for old, new in RENAMED_CLASSES.items() if name == old or path.startswith(old)), "")
-    if moved:
-        return f"there is no {path}; write {moved + name if moved.endswith('.') else moved}"
-    known = list(_known_classes())
-    return f"there is no {path}{nearest(name, known)} (a name, or the import path of your own)"
+    for old, new in RENAMED_CLASSES.items():
+        if name == old or path.startswith(old):
+            return f"; write {new + name if new.endswith('.') else new}"
+    if name != path:
+        return "; it cannot be imported"
+    return f"{nearest(name, list(_subclasses(hint)))} (a name, or the import path of your own)"
 
 
 def _one_line(message: str, error: BaseException | None) -> str:
     """The option and the innermost reason, of a message that jsonargparse lays out over many lines."""
-    option = ".".join(line.split('"')[1] for line in message.split("\n") if line.lstrip().startswith('Parser key "'))
+    options = [line.split('"')[1] for line in message.split("\n") if line.lstrip().startswith('Parser key "')]
     reason = message
-    while error is not None:
+    while error is not None and not reason.startswith("--"):  # which a parser of a class's arguments has answered
         reason, error = str(error), error.__cause__ or error.__context__
     for word in ("<class '", "'>", "typing."):
         reason = reason.replace(word, "")
-    return ((f"--{option}: " if option else "") + " ".join(reason.split()))[:400]
+    options += [reason.removeprefix("--")] if reason.startswith("--") else []
+    text = (
+        f"--{'.'.join(options)}"
+        if reason.startswith("--")
+        else f"--{'.'.join(options)}: {reason}"
+        if options
+        else reason
+    )
+    return " ".join(text.split())[:400]

@@ -7,6 +7,7 @@ every `--config FILE` in order, and the options of the command line.
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -97,9 +98,14 @@ def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
     parser.add_function_arguments(engine, skip={"method", "data", "config"})
     parser.add_argument(
         "--report",
-        type=Literal["full", "quick", "none"],
-        default="full",
-        help="what is measured and plotted at the end; quick leaves the trained controls out",
+        type=Literal["quick", "full", "none"],
+        default="quick",
+        help="what is measured and plotted at the end; full also trains a supervised control, as long as the run took",
+    )
+    parser.add_argument(
+        "--protocols",
+        type=list[str] | None,
+        help="what the report measures: names such as knn, or import paths; by default what suits the data",
     )
     return parser
 
@@ -199,7 +205,7 @@ def _overview(name: str, method: type[Method], recipe: str) -> str:
     recipes = ", ".join(sorted(path.stem for path in (RECIPES / name).glob("*.yaml"))) or "none of its own"
     return f"""{doc}
 Recipes: {recipes} (without --recipe: shapes, or folder with --data.folder).
-Methods: {", ".join(methods.METHODS)}, or the import path of your own.
+{textwrap.fill(f"Methods: {', '.join(methods.METHODS)}, or the import path of your own.", 118)}
 
 Examples:
   python -m sslbook.train                                              SimCLR on Shapes, two minutes on a CPU
@@ -208,4 +214,4 @@ Examples:
   torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
   python -m sslbook.train --resume runs/simclr-shapes                  go on with a run
 
-Values below are those in force under {recipe}."""
+Values below are those in force under {recipe}; they change with --recipe, --config and every option given."""

@@ -21,6 +21,7 @@ RENAMED = {
     "predictor_heads": "predictor_num_heads",
     "regressor_heads": "regressor_num_heads",
     "top_layers": "num_top_layers",
+    "partner_groups": "num_mix_groups",
     "alignment": "alignment_weight",
     "projector_layers": "projector_num_layers",
     "predictor_layers": "predictor_num_layers",

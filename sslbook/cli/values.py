@@ -30,9 +30,14 @@ def read_yaml(path: str | Path) -> Values:
 
 
 def merge(base: Values, over: Values) -> Values:
-    """`over` laid upon `base`, mapping by mapping; a class that replaces another gets none of its arguments."""
+    """`over` laid upon `base`, mapping by mapping; a class that replaces another gets none of its arguments.
+
+    Arguments of the class in `base` may stand in `over` without `init_args`: `optimizer: {lr: 0.1}`.
+    """
     if "class_path" in over and _class_name(over) != _class_name(base):
         return over
+    if "class_path" in base and not set(over) & set(CLASS_KEYS):
+        over = {"init_args": over}
     out = dict(base)
     for key, value in over.items():
         out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
@@ -71,27 +76,14 @@ def from_words(pairs: list[tuple[str, str | None]], below: Values, parser: Parse
     for name, value in pairs:
         if value is None:
             raise UserError(f"--{name}: expects a value" if name in parser.options else parser.explain_unknown(name))
-        *path, last = name.split(".")
-        place, chain = values, []
-        for key in path:  # down to the mapping that holds the option; arguments of a class stand in its init_args
-            if "class_path" in place and key not in CLASS_KEYS:
-                place, chain = place.get("init_args", {}), [*chain, "init_args"]
-            place, chain = place.get(key) or {}, [*chain, key]
-            if not isinstance(place, dict):
-                raise UserError(f"unknown option {name}: {'.'.join(path)} is {place}")
-        if "class_path" in place and last not in CLASS_KEYS:
-            place, chain = place.get("init_args", {}), [*chain, "init_args"]
-        old = place.get(last.rstrip("+"))
-        new: Any = value
-        if "dict_kwargs" in chain:  # whose types nobody knows
-            new = yaml.safe_load(value)
-        elif parser.takes_class(name.rstrip("+")) or (isinstance(old, dict) and "class_path" in old):
-            new = class_spec(name, value)
-        if last.endswith("+"):
-            last, new = last[:-1], [*(old or []), *(new if isinstance(new, list) else [new])]
-        layer: Values = {last: new}
-        for key in reversed(chain):
+        layer: Any = yaml.safe_load(value) if ".dict_kwargs." in name else value  # whose types no signature tells
+        for key in reversed(name.removesuffix("+").split(".")):
             layer = {key: layer}
+        layer = with_classes(layer, parser)
+        if name.endswith("+"):  # one more in a list, such as --hooks+ TensorBoard
+            name = name.removesuffix("+")
+            added = layer.get(name)
+            layer = {name: [*(values.get(name) or []), *(added if isinstance(added, list) else [added])]}
         values = merge(values, layer)
     return values
 
@@ -104,12 +96,16 @@ def with_classes(values: Values, parser: Parser, prefix: str = "") -> Values:
         if isinstance(value, dict) and parser.holds_options(name):
             value = with_classes(value, parser, name + ".")
         elif parser.takes_class(name):
-            value = [class_spec(name, v) for v in value] if isinstance(value, list) else class_spec(name, value)
+            value = (
+                [class_spec(name, v, parser) for v in value]
+                if isinstance(value, list)
+                else class_spec(name, value, parser)
+            )
         out[key] = value
     return out
 
 
-def class_spec(name: str, value: Any) -> Any:
+def class_spec(name: str, value: Any, parser: Parser) -> Any:
     """`SGD` as `{class_path: SGD}`, `resnet18` and `timm/NAME` as their classes; mappings, lists and null as they are.
 
     Raises:
@@ -120,7 +116,9 @@ def class_spec(name: str, value: Any) -> Any:
             value = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"--{name}: not valid YAML: {value[:160]}") from None
-        return [class_spec(name, item) for item in value] if isinstance(value, list) else value
+        return [class_spec(name, item, parser) for item in value] if isinstance(value, list) else value
+    if isinstance(value, dict) and not set(value) & set(CLASS_KEYS) and (own := parser.only_class(name)):
+        return {"class_path": own, "init_args": value}
     if not isinstance(value, str):
         return value
     if not name.endswith("backbone"):
