@@ -30,6 +30,7 @@ from sslbook.nn import backbone_dim
 from sslbook.nn.feature_map import UpConvolutions, feature_map, map_side
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 VIEW = View(crop=(0.08, 1.0))
 NEIGHBORS = 5  # bins that share a pixel's color (section 2.1)
@@ -118,13 +119,12 @@ class Colorization(Method):
         backbone: the network to train, with a feature map; its first convolution gets equal weights for all colors.
         view: augmentation of an image before its colors are removed; it should not change colors.
         stride: colors are predicted for every `stride`-th pixel in both directions.
-        bin_width: side of the palette's square bins, in units of a and b, from 1 to 100.
-        rebalance: weight lambda of the uniform distribution in equation 4; 1 gives all pixels equal weight.
+        bin_width: side of the palette's square bins, in units of a and b.
+        rebalance: weight lambda of the uniform distribution in equation 4; at most 1, which gives all pixels equal weight.
         decoder_dim: channels of the transposed convolutions, if the feature map is coarser than the colors.
 
     Raises:
-        UserError: the stride does not divide the view, `rebalance` or `bin_width` is out of range, or the backbone has
-            no feature map.
+        UserError: the stride does not divide the view, or the backbone has no feature map.
     """
 
     bins: Tensor
@@ -135,19 +135,14 @@ class Colorization(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        stride: int = 4,
-        bin_width: float = 10.0,
-        rebalance: float = 0.5,
-        decoder_dim: int = 256,
+        stride: PositiveInt = 4,
+        bin_width: PositiveFloat = 10.0,
+        rebalance: PositiveFloat = 0.5,
+        decoder_dim: PositiveInt = 256,
     ) -> None:
         super().__init__()
         if view.size % stride:
             raise UserError(f"stride {stride} does not divide images of {view.size} pixels: change stride or view.size")
-        if not 0 < rebalance <= 1 or not 1 <= bin_width <= 100:
-            raise UserError(
-                f"rebalance is {rebalance} and bin_width {bin_width}: "
-                "give a rebalance above 0, at most 1, and a bin_width from 1 to 100"
-            )
         self.view, self.stride, self.sigma, self.rebalance = view, stride, bin_width / 2, rebalance
         doublings = max(0, (view.size // stride - 1) // map_side(backbone, view.size, "Colorization")).bit_length()
         average_color_weights(backbone)

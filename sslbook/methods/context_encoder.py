@@ -33,6 +33,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
 from sslbook.nn.feature_map import UpConvolutions, feature_map, map_side
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.2, 1.0))
 
@@ -108,10 +109,10 @@ class ContextEncoder(Method):
         view: View = VIEW,
         mask: Literal["blocks", "center"] = "blocks",
         mask_ratio: float = 0.25,
-        mask_grid: int = 14,
+        mask_grid: PositiveInt = 14,
         overlap: int = 7,
         overlap_weight: float = 10.0,
-        decoder_dim: int = 128,
+        decoder_dim: PositiveInt = 128,
     ) -> None:
         super().__init__()
         self.view, self.mask, self.overlap, self.overlap_weight = view, mask, overlap, overlap_weight

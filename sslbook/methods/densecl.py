@@ -35,6 +35,7 @@ from sslbook.nn.feature_map import feature_map
 from sslbook.nn.precision import full_precision
 from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def info_nce(
@@ -78,12 +79,12 @@ class DenseCL(Method):
         self,
         backbone: nn.Module,
         view: View = MOCO_V2,
-        projector_dim: int = 128,
+        projector_dim: PositiveInt = 128,
         dense_weight: float = 0.5,
-        temperature: float = 0.2,
+        temperature: PositiveFloat = 0.2,
         momentum: float = 0.999,
-        queue_size: int = 65536,
-        batch_norm_groups: int = 8,
+        queue_size: PositiveInt = 65536,
+        batch_norm_groups: PositiveInt = 8,
     ) -> None:
         super().__init__()
         require(backbone, "forward_map", "DenseCL")

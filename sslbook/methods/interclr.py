@@ -34,6 +34,7 @@ from sslbook.nn.kmeans import embed
 from sslbook.nn.precision import full_precision
 from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def info_nce(
@@ -113,21 +114,21 @@ class InterCLR(Method):
         self,
         backbone: nn.Module,
         view: View = MOCO_V2,
-        cluster_resize: int = 256,
-        projector_dim: int = 128,
-        temperature: float = 0.2,
+        cluster_resize: PositiveInt = 256,
+        projector_dim: PositiveInt = 128,
+        temperature: PositiveFloat = 0.2,
         momentum: float = 0.999,
-        queue_size: int = 65536,
-        batch_norm_groups: int = 8,
-        num_clusters: int = 10000,
+        queue_size: PositiveInt = 65536,
+        batch_norm_groups: PositiveInt = 8,
+        num_clusters: PositiveInt = 10000,
         margin: float = -0.5,
         intra_weight: float = 0.75,
         inter_weight: float = 0.25,
-        num_negatives: int = 16384,
-        pool_size: int = 128000,
+        num_negatives: PositiveInt = 16384,
+        pool_size: PositiveInt = 128000,
         memory_momentum: float = 0.0,
         min_cluster: int = 20,
-        centroids_every: int = 10,
+        centroids_every: PositiveInt = 10,
     ) -> None:
         super().__init__()
         self.view, self.temperature, self.momentum = view, temperature, momentum
@@ -187,13 +188,13 @@ class InterCLR(Method):
             inter = self.inter(q, batch.index, clock)
         self.queue.push(k)
         # The memory bank receives the keys, and these images move to the nearest centroid (section 3.2).
-        changed = self.clusters.update_samples(batch.index, k)
+        reassigned = self.clusters.update_samples(batch.index, k)
         return {
             "loss": self.intra_weight * intra + self.inter_weight * inter,
             "intra_loss": intra.detach(),
             "inter_loss": inter.detach(),
             "contrastive_accuracy": 100 * (logits.argmax(dim=1) == 0).float().mean(),
-            "changed": 100 * changed,
+            "reassigned": 100 * reassigned,
         }
 
     def after_step(self, clock: Clock) -> None:

@@ -31,6 +31,7 @@ from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(size=255, crop=None, grayscale=0.66)
 CANDIDATES = 20_000
@@ -85,10 +86,10 @@ class Jigsaw(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        cell_size: int = 85,
-        patch_size: int = 64,
-        num_permutations: int = 2000,
-        patch_dim: int = 1000,
+        cell_size: PositiveInt = 85,
+        patch_size: PositiveInt = 64,
+        num_permutations: PositiveInt = 2000,
+        patch_dim: PositiveInt = 1000,
     ) -> None:
         super().__init__()
         check_patches(view, cell_size, patch_size)

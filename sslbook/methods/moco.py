@@ -33,6 +33,7 @@ from sslbook.nn import EMA, MLP, Queue, backbone_dim, convert_batch_norm
 from sslbook.nn.precision import full_precision
 from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def info_nce(
@@ -65,11 +66,11 @@ class MoCo(Method):
         backbone: nn.Module,
         view: View = MOCO_V2,
         mlp: bool = True,
-        projector_dim: int = 128,
-        temperature: float = 0.2,
+        projector_dim: PositiveInt = 128,
+        temperature: PositiveFloat = 0.2,
         momentum: float = 0.999,
-        queue_size: int = 65536,
-        batch_norm_groups: int = 8,
+        queue_size: PositiveInt = 65536,
+        batch_norm_groups: PositiveInt = 8,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ from sslbook.nn import EMA, MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock, Cosine
+from sslbook.types import PositiveFloat, PositiveInt
 
 VIEW_1 = replace(BYOL_1, crop=(0.2, 1.0), interpolation="bilinear")
 VIEW_2 = replace(BYOL_2, crop=(0.2, 1.0), interpolation="bilinear")
@@ -70,11 +71,11 @@ class MoCoV3(Method):
         backbone: nn.Module,
         view_1: View = VIEW_1,
         view_2: View = VIEW_2,
-        hidden_dim: int = 4096,
-        projector_dim: int = 256,
-        projector_num_layers: int = 2,
+        hidden_dim: PositiveInt = 4096,
+        projector_dim: PositiveInt = 256,
+        projector_num_layers: PositiveInt = 2,
         predictor_batch_norm: bool = False,
-        temperature: float = 1.0,
+        temperature: PositiveFloat = 1.0,
         momentum: float = 0.99,
         freeze_patch_embedding: bool = True,
         projector: nn.Module | None = None,

@@ -25,6 +25,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import MLP, Queue, backbone_dim
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 @torch.no_grad()
@@ -62,11 +63,11 @@ class NNCLR(Method):
         backbone: nn.Module,
         view_1: View = BYOL_1,
         view_2: View = BYOL_2,
-        hidden_dim: int = 2048,
-        projector_dim: int = 256,
-        predictor_dim: int = 4096,
-        temperature: float = 0.1,
-        queue_size: int = 98304,
+        hidden_dim: PositiveInt = 2048,
+        projector_dim: PositiveInt = 256,
+        predictor_dim: PositiveInt = 4096,
+        temperature: PositiveFloat = 0.1,
+        queue_size: PositiveInt = 98304,
         projector: nn.Module | None = None,
         predictor: nn.Module | None = None,
     ) -> None:

@@ -29,6 +29,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import MemoryBank, backbone_dim
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 VIEW = View(crop=(0.2, 1.0), grayscale=0.2, color_jitter=(0.4, 0.4, 0.4, 0.4), color_jitter_p=1.0)
 
@@ -68,8 +69,8 @@ class NPID(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        projector_dim: int = 128,
-        temperature: float = 0.07,
+        projector_dim: PositiveInt = 128,
+        temperature: PositiveFloat = 0.07,
         momentum: float = 0.5,
         num_negatives: int = 4096,
     ) -> None:

@@ -13,6 +13,7 @@ those of the authors' code (VISSL) for ResNet-50. What differs:
 - Negatives are a function of the image and the epoch, different for the two terms as in the authors' code, and an image
   is never its own negative.
 - Views are jittered in color once, as by torchvision; the authors jitter twice, by two implementations.
+- The recipe's cosine schedule moves the learning rate at every step instead of once per epoch.
 - The puzzle's view is jittered and flipped once and then cut; the authors cut first and augment each patch alone.
 """
 
@@ -33,6 +34,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import MemoryBank, backbone_dim
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 VIEW = View(crop=(0.08, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.2), color_jitter_p=1.0, grayscale=0.2)
 PUZZLE_VIEW = View(255, crop=(0.6, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.2), color_jitter_p=1.0, grayscale=0.2)
@@ -74,8 +76,7 @@ class PIRL(Method):
         momentum: momentum of the memory bank: a row becomes momentum times itself plus the rest of the new feature.
 
     Raises:
-        UserError: patches, cells and view do not fit, or `num_negatives` or `puzzle_weight` is out of range; in
-            `setup`, if there is only one image.
+        UserError: patches, cells and view do not fit; in `setup`, if there is only one image.
     """
 
     log_sums: Tensor
@@ -85,21 +86,16 @@ class PIRL(Method):
         backbone: nn.Module,
         view: View = VIEW,
         puzzle_view: View = PUZZLE_VIEW,
-        cell_size: int = 85,
-        patch_size: int = 64,
-        projector_dim: int = 128,
-        temperature: float = 0.07,
+        cell_size: PositiveInt = 85,
+        patch_size: PositiveInt = 64,
+        projector_dim: PositiveInt = 128,
+        temperature: PositiveFloat = 0.07,
         puzzle_weight: float = 0.5,
-        num_negatives: int = 32000,
+        num_negatives: PositiveInt = 32000,
         momentum: float = 0.5,
     ) -> None:
         super().__init__()
         check_patches(puzzle_view, cell_size, patch_size)
-        if not 0 <= puzzle_weight <= 1 or num_negatives < 1:
-            raise UserError(
-                f"puzzle_weight is {puzzle_weight} and num_negatives {num_negatives}: "
-                "give a weight from 0 to 1 and at least one negative"
-            )
         self.view, self.puzzle_view, self.cell_size, self.patch_size = view, puzzle_view, cell_size, patch_size
         self.temperature, self.puzzle_weight = temperature, puzzle_weight
         self.num_negatives, self.momentum = num_negatives, momentum

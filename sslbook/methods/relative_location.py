@@ -30,6 +30,7 @@ from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(size=255, crop=(0.5, 0.75), ratio=(1.0, 1.0), flip=0.0, grayscale=0.66)
 CENTER = NUM_PATCHES // 2
@@ -65,9 +66,9 @@ class RelativeLocation(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        cell_size: int = 85,
-        patch_size: int = 64,
-        hidden_dim: int = 4096,
+        cell_size: PositiveInt = 85,
+        patch_size: PositiveInt = 64,
+        hidden_dim: PositiveInt = 4096,
     ) -> None:
         super().__init__()
         check_patches(view, cell_size, patch_size)

@@ -28,6 +28,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def similarities(
@@ -73,9 +74,9 @@ class SimCLR(Method):
         self,
         backbone: nn.Module,
         view: View = SIMCLR,
-        temperature: float = 0.1,
-        projector_num_layers: int = 3,
-        projector_dim: int = 128,
+        temperature: PositiveFloat = 0.1,
+        projector_num_layers: PositiveInt = 3,
+        projector_dim: PositiveInt = 128,
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -210,10 +210,6 @@ def test_full_scale_sizes() -> None:
 def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="stride 5 does not divide images of 16 pixels"):
         make("colorization", stride=5)
-    with pytest.raises(UserError, match=r"rebalance is 0\.0 and bin_width 40\.0: give a rebalance above 0"):
-        make("colorization", rebalance=0.0)
-    with pytest.raises(UserError, match=r"bin_width 500\.0: give .* a bin_width from 1 to 100"):
-        make("colorization", bin_width=500.0)
     with pytest.raises(UserError, match=r"Colorization needs a feature map and cannot use a Convolutions"):
         make("colorization", backbone=Convolutions())
     assert make("colorization", view=View(size=20)).views()[0].size == 20

@@ -150,9 +150,5 @@ def test_head_sizes_of_the_paper() -> None:
 def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="cell_size to at most 5"):
         make("pirl", cell_size=6)
-    with pytest.raises(UserError, match="at least one negative"):
-        make("pirl", num_negatives=0)
-    with pytest.raises(UserError, match="give a weight from 0 to 1"):
-        make("pirl", puzzle_weight=1.5)
     with pytest.raises(UserError, match="at least 2 images"):
         make("pirl").setup(Data(shapes=Shapes(num_train=1, num_test=1)))
