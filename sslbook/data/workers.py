@@ -121,7 +121,7 @@ class CropLoader:
     def batches(self, epoch: int, positions: tuple[Tensor, ...]) -> Iterator[CroppedBatch]:
         """The batches of these images; a worker's death is the `error` of the last one."""
         self._keys[:] = [(epoch, one) for one in positions]
-        with _signals_left_alone():
+        with _without_sigchld_handler():
             iterator = iter(self._loader)
         for _ in positions:
             try:
@@ -147,29 +147,27 @@ def _is_worker_death(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _signals_left_alone() -> Iterator[None]:
-    """Around the start of workers: they inherit a blocked SIGTERM, and this process keeps its handler of SIGCHLD.
+def _without_sigchld_handler() -> Iterator[None]:
+    """Around the start of workers: keep this process's handler of SIGCHLD.
 
     torch's handler raises wherever this process happens to be, in a training step or while a checkpoint is written.
     Without it, `next` notices a dead worker by itself, within five seconds.
     """
-    if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGCHLD)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGCHLD, handler)
 
 
 def _leave_signals_to_parent(worker: int) -> None:
     """Called in a new worker: ignore Ctrl-C, and SIGTERM unless the main process sends it.
 
-    Both reach every process of a job. The main process then saves a checkpoint and ends its workers itself; a worker
-    that died first would break its last step.
+    A scheduler sends both to every process of a job. The main process then saves a checkpoint and ends its workers
+    itself; a worker that died first would break its last step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import types
 import warnings
@@ -352,3 +353,37 @@ def test_workers_ignore_signals_of_other_processes(folder) -> None:
     worker.terminate()
     worker.join(10)
     assert not worker.is_alive()
+
+
+LOADING = """
+import signal, sys
+from pathlib import Path
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+
+if __name__ == "__main__":
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    data = Data(folder=Path(sys.argv[1]), workers=2, start_method="fork")
+    batches = data.batches((View(size=8),), 8, seed=0, epoch=0)
+    next(batches)
+    print("loading", flush=True)
+    sys.stdin.readline()
+    print(1 + len(list(batches)), *sorted(signals))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+def test_signals_to_the_process_group_lose_no_batch(folder, tmp_path) -> None:
+    (tmp_path / "loading.py").write_text(LOADING)
+    command = [sys.executable, "loading.py", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == "loading\n"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(process.pid, number)
+        output, _ = process.communicate("\n", timeout=120)
+    assert output.split() == ["5", str(int(signal.SIGINT)), str(int(signal.SIGTERM))]
+    assert process.returncode == 0
