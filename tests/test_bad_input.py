@@ -66,6 +66,8 @@ def refusal(*words: str) -> str:
         (["mae", "--method.decoder_depth=-2"], "--method.decoder_depth is -2: give 0 or more"),
         (["simclr", "--method.temperature=0"], "--method.temperature is 0.0: give more than 0"),
         (["mae", "--method.decoder_num_heads=0"], "--method.decoder_num_heads is 0: give 1 or more"),
+        (["mff", "--method.decoder_num_heads=0"], "decoder_num_heads is 0: give 1 or more"),  # an option of MAE's
+        (["pixmim", "--method.radius=0"], "--method.radius is 0.0: give more than 0"),
         (["mae", "--method.decoder_dim=32", "--method.decoder_num_heads=5"], "use a divisor of 32"),
         (["interclr", "--method.centroids_every=0"], "--method.centroids_every is 0: give 1 or more"),
         (["mae", "--method.mask_ratio=.nan"], "--method.mask_ratio is nan: give a number"),

@@ -35,6 +35,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
 from sslbook.nn.vit import init_transformer, patch_grid, require_transformer
 from sslbook.schedules import Clock, Linear
+from sslbook.types import PositiveFloat, PositiveInt
 
 
 def average_of_layers(
@@ -91,11 +92,11 @@ class Data2Vec(Method):
         backbone: nn.Module,
         view: View = BEIT,
         mask_ratio: float = 120 / 196,
-        min_block: int = 16,
+        min_block: PositiveInt = 16,
         num_top_layers: int = 6,
         normalize_layers: bool = True,
         normalize_targets: bool = True,
-        beta: float = 2.0,
+        beta: PositiveFloat = 2.0,
         momentum: float = 0.9998,
         momentum_end: float = 0.9998,
     ) -> None:

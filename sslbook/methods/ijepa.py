@@ -43,6 +43,7 @@ from sslbook.nn.vit import (
     sincos_positions,
 )
 from sslbook.schedules import Clock, Linear
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.3, 1.0), flip=0.0)
 
@@ -117,13 +118,13 @@ class IJEPA(Method):
         self,
         backbone: nn.Module,
         view: View = VIEW,
-        num_targets: int = 4,
+        num_targets: PositiveInt = 4,
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
-        predictor_dim: int = 384,
+        predictor_dim: PositiveInt = 384,
         predictor_depth: int = 12,
-        predictor_num_heads: int = 16,
+        predictor_num_heads: PositiveInt = 16,
         momentum: float = 0.996,
     ) -> None:
         super().__init__()

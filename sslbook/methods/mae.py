@@ -35,6 +35,7 @@ from sslbook.nn.vit import (
     sincos_positions,
 )
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -133,9 +134,9 @@ class MAE(Method):
         view: View = MAE_CROP,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
-        decoder_dim: int = 512,
+        decoder_dim: PositiveInt = 512,
         decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
+        decoder_num_heads: PositiveInt = 16,
     ) -> None:
         super().__init__()
         backbone = require_transformer(backbone, type(self).__name__, drops_patches=True)

@@ -35,6 +35,7 @@ from sslbook.nn import backbone_dim
 from sslbook.nn.backbones import require
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.5, 1.0), interpolation="bicubic")
 NUM_BINS = 9
@@ -83,7 +84,12 @@ class MaskFeat(Method):
     """
 
     def __init__(
-        self, backbone: nn.Module, view: View = VIEW, mask_ratio: float = 0.4, min_block: int = 15, cell_size: int = 8
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        mask_ratio: float = 0.4,
+        min_block: PositiveInt = 15,
+        cell_size: PositiveInt = 8,
     ) -> None:
         super().__init__()
         require(backbone, "forward_tokens", "MaskFeat")
@@ -95,8 +101,8 @@ class MaskFeat(Method):
                 f"images of {view.size} pixels cannot be cut into patches of {self.stride}: the nearest view.size that "
                 f"works is {near}"
             )
-        if not 0 < cell_size <= self.stride or self.stride % cell_size:
-            near = max(d for d in range(1, self.stride + 1) if self.stride % d == 0 and d <= max(1, cell_size))
+        if self.stride % cell_size:
+            near = max(d for d in range(1, self.stride + 1) if self.stride % d == 0 and d <= cell_size)
             raise UserError(
                 f"patches of {self.stride} pixels do not hold whole cells of {cell_size}: use cell_size {near}"
             )

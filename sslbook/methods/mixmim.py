@@ -40,6 +40,7 @@ from sslbook.nn.vit import (
     sincos_positions,
 )
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 
 def other_images(index: Int[Tensor, "images"], num_groups: int, clock: Clock) -> Int[Tensor, "images"]:
@@ -100,10 +101,10 @@ class MixMIM(Method):
         view: View = MAE_CROP,
         mask_ratio: float = 0.5,
         norm_pix_loss: bool = True,
-        decoder_dim: int = 512,
+        decoder_dim: PositiveInt = 512,
         decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        num_mix_groups: int = 1,
+        decoder_num_heads: PositiveInt = 16,
+        num_mix_groups: PositiveInt = 1,
     ) -> None:
         super().__init__()
         backbone = require_transformer(backbone, "MixMIM", drops_patches=True)

@@ -32,6 +32,7 @@ from sslbook.methods.mae import MAE
 from sslbook.nn.patches import patchify
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
+from sslbook.types import PositiveFloat
 
 VIEW = View(crop=None, interpolation="bicubic")
 FULL_SIZE = 224  # the image size for which radius and shift are given
@@ -73,15 +74,18 @@ class PixMIM(MAE):
         mae_options: the options of MAE.
 
     Raises:
-        UserError: the target would be empty, or an image shifted out of sight; and what MAE raises.
+        UserError: an image would be shifted by more than its size; and what MAE raises.
     """
 
     def __init__(
-        self, backbone: nn.Module, view: View = VIEW, radius: float = 40.0, shift: float = 4.0, **mae_options: Any
+        self,
+        backbone: nn.Module,
+        view: View = VIEW,
+        radius: PositiveFloat = 40.0,
+        shift: float = 4.0,
+        **mae_options: Any,
     ) -> None:
         super().__init__(backbone, view, **mae_options)
-        if radius <= 0:
-            raise UserError(f"radius {radius} leaves nothing of the image: use 40, or another positive number")
         self.radius, self.shift = radius * view.size / FULL_SIZE, round(shift * view.size / FULL_SIZE)
         if not 0 <= self.shift < view.size:
             raise UserError(f"shift {shift} moves an image by more than its size: use 4, or less than {FULL_SIZE}")

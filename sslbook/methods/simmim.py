@@ -31,6 +31,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
 from sslbook.nn.backbones import require
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.67, 1.0))
 
@@ -73,7 +74,9 @@ class SimMIM(Method):
             consist of whole patches, or the mask ratio masks no square or all of them.
     """
 
-    def __init__(self, backbone: nn.Module, view: View = VIEW, mask_size: int = 32, mask_ratio: float = 0.6) -> None:
+    def __init__(
+        self, backbone: nn.Module, view: View = VIEW, mask_size: PositiveInt = 32, mask_ratio: float = 0.6
+    ) -> None:
         super().__init__()
         require(backbone, "forward_tokens", "SimMIM")
         net: Any = backbone  # a TokenBackbone

@@ -40,6 +40,7 @@ from sslbook.methods.base import Method
 from sslbook.nn.backbones import require
 from sslbook.nn.patches import normalize_patches, patchify
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 
 VIEW = View(crop=(0.67, 1.0), interpolation="bicubic")
 GLOBAL_LAYERS = ("GlobalResponseNorm", "SEModule", "SqueezeExcite", "EffectiveSEModule", "EcaModule")  # of timm
@@ -166,7 +167,9 @@ class SparK(Method):
             does not fit them, `decoder_dim` cannot be halved, or the mask ratio masks no patch or all of them.
     """
 
-    def __init__(self, backbone: nn.Module, view: View = VIEW, mask_ratio: float = 0.6, decoder_dim: int = 768) -> None:
+    def __init__(
+        self, backbone: nn.Module, view: View = VIEW, mask_ratio: float = 0.6, decoder_dim: PositiveInt = 768
+    ) -> None:
         super().__init__()
         require(backbone, "forward_stages", "SparK")
         require_local(backbone)
