@@ -69,7 +69,7 @@ def test_page_is_whole_without_a_network(site: Path, browser: Browser, page: str
 
 
 @needs_chromium
-def test_formulas_are_drawn_and_readable_to_a_screen_reader(site: Path, browser: Browser):
+def test_formulas_are_rendered_and_readable_to_a_screen_reader(site: Path, browser: Browser):
     browser.open(address(site, "book/reference/notation"))
     assert browser.js("document.querySelectorAll('mjx-container mjx-math').length") > 40
     assert browser.js("document.querySelectorAll('mjx-assistive-mml math').length") > 40

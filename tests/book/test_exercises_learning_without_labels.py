@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from sslbook.book.chapters.learning_without_labels import exercises as check
 
 from sslbook import distributed
+from sslbook.book.chapters.learning_without_labels import exercises as check
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.views import View
 from sslbook.notebook.exercises import CheckFailed
@@ -118,7 +118,7 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("images_needed", lambda *a: needed(*a, by=4), "either side"),
     ("images_needed", lambda *a: needed(*a, by=1 / 4), "do not halve"),
     ("images_needed", lambda p, half, z: needed(p, half, 1), "not used"),
-    ("images_needed", lambda p, half, z: needed(p, half, z, by=1 / (1 - p)), "variance of one answer"),
+    ("images_needed", lambda p, half, z: needed(p, half, z, by=1 / (1 - p)), "variance of one prediction"),
     ("images_needed", lambda p, half, z: math.ceil(math.sqrt(p * (1 - p)) * z / half), "root of n"),
     ("participation_ratio", lambda h: participation(h, center=False), "not centered"),
     ("participation_ratio", lambda h: of_values(torch.linalg.svdvals(h - h.mean(0))), "square them"),
@@ -130,13 +130,13 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("standardize", lambda *a: standard(*a, shift=False), "not subtracted"),
     ("standardize", lambda *a: standard(*a, power=2), "variance"),
     ("standardize", lambda *a: standard(*a, of=lambda train, test: test), "other coordinates"),
-    ("standardize", lambda *a: standard(*a, of=lambda train, test: torch.cat([train, test])), "must not shape"),
+    ("standardize", lambda *a: standard(*a, of=lambda train, test: torch.cat([train, test])), "must not influence"),
     ("standardize", lambda a, b: (standard(a, b)[0], b), "unchanged"),
     ("standardize", lambda a, b: [(x - a.mean(0)) / (a - a.mean(0)).std(0) for x in (a, b)], "NaN"),
     ("paired_difference", lambda *a: paired(*a, sign=-1), "a minus b"),
     ("paired_difference", lambda a, b: tuple(100 * v for v in paired(a, b)), "percent"),
     ("paired_difference", lambda a, b: ((a != b).double().mean(), 0.0), "disagree"),
-    ("paired_difference", lambda *a: paired(*a, deviation=unpaired), "different sets"),
+    ("paired_difference", lambda *a: paired(*a, deviation=unpaired), "separate sets"),
     ("paired_difference", lambda *a: paired(*a, deviation=lambda x, y: (x - y).std(correction=0)), "one image"),
     ("paired_difference", lambda *a: paired(*a, power=1), "variance"),
     (
@@ -148,7 +148,7 @@ WRONG: list[tuple[str, Callable, str]] = [
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_answer_passes(name: str, capsys: pytest.CaptureFixture) -> None:
+def test_correct_solution_passes(name: str, capsys: pytest.CaptureFixture) -> None:
     getattr(check, name)(RIGHT[name])
     assert "passed" in capsys.readouterr().out
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from einops import rearrange
-from sslbook.book.chapters.mae import exercises as check
 
+from sslbook.book.chapters.mae import exercises as check
 from sslbook.methods import mae
 from sslbook.notebook.exercises import CheckFailed
 
@@ -53,14 +53,14 @@ WRONG = [
     ("patchify", cut("(h w) (c p q)"), "colors come first"),
     ("patchify", cut("(w h) (p q c)"), "column by column"),
     ("patchify", cut("(h w) (q p c)"), "transposed"),
-    ("mask", mask(lambda u, order, keep: order.argsort(1)[:, :keep]), "ranks, not places"),
+    ("mask", mask(lambda u, order, keep: order.argsort(1)[:, :keep]), "ranks, not indices"),
     ("mask", mask(lambda u, order, keep: order[:, -keep:]), "largest numbers"),
     ("mask", mask(lambda u, order, keep: u.argsort(1, descending=True)[:, :keep]), "largest first"),
     ("mask", mask(lambda u, order, keep: order[:, :keep], lambda order: order), "sorting order itself"),
     ("mask", lambda u, keep: u.argsort(1)[:, :keep], "return two tensors"),
     ("loss", loss(over=torch.numel), "divided by all patches"),
     ("loss", loss(weight=torch.ones_like), "multiply by the mask"),
-    ("loss", loss(weight=lambda m: 1 - m), "1 means hidden"),
+    ("loss", loss(weight=lambda m: 1 - m), "1 means masked"),
     ("loss", loss(target=lambda x: x), "not normalized"),
     ("loss", loss(target=lambda x: (x - x.mean()) / x.std()), "over the whole batch"),
     ("loss", loss(target=lambda x: centered(x, 0, 0.5)), "biased variance"),
@@ -74,7 +74,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_the_right_answer_passes(name, capsys) -> None:
+def test_correct_solution_passes(name, capsys) -> None:
     getattr(check, name)(RIGHT[name])
     assert "passed" in capsys.readouterr().out
 

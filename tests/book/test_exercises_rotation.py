@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from sslbook.book.chapters.rotation import exercises as check
 
+from sslbook.book.chapters.rotation import exercises as check
 from sslbook.methods.rotation import rotate
 from sslbook.notebook.exercises import CheckFailed
 
@@ -65,7 +65,7 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("rotate_without_rot90", lambda x: by_flips(x)[: 2 * len(x)], "all four rotations of every image"),
     ("logit_gradient", lambda z: gradient(z, rows=1), "gradient of the sum"),
     ("logit_gradient", lambda z: gradient(z, scale=4), "number of images"),
-    ("logit_gradient", lambda z: gradient(z, scale=-1), "sign is turned"),
+    ("logit_gradient", lambda z: gradient(z, scale=-1), "sign is reversed"),
     ("logit_gradient", lambda z: gradient(z, order=lambda n: torch.arange(4).repeat(n)), "repeat_interleave"),
     ("logit_gradient", lambda z: gradient(z, p=lambda z: z), "softmax is missing"),
     ("logit_gradient", lambda z: gradient(z, p=lambda z: z.softmax(0)), "over the batch"),
@@ -95,7 +95,7 @@ WRONG: list[tuple[str, Callable, str]] = [
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_answer_passes(name: str, capsys: pytest.CaptureFixture) -> None:
+def test_correct_solution_passes(name: str, capsys: pytest.CaptureFixture) -> None:
     getattr(check, name)(RIGHT[name])
     assert "passed" in capsys.readouterr().out
 

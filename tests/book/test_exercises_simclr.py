@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from sslbook.book.chapters.simclr import exercises as check
 from torch import Tensor
 
+from sslbook.book.chapters.simclr import exercises as check
 from sslbook.methods import simclr
 from sslbook.notebook.exercises import CheckFailed
 
@@ -144,7 +144,7 @@ EXERCISES = {
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_right_answer_passes_and_a_stub_is_no_failure(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_solution_passes_and_a_stub_does_not_fail(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     getattr(check, name)(EXERCISES[name][0])
     assert f"{name}: passed" in capsys.readouterr().out
     getattr(check, name)(lambda *_: ...)

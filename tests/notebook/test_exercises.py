@@ -14,7 +14,7 @@ def double(check, answer):
     check.gradient(answer, lambda x: 2 * x, x, mistakes={"the gradient of a square": lambda x: x**2})
 
 
-def test_a_right_answer_is_told_what_was_compared(capsys):
+def test_passing_prints_what_was_compared(capsys):
     double(lambda x: x + x)
     assert capsys.readouterr().out == "double: passed (shape, dtype, values, gradient)\n"
 
@@ -51,7 +51,7 @@ def test_mistakes_are_named_in_one_line(answer, message):
     assert "\n" not in str(failure.value)
 
 
-def test_what_is_not_a_function_is_told_so():
+def test_rejects_what_is_not_a_function():
     with pytest.raises(CheckFailed, match="give the function itself"):
         double(torch.zeros(3))
 

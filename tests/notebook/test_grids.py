@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD
 from sslbook.notebook import plots, style
 
 
@@ -46,13 +47,13 @@ def test_a_notebook_gets_one_image_and_the_text(monkeypatch):
 
 def test_denormalize_undoes_normalization():
     x = torch.rand(2, 3, 4, 4)
-    mean, std = torch.tensor(images.IMAGENET_MEAN), torch.tensor(images.IMAGENET_STD)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     back = plots.denormalize((x - mean[:, None, None]) / std[:, None, None])
     torch.testing.assert_close(back, x)
     assert plots.denormalize(torch.full((1, 3, 2, 2), 9.0)).max() == 1
 
 
-def test_grid_draws_each_image_under_its_title():
+def test_grid_shows_each_image_under_its_title():
     figure = plots.grid(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), [str(i) for i in range(10)], alt="x", columns=4)
     assert [ax.get_title() for ax in figure.axes] == [*map(str, range(10)), "", ""]
     assert [len(ax.images) for ax in figure.axes] == [1] * 10 + [0] * 2
@@ -66,7 +67,7 @@ def test_grid_shows_the_right_colors(as_uint8):
     assert middle.tolist() == [255, 0, 0, 255]
 
 
-def test_gray_images_are_drawn():
+def test_gray_images_are_shown():
     figure = plots.grid(torch.ones(1, 1, 4, 4), alt="white")
     image = pixels(figure)
     assert image[image.shape[0] // 2, image.shape[1] // 2].tolist() == [255, 255, 255, 255]

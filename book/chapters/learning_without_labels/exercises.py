@@ -38,11 +38,11 @@ def knn_vote(check: Check, answer: Callable) -> None:
         scores = check.call(answer, similarity, labels, k, tau, 3)
         check.shape(scores, (8, 3), "one row per query, one column per class")
         check.dtype(scores, torch.float32, "sum the weights, not the labels")
-        right = _vote(similarity, labels, k, tau, 3)
+        expected = _vote(similarity, labels, k, tau, 3)
         counts = _vote(similarity, labels, k, torch.inf, 3)
         check.close(
             scores,
-            right,
+            expected,
             mistakes={
                 "every neighbor has one vote: weigh each by exp(similarity / temperature)": counts,
                 "the temperature multiplies: the weight is exp(similarity / temperature)": _vote(
@@ -55,7 +55,8 @@ def knn_vote(check: Check, answer: Callable) -> None:
                 "the k least similar vote: take the largest similarities (topk, or sort descending)": _vote(
                     -similarity, labels, k, -tau, 3
                 ),
-                "the scores are normalized: return the sums of the weights themselves": right / right.sum(1, True),
+                "the scores are normalized: return the sums of the weights themselves": expected
+                / expected.sum(1, True),
             },
             what="weighted votes",
         )
@@ -68,8 +69,8 @@ def _merged(
     similarity: Float[Tensor, "query seen"], index: Int[Tensor, "query seen"], k: int, largest: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The k best; of equals those that stand first."""
-    top, place = similarity.sort(dim=1, descending=largest, stable=True)
-    return top[:, :k], index.gather(1, place)[:, :k]
+    top, column = similarity.sort(dim=1, descending=largest, stable=True)
+    return top[:, :k], index.gather(1, column)[:, :k]
 
 
 @exercise
@@ -93,22 +94,22 @@ def merge_neighbors(check: Check, answer: Callable) -> None:
         column = torch.arange(new).expand(6, new)
         both, ids = torch.cat([best, similarity], 1), torch.cat([index, start + column], 1)
         shifted = torch.cat([index, start + known + column], 1)
-        right, right_index = _merged(both, ids, k)
+        expected, expected_index = _merged(both, ids, k)
         check.close(
             top,
-            right,
+            expected,
             mistakes={
                 "only the new chunk was searched: the k best so far compete as well": _merged(similarity, column, k)[0],
                 "the k least similar are kept: take the largest": _merged(both, ids, k, largest=False)[0],
-                "the similarities are not sorted: the nearest comes first": right.flip(1),
+                "the similarities are not sorted: the nearest comes first": expected.flip(1),
             },
             what="similarities",
         )
         check.close(
             found,
-            right_index,
+            expected_index,
             mistakes={
-                "columns of the chunk are not places in the bank: add start": _merged(
+                "columns of the chunk are not indices of the bank: add start": _merged(
                     both, torch.cat([index, column], 1), k
                 )[1],
                 "these are columns of the concatenation: look up which bank entry stands there (gather)": _merged(
@@ -137,19 +138,19 @@ def probe_gradient(check: Check, answer: Callable) -> None:
         z = torch.cat([check.random(n, dim - 1), torch.ones(n, 1)], 1)
         gradient = check.call(answer, w, z, y, decay)
         check.shape(gradient, (dim, classes), "the shape of w: one number per weight")
-        right, bare = _probe_gradient(w, z, y, decay), _probe_gradient(w, z, y, 0.0)
+        expected, bare = _probe_gradient(w, z, y, decay), _probe_gradient(w, z, y, 0.0)
         target, logits = F.one_hot(y, classes).float(), z @ w
-        penalty = right - bare
+        penalty = expected - bare
         check.close(
             gradient,
-            right,
+            expected,
             mistakes={
                 "the decay is missing: add the gradient of the penalty": bare,
                 "the bias decays too: the last row of w belongs to the appended 1": _probe_gradient(w, z, y, decay, 0),
                 "the penalty has a half in front: its gradient is decay * w": bare + 2 * penalty,
                 "the decay has the wrong sign: it pulls the weights to zero": bare - penalty,
                 "this is the gradient of the sum: the loss is a mean over the images": bare * n + penalty,
-                "the sign of the loss is turned: it is softmax minus one-hot": penalty - bare,
+                "the sign of the loss is reversed: it is softmax minus one-hot": penalty - bare,
                 "the one-hot labels are missing: without them the probe only learns to be unsure": z.T
                 @ logits.softmax(1)
                 / n
@@ -168,7 +169,7 @@ def probe_gradient(check: Check, answer: Callable) -> None:
 
 @exercise
 def standardize(check: Check, answer: Callable) -> None:
-    """`answer(train_x, test_x) -> (train_z, test_z)`, with the mean and deviation of the training features."""
+    """`answer(train_x, test_x) -> (train_z, test_z)`, with mean and standard deviation of the training set."""
     train, test = 3 * check.random(50, 4) + 2, 5 * check.random(20, 4) - 1
     returned = check.call(answer, train, test)
     check.that(isinstance(returned, tuple | list) and len(returned) == 2, "must return two tensors: train, test")
@@ -177,11 +178,11 @@ def standardize(check: Check, answer: Callable) -> None:
         returned[0],
         (train - mean) / std,
         mistakes={
-            "each image was standardized by itself: mean and deviation are those of a feature (dim=0)": (
+            "each image was standardized by itself: mean and standard deviation are those of a feature (dim=0)": (
                 train - train.mean(1, keepdim=True)
             )
             / train.std(1, keepdim=True, correction=0),
-            "one mean and one deviation for all features: each has its own": (train - train.mean())
+            "one mean and one standard deviation for all features: each has its own": (train - train.mean())
             / train.std(correction=0),
             "the mean was not subtracted": train / std,
             "divided by the variance: divide by its root": (train - mean) / std.square(),
@@ -199,7 +200,9 @@ def standardize(check: Check, answer: Callable) -> None:
                 test - test.mean(0)
             )
             / test.std(0, correction=0),
-            "mean and deviation of both splits together: test images must not shape the training": (test - both.mean(0))
+            "mean and standard deviation of both splits together: test images must not influence the training": (
+                test - both.mean(0)
+            )
             / both.std(0, correction=0),
             "the test features are unchanged": test,
         },
@@ -209,7 +212,9 @@ def standardize(check: Check, answer: Callable) -> None:
     )
     train[:, 0] = 0.1
     dead, _ = check.call(answer, train, test)
-    check.that(torch.isfinite(dead).all(), "a constant feature gives NaN: its deviation is 0, divide by 1 instead")
+    check.that(
+        torch.isfinite(dead).all(), "a constant feature gives NaN: its standard deviation is 0, divide by 1 instead"
+    )
     check.that((dead[:, 0].abs() < 1e-3).all(), "a constant feature must become 0, not grow", "constant features")
 
 
@@ -230,7 +235,7 @@ def images_needed(check: Check, answer: Callable) -> None:
                 ),
                 "half_width is the whole width here: do not halve it": math.ceil(exact / 4),
                 "z is not used": math.ceil(exact / z**2),
-                "the variance of one answer is p (1 - p), not p": math.ceil(p * (z / half) ** 2),
+                "the variance of one prediction is p (1 - p), not p": math.ceil(p * (z / half) ** 2),
                 "the standard deviation falls with the root of n: square the ratio": math.ceil(
                     math.sqrt(p * (1 - p)) * z / half
                 ),
@@ -243,37 +248,40 @@ def images_needed(check: Check, answer: Callable) -> None:
 
 @exercise
 def paired_difference(check: Check, answer: Callable) -> None:
-    """`answer(right_a, right_b) -> (difference, deviation)` of two accuracies on the same images, as fractions."""
+    """`answer(correct_a, correct_b) -> (difference, std)` of two accuracies on the same images, as fractions."""
     for n in (40, 300):
         a = check.random(n) > -0.6
         b = (check.random(n) > 1) ^ a
         returned = check.call(answer, a, b)
-        check.that(isinstance(returned, tuple | list) and len(returned) == 2, "must return difference and deviation")
+        check.that(
+            isinstance(returned, tuple | list) and len(returned) == 2,
+            "must return the difference and its standard deviation",
+        )
         d = a.double() - b.double()
-        difference, deviation = d.mean(), d.std(correction=0) / math.sqrt(n)
+        difference, std = d.mean(), d.std(correction=0) / math.sqrt(n)
         check.close(
             returned[0],
             difference,
             mistakes={
-                "the sign is turned: a minus b": -difference,
+                "the sign is reversed: a minus b": -difference,
                 "in percent: give fractions": 100 * difference,
-                "this is the part on which they disagree": d.abs().mean(),
+                "this is the fraction on which they disagree": d.abs().mean(),
             },
             what="difference",
         )
         pa, pb = a.double().mean(), b.double().mean()
         check.close(
             returned[1],
-            deviation,
+            std,
             mistakes={
-                "this is the deviation for two different sets of images: here the same images decide both": (
+                "this is the standard deviation for two separate sets of images: here both use the same images": (
                     (pa * (1 - pa) + pb * (1 - pb)) / n
                 ).sqrt(),
-                "this is the deviation of one image: the mean of n has it over sqrt(n)": deviation * math.sqrt(n),
-                "this is the variance: take its root": deviation.square(),
-                "divided by n: the deviation of a mean falls with sqrt(n)": deviation / math.sqrt(n),
+                "this is the standard deviation for one image: the mean of n has it over sqrt(n)": std * math.sqrt(n),
+                "this is the variance: take its root": std.square(),
+                "divided by n: the standard deviation of a mean falls with sqrt(n)": std / math.sqrt(n),
             },
-            what="deviation",
+            what="standard deviation",
             rtol=2e-2,  # n or n - 1
         )
 

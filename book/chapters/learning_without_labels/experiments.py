@@ -2,10 +2,10 @@
 
     python book/chapters/learning_without_labels/experiments.py            about five minutes on one CPU core
 
-Writes `learning_without_labels_shapes` (accuracy on test images), `learning_without_labels_factors` (what the features
-know of every factor) and `learning_without_labels_labels` (accuracy with few labels). The probes choose their learning
-rate on a part of the training set. Shapes's knobs were set with test accuracies of seed 0 in sight, so that a minute
-of training suffices; nothing else was chosen on test images.
+Writes `learning_without_labels_shapes` (accuracy on test images), `learning_without_labels_factors` (how well the
+features predict every factor) and `learning_without_labels_labels` (accuracy with few labels). The probes choose their learning
+rate on held-out training images. The knobs of Shapes were set by test accuracies of seed 0, so that a minute of training
+suffices; nothing else was chosen on test images.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from sslbook import results, rng
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
+from sslbook.engine.loop import pretrain
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.simclr import SimCLR
 from sslbook.schedules import Cosine, Warmup
-from sslbook.train import pretrain
 
 KNOBS = {"position": 1.0, "scale": 1.0, "background": 0.0, "lighting": 0.2, "noise": 0.02}
 TINY_SHAPES = Shapes(num_train=3000, num_test=1000, **KNOBS)
@@ -31,7 +31,7 @@ VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.8, 0.8, 0.8, 0.2), graysca
 LOOK = View.center(16)
 BATCH, LR = 128, 3e-3
 PER_CLASS = (1, 2, 5, 10, 30, 100)
-DRAWS = 5
+SUBSETS = 5
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
 Rows = dict[str, dict[str, list[float]]]
@@ -91,7 +91,7 @@ def main() -> None:
             for column, value in values.items():
                 where.setdefault(name, {}).setdefault(column, []).append(round(value, 3))
         if few:
-            labels[name] = {str(n): [round(few_labels(parts, n, d), 3) for d in range(DRAWS)] for n in PER_CLASS}
+            labels[name] = {str(n): [round(few_labels(parts, n, d), 3) for d in range(SUBSETS)] for n in PER_CLASS}
         print(name, {key: value[-1] for key, value in table[name].items()}, flush=True)
 
     for seed in seeds:
@@ -106,7 +106,7 @@ def main() -> None:
             pretrain(
                 method, data, partial(torch.optim.AdamW, lr=LR, weight_decay=0.01), Warmup("10 %", then=Cosine()),
                 batch_size=BATCH, steps=steps, seed=seed, device="cpu", out_dir=f"{folder}/run", progress=False,
-                report="none", checkpoint_every="1000000 steps",
+                checkpoint_every="1000000 steps",
             )  # fmt: skip
         note("SimCLR", method.backbone, few=first)
         controls.supervised(
@@ -123,7 +123,7 @@ def save(table: Rows, known: Rows, labels: Rows, data: Data, steps: int, seeds: 
     name = "learning_without_labels"
     results.save(f"{name}_shapes", table, seeds=seeds, settings=settings)
     results.save(f"{name}_factors", known, seeds=seeds, settings=settings)
-    results.save(f"{name}_labels", labels, seeds=seeds[:1], settings={**settings, "draws of labels": DRAWS})
+    results.save(f"{name}_labels", labels, seeds=seeds[:1], settings={**settings, "label subsets": SUBSETS})
 
 
 if __name__ == "__main__":

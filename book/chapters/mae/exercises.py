@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from sslbook.methods.mae import normalize_patches
+from sslbook.nn.patches import normalize_patches
 from sslbook.notebook.exercises import Check, exercise
 
 
@@ -42,18 +42,18 @@ def mask(check: Check, answer: Callable) -> None:
     returned = check.call(answer, u, 3)
     check.that(isinstance(returned, tuple) and len(returned) == 2, "return two tensors: visible, restore")
     visible, restore = returned
-    check.shape(visible, (4, 3), "exactly `keep` places for every image")
+    check.shape(visible, (4, 3), "exactly `keep` indices for every image")
     check.shape(restore, (4, 9), "one position for every patch")
-    check.dtype(visible, torch.int64, "places, to index with")
+    check.dtype(visible, torch.int64, "indices of patches")
     check.close(
         visible,
         order[:, :3],
         mistakes={
-            "these are ranks, not places: sort once for the visible places": order.argsort(dim=1)[:, :3],
-            "these are the places of the largest numbers: take the first of the sorted order": order[:, -3:],
-            "these are the largest numbers' places, largest first: take the smallest": order.flip(1)[:, :3],
+            "these are ranks, not indices: sort once for the visible patches": order.argsort(dim=1)[:, :3],
+            "these are the indices of the largest numbers: take the first of the sorted order": order[:, -3:],
+            "these are the indices of the largest numbers, largest first: take the smallest": order.flip(1)[:, :3],
         },
-        what="visible places",
+        what="visible indices",
     )
     check.close(
         restore,
@@ -65,35 +65,35 @@ def mask(check: Check, answer: Callable) -> None:
 
 @exercise
 def loss(check: Check, answer: Callable) -> None:
-    """`answer(drawn, patches, mask) -> scalar`."""
-    drawn, patches = check.random(3, 8, 12), 2 * check.random(3, 8, 12) + 1
-    hidden = torch.zeros(3, 8)
-    hidden[:, [0, 2, 3, 5, 6, 7]] = 1
-    value = check.call(answer, drawn, patches, hidden)
+    """`answer(prediction, patches, mask) -> scalar`."""
+    prediction, patches = check.random(3, 8, 12), 2 * check.random(3, 8, 12) + 1
+    masked = torch.zeros(3, 8)
+    masked[:, [0, 2, 3, 5, 6, 7]] = 1
+    value = check.call(answer, prediction, patches, masked)
     check.shape(value, (), "one number for the batch")
 
     def mean(target: Float[Tensor, "n l v"], weight: Float[Tensor, "n l"]) -> Tensor:
-        return ((drawn - target).square().mean(2) * weight).sum() / weight.sum()
+        return ((prediction - target).square().mean(2) * weight).sum() / weight.sum()
 
     variance, center = torch.var_mean(patches, dim=2, correction=0, keepdim=True)
     target = normalize_patches(patches)
     over_batch = (patches - patches.mean()) / patches.std()
     check.close(
         value,
-        mean(target, hidden),
+        mean(target, masked),
         mistakes={
-            "divided by all patches: divide by the number of hidden ones, mask.sum()": mean(target, hidden) * 6 / 8,
+            "divided by all patches: divide by the number of masked ones, mask.sum()": mean(target, masked) * 6 / 8,
             "averaged over all patches: multiply by the mask": mean(target, torch.ones(3, 8)),
-            "the visible patches are scored: 1 means hidden": mean(target, 1 - hidden),
-            "the target is not normalized": mean(patches, hidden),
-            "normalized over the whole batch: each patch has its own mean and variance": mean(over_batch, hidden),
+            "the visible patches are scored: 1 means masked": mean(target, 1 - masked),
+            "the target is not normalized": mean(patches, masked),
+            "normalized over the whole batch: each patch has its own mean and variance": mean(over_batch, masked),
             "biased variance: torch.var_mean divides by the number of values less one": mean(
-                (patches - center) / (variance + 1e-6).sqrt(), hidden
+                (patches - center) / (variance + 1e-6).sqrt(), masked
             ),
             "divided by the variance: take its root": mean(
-                (patches - center) / (patches.var(2, keepdim=True) + 1e-6), hidden
+                (patches - center) / (patches.var(2, keepdim=True) + 1e-6), masked
             ),
-            "summed over the values of a patch: take their mean": mean(target, hidden) * 12,
+            "summed over the values of a patch: take their mean": mean(target, masked) * 12,
         },
         what="loss",
     )
@@ -108,18 +108,18 @@ def block(check: Check, answer: Callable) -> None:
     check.shape(masks, (5, 25), "one number for each of grid * grid patches, row by row")
 
     def inside(top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-        place = torch.arange(5)
-        rows = (place >= top[:, None]) & (place < top[:, None] + height)
-        columns = (place >= left[:, None]) & (place < left[:, None] + width)
+        i = torch.arange(5)
+        rows = (i >= top[:, None]) & (i < top[:, None] + height)
+        columns = (i >= left[:, None]) & (i < left[:, None] + width)
         return (rows[:, :, None] & columns[:, None]).flatten(1).float()
 
-    right = inside(top, left, 3, 2)
+    expected = inside(top, left, 3, 2)
     check.close(
         masks,
-        right,
+        expected,
         mistakes={
-            "1 means hidden: the rectangle itself, not what is around it": 1 - right,
-            "rows and columns are swapped": right.reshape(5, 5, 5).transpose(1, 2).flatten(1),
+            "1 means masked: the rectangle itself, not what is around it": 1 - expected,
+            "rows and columns are swapped": expected.reshape(5, 5, 5).transpose(1, 2).flatten(1),
             "one row and one column too many: the end is not included": inside(top, left, 4, 3),
             "height and width are swapped": inside(top, left, 2, 3),
         },

@@ -1,9 +1,9 @@
-"""Longer runs of the chapter on MAE: results with seeds, the sabotages, and the checkpoint that its sliders draw from.
+"""Longer runs of the chapter on MAE: results with seeds, the ablations, and the checkpoint of its sliders.
 
     python book/chapters/mae/experiments.py train        the controls, and the checkpoint
     python book/chapters/mae/experiments.py sabotage     one line changed at a time
 
-Each run is drawn, trained and measured on one CPU core; a second argument says how many runs go side by side.
+Each run uses one CPU core; a second argument says how many runs go side by side.
 """
 
 import copy
@@ -24,12 +24,14 @@ from sslbook import results
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
+from sslbook.engine.loop import pretrain
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
-from sslbook.methods.mae import MAE, normalize_patches, patchify, random_mask, reconstruction_loss, take
+from sslbook.methods.mae import MAE, random_mask, reconstruction_loss
 from sslbook.nn import VisionTransformer
+from sslbook.nn.mask_tokens import gather_tokens
+from sslbook.nn.patches import normalize_patches, patchify
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Warmup
-from sslbook.train import pretrain
 
 SIZE, PATCH = 24, 4
 GRAY = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -39,7 +41,7 @@ LOOK = View.center(SIZE, **GRAY)
 BATCH, RATE = 128, 1.5e-3
 STEPS = {"train": 6000, "sabotage": 1500}
 LABELS = 300  # that fine-tuning may use
-SLIPS: dict[str, dict] = {
+CHANGES: dict[str, dict] = {
     "MAE": {},
     "mask 10 %": {"mask_ratio": 0.1},
     "loss on all": {"on": "all"},
@@ -53,9 +55,9 @@ SLIPS: dict[str, dict] = {
 
 
 class Broken(MAE):
-    """MAE with a choice of slips: `tokens` puts mask tokens into the encoder, `on` says where the loss is taken."""
+    """MAE with one change: `tokens` puts mask tokens into the encoder, `on` selects the patches of the loss."""
 
-    def __init__(self, *args, on: str = "hidden", tokens: bool = False, **options) -> None:
+    def __init__(self, *args, on: str = "masked", tokens: bool = False, **options) -> None:
         super().__init__(*args, **options)
         self.on = on
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, self.backbone.dim)) if tokens else None
@@ -64,26 +66,26 @@ class Broken(MAE):
         (images,) = batch.views
         size, decoder = self.backbone.patch_size, self.decoder
         tokens = self.backbone.embed(images)
-        visible, hidden = random_mask(batch.index, tokens.shape[1], self.mask_ratio, clock)
-        order = torch.cat([visible, hidden], dim=1)
+        visible, masked = random_mask(batch.index, tokens.shape[1], self.mask_ratio, clock)
+        order = torch.cat([visible, masked], dim=1)
         grid = patch_grid(images.shape[2], images.shape[3], size)
         if self.token is None:
-            seen = decoder.embed(self.backbone.encode(take(tokens, visible)))
-            masks = decoder.mask_token.expand(len(images), hidden.shape[1], -1)
-            seen = torch.cat([seen, masks], dim=1)
+            encoded = decoder.embed(self.backbone.encode(gather_tokens(tokens, visible)))
+            masks = decoder.mask_token.expand(len(images), masked.shape[1], -1)
+            encoded = torch.cat([encoded, masks], dim=1)
         else:
             masks = (self.token + self.backbone.pos_embed[:, 1:]).expand(len(images), -1, -1)
-            seen = torch.cat([take(tokens, visible), take(masks, hidden)], dim=1)
-            seen = decoder.embed(self.backbone.encode(seen))
-        placed = torch.cat([seen[:, :1], seen[:, 1:] + decoder.positions[order]], dim=1)
-        drawn = decoder.predict(decoder.norm(decoder.blocks(placed)))[:, 1:]
+            inputs = torch.cat([gather_tokens(tokens, visible), gather_tokens(masks, masked)], dim=1)
+            encoded = decoder.embed(self.backbone.encode(inputs))
+        encoded = torch.cat([encoded[:, :1], encoded[:, 1:] + decoder.positions[order]], dim=1)
+        prediction = decoder.predict(decoder.norm(decoder.blocks(encoded)))[:, 1:]
         assert grid == decoder.grid
-        target = take(patchify(images, size), order)
+        target = gather_tokens(patchify(images, size), order)
         if self.norm_pix_loss:
             target = normalize_patches(target)
         count = visible.shape[1]
-        part = {"hidden": slice(count, None), "visible": slice(0, count), "all": slice(None)}[self.on]
-        return {"loss": reconstruction_loss(drawn[:, part], target[:, part])}
+        part = {"masked": slice(count, None), "visible": slice(0, count), "all": slice(None)}[self.on]
+        return {"loss": reconstruction_loss(prediction[:, part], target[:, part])}
 
 
 def make(seed: int, depth: int = 1, **options) -> MAE:
@@ -100,7 +102,7 @@ def learn(method: MAE, data: Data, steps: int, seed: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         pretrain(
             method, data, adamw, Warmup("10 %", then=Cosine()), batch_size=BATCH, steps=steps, seed=seed,
-            device="cpu", out_dir=folder, checkpoint_every="1000000 steps", log_every=1, progress=False, report="none",
+            device="cpu", out_dir=folder, checkpoint_every="1000000 steps", log_every=1, progress=False,
         )  # fmt: skip
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     loss = torch.tensor([line["loss"] for line in lines if "loss" in line])
@@ -120,19 +122,19 @@ def measure(backbone: nn.Module, data: Data, with_factors: bool = False) -> dict
     return found
 
 
-def drawn(method: MAE, data: Data, rho: float = 0.75) -> float:
-    """Percentage of the structure within hidden patches of test images that the decoder draws rightly."""
+def recovered(method: MAE, data: Data, rho: float = 0.75) -> float:
+    """Percentage of the structure within masked patches of test images that the decoder recovers."""
     method.mask_ratio, usual = rho, method.mask_ratio
     (batch,) = data.evaluation_batches("test", LOOK, batch_size=data.num_test)
     with torch.no_grad():
-        prediction, hidden = method.predict(batch.views[0], batch.index, Clock())
+        prediction, masked = method.predict(batch.views[0], batch.index, Clock())
     method.mask_ratio = usual
-    patches = take(patchify(batch.views[0], PATCH), hidden)
+    patches = gather_tokens(patchify(batch.views[0], PATCH), masked)
     variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
     if method.norm_pix_loss:
         prediction = prediction * (variance + 1e-6).sqrt()
-    wrong = prediction - prediction.mean(2, keepdim=True) - (patches - mean)
-    return 100 * float(1 - wrong.square().sum() / (patches - mean).square().sum())
+    error = prediction - prediction.mean(2, keepdim=True) - (patches - mean)
+    return 100 * float(1 - error.square().sum() / (patches - mean).square().sum())
 
 
 def tuned(backbone: nn.Module, seed: int) -> float:
@@ -176,15 +178,15 @@ def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
     return rows, knowledge, loss
 
 
-def one_slip(name: str, seed: int) -> dict[str, float]:
+def one_change(name: str, seed: int) -> dict[str, float]:
     torch.set_num_threads(1)
-    data, method = Data(shapes=TINY_SHAPES), make(seed, **SLIPS[name])
+    data, method = Data(shapes=TINY_SHAPES), make(seed, **CHANGES[name])
     if name == "no positions":
         method.backbone.pos_embed.zero_(), method.decoder.positions.zero_()
     loss = learn(method, data, STEPS["sabotage"], seed)
     found = {"first loss": loss[0], "last loss": loss[-1], **measure(method.backbone, data)}
-    if "tokens" not in SLIPS[name]:  # an encoder that expects mask tokens cannot draw without them
-        found["drawn"] = drawn(method, data)
+    if "tokens" not in CHANGES[name]:  # an encoder trained with mask tokens cannot do without them
+        found["recovered"] = recovered(method, data)
     print(name, seed, found, flush=True)
     return found
 
@@ -212,8 +214,8 @@ def train(pool: ProcessPoolExecutor, seeds: tuple[int, ...] = (0,)) -> None:
 
 
 def sabotage(pool: ProcessPoolExecutor, seeds: tuple[int, ...] = (0,)) -> None:
-    runs = list(itertools.product(SLIPS, seeds))
-    found = pool.map(one_slip, *zip(*runs))
+    runs = list(itertools.product(CHANGES, seeds))
+    found = pool.map(one_change, *zip(*runs))
     table = gather([{name: row} for (name, _), row in zip(runs, found)])
     results.save("mae_sabotage", table, seeds=seeds, settings=settings("sabotage"))
 

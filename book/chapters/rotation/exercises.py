@@ -11,7 +11,7 @@ from torch import Tensor
 from sslbook.notebook.exercises import Check, exercise
 
 
-def _turned(x: Float[Tensor, "n c s s"], sign: int = 1, dims: tuple[int, int] = (2, 3)) -> Float[Tensor, "4*n c s s"]:
+def _rotated(x: Float[Tensor, "n c s s"], sign: int = 1, dims: tuple[int, int] = (2, 3)) -> Float[Tensor, "4*n c s s"]:
     return torch.cat([torch.rot90(x, sign * k, dims=dims) for k in range(4)])
 
 
@@ -20,18 +20,18 @@ def rotate_without_rot90(check: Check, answer: Callable) -> None:
     """`answer(x) -> (4n, c, s, s)`: all four rotations by flips and transpositions."""
     for n, c, side in ((3, 2, 5), (1, 3, 4)):
         x = check.random(n, c, side, side)
-        right = _turned(x)
-        turned = check.call(answer, x)
-        check.shape(turned, right.shape, "all four rotations of every image, stacked along the batch")
-        check.dtype(turned, x.dtype)
-        rows = right.unflatten(0, (4, n))
+        expected = _rotated(x)
+        rotated = check.call(answer, x)
+        check.shape(rotated, expected.shape, "all four rotations of every image, stacked along the batch")
+        check.dtype(rotated, x.dtype)
+        rows = expected.unflatten(0, (4, n))
         transposed = torch.cat([x, x.mT, x.flip(2, 3), x.mT.flip(2, 3)])
         mirrored = torch.cat([x, x.mT.flip(2), x.flip(2), x.mT.flip(3)])
         check.close(
-            turned,
-            right,
+            rotated,
+            expected,
             mistakes={
-                "90 and 270 degrees are exchanged: counterclockwise, the right column becomes the top row": _turned(
+                "90 and 270 degrees are exchanged: counterclockwise, the right column becomes the top row": _rotated(
                     x, sign=-1
                 ),
                 "the rows are grouped by image: put all images at 0 degrees first, then all at 90": rows.transpose(
@@ -40,7 +40,7 @@ def rotate_without_rot90(check: Check, answer: Callable) -> None:
                 "a transposition alone is a mirror image: flip one axis as well": transposed,
                 "180 degrees needs both axes flipped: one flip is a mirror image": mirrored,
                 "channels and height are exchanged: height and width are the axes 2 and 3": (
-                    _turned(x, dims=(1, 2)) if c == side else torch.full_like(right, math.inf)
+                    _rotated(x, dims=(1, 2)) if c == side else torch.full_like(expected, math.inf)
                 ),
             },
             what="four rotations",
@@ -60,15 +60,15 @@ def logit_gradient(check: Check, answer: Callable) -> None:
         logits = scale * check.random(4 * n, 4)
         gradient = check.call(answer, logits)
         check.shape(gradient, (4 * n, 4), "one number for every logit")
-        right = _rotation_gradient(logits)
+        expected = _rotation_gradient(logits)
         wrong_order = (logits.softmax(1) - F.one_hot(torch.arange(4).repeat(n), 4)) / len(logits)
         check.close(
             gradient,
-            right,
+            expected,
             mistakes={
-                "this is the gradient of the sum: the loss is a mean over 4n rows": right * len(logits),
-                "divided by the number of images: the loss is a mean over 4n rows": right * 4,
-                "the sign is turned: descending on it would raise the loss (softmax minus one-hot)": -right,
+                "this is the gradient of the sum: the loss is a mean over 4n rows": expected * len(logits),
+                "divided by the number of images: the loss is a mean over 4n rows": expected * 4,
+                "the sign is reversed: descending on it would raise the loss (softmax minus one-hot)": -expected,
                 "the targets run 0 1 2 3 0 1 2 3: rows are grouped by rotation, so repeat_interleave": wrong_order,
                 "the softmax is missing: the logits themselves are not probabilities": (
                     logits - F.one_hot(torch.arange(4).repeat_interleave(n), 4)
@@ -164,15 +164,15 @@ def group_average(check: Check, answer: Callable) -> None:
                 torch.stack([torch.rot90(x, k, dims=(2, 3)) for k in range(4)]).mean(0)
             ),
             "the features are summed: divide by four": each.sum(0),
-            "rows of different images are mixed: unflatten to (4, n, d), rotation first": f(_turned(x))
+            "rows of different images are mixed: unflatten to (4, n, d), rotation first": f(_rotated(x))
             .unflatten(0, (4, 4))
             .mean(1),
             "one rotation is missing: 0, 90, 180 and 270 degrees": each[:3].mean(0),
         },
         what="average",
     )
-    turned = check.call(answer, f, torch.rot90(x, 1, dims=(2, 3)))
-    check.close(turned, features, what="the same for a turned image")
+    rotated = check.call(answer, f, torch.rot90(x, 1, dims=(2, 3)))
+    check.close(rotated, features, what="the same for a rotated image")
 
 
 @exercise
@@ -186,29 +186,29 @@ def gradient_variance(check: Check, answer: Callable) -> None:
     )
     between, within = (torch.as_tensor(v) for v in returned)
     mean = g.mean(1)
-    right_between = (mean - mean.mean(0)).square().sum(1).mean()
-    right_within = (g - mean[:, None]).square().sum(2).mean()
+    expected_between = (mean - mean.mean(0)).square().sum(1).mean()
+    expected_within = (g - mean[:, None]).square().sum(2).mean()
     total = (g - g.mean((0, 1))).square().sum(2).mean()
     per_rotation = (g.mean(0) - g.mean((0, 1))).square().sum(1).mean()
     for value in (between, within):
         check.that(value.ndim == 0, "each is one number: sum over the parameters, then average", "two numbers")
     check.close(
         between,
-        right_between,
+        expected_between,
         mistakes={
-            "this is the within part: the answer is (between, within)": right_within,
+            "this is the within part: the answer is (between, within)": expected_within,
             "this is the total variance: first average each image's four gradients": total,
-            "averaged over parameters: the variance of a vector is the sum over its components": right_between / 7,
+            "averaged over parameters: the variance of a vector is the sum over its components": expected_between / 7,
         },
         what="between images",
     )
     check.close(
         within,
-        right_within,
+        expected_within,
         mistakes={
             "this is the total variance: subtract each image's own mean": total,
             "these are the differences between the mean gradients of the rotations, not within an image": per_rotation,
-            "averaged over parameters: the variance of a vector is the sum over its components": right_within / 7,
+            "averaged over parameters: the variance of a vector is the sum over its components": expected_within / 7,
         },
         what="within an image",
     )
@@ -227,14 +227,14 @@ def loss_floor(check: Check, answer: Callable) -> None:
     joint = (table + torch.eye(4, 6)) / (table + torch.eye(4, 6)).sum()
     value = torch.as_tensor(check.call(answer, joint))
     check.that(value.ndim == 0, "return one number", "one number")
-    right = _remaining_entropy(joint)
+    expected = _remaining_entropy(joint)
     reverse = _remaining_entropy(joint.T)
     row = joint.sum(1)
     check.close(
         value,
-        right,
+        expected,
         mistakes={
-            "in bits: the natural logarithm gives nats": right / math.log(2),
+            "in bits: the natural logarithm gives nats": expected / math.log(2),
             "this is H(s | r), the uncertainty about the state: divide by the column sums": reverse,
             "this is the entropy of the joint table: condition on the state": -(joint * joint.log()).nan_to_num().sum(),
             "this is H(r): the state has not been used": -(row * row.log()).sum(),

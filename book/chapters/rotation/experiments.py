@@ -6,8 +6,8 @@
     python book/chapters/rotation/experiments.py break      only book/results/rotation_broken.json and rotation_curves.json
     python book/chapters/rotation/experiments.py break "watermark"    one row of these anew
 
-Step size, steps and network were chosen on Shapes(seed=0). Everything here comes from the worlds of seeds 1 and 2, what
-is broken on purpose from seed 1 alone.
+Step size, steps and network were chosen on Shapes(seed=0). All results are of seeds 1 and 2, those of the
+runs that are broken on purpose of seed 1 alone.
 """
 
 import copy
@@ -112,7 +112,7 @@ def knn_of(backbone, data) -> float:
 
 
 class Stage(nn.Module):
-    """One stage of the backbone, averaged over a 2 x 2 grid of places."""
+    """One stage of the backbone, averaged over a 2 x 2 grid of positions."""
 
     def __init__(self, backbone: ConvNet, stage: int) -> None:
         super().__init__()

@@ -39,10 +39,10 @@ def nt_xent_detached(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], t
     positive = first + torch.arange(len(z_1))
     z_1, z_2 = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
     loss = z_1.new_zeros(())
-    for anchor, partner in ((z_1, z_2), (z_2, z_1)):
+    for anchor, other in ((z_1, z_2), (z_2, z_1)):
         s_same = anchor @ distributed.all_gather(anchor.detach()).T
         s_same = s_same.diagonal_scatter(torch.full_like(s_same[:, 0], -torch.inf), offset=first)
-        s_other = anchor @ distributed.all_gather(partner.detach()).T
+        s_other = anchor @ distributed.all_gather(other.detach()).T
         loss = loss + F.cross_entropy(torch.cat([s_other, s_same], dim=1) / temperature, positive)
     return loss
 
@@ -55,12 +55,12 @@ def _logits(z: Float[Tensor, "views dim"], temperature: float, mask: bool = True
     return similarity.fill_diagonal_(-torch.inf) if mask else similarity
 
 
-def _partner(views: int) -> Int[Tensor, "views"]:
+def _positive(views: int) -> Int[Tensor, "views"]:
     return torch.arange(views).roll(views // 2)
 
 
 def _loss(z: Float[Tensor, "views dim"], temperature: float) -> Float[Tensor, ""]:
-    return F.cross_entropy(_logits(z, temperature), _partner(len(z)))
+    return F.cross_entropy(_logits(z, temperature), _positive(len(z)))
 
 
 @exercise
@@ -72,33 +72,35 @@ def nt_xent(check: Check, answer: Callable) -> None:
         check.shape(loss, (), "the mean over all 2N rows is one number")
         neighbor = torch.arange(2 * n) ^ 1
         raw = (z @ z.T / tau).fill_diagonal_(-torch.inf)
-        logits, partner = _logits(z, tau), _partner(2 * n)
-        positive = logits.gather(1, partner[:, None])[:, 0]
-        negatives = logits.scatter(1, partner[:, None], -torch.inf)
-        right = _loss(z, tau)
+        logits, positive = _logits(z, tau), _positive(2 * n)
+        score = logits.gather(1, positive[:, None])[:, 0]
+        negatives = logits.scatter(1, positive[:, None], -torch.inf)
+        expected = _loss(z, tau)
         check.close(
             loss,
-            right,
+            expected,
             mistakes={
                 "row i still contains its own similarity: mask the diagonal before the softmax": F.cross_entropy(
-                    _logits(z, tau, mask=False), partner
+                    _logits(z, tau, mask=False), positive
                 ),
                 "the rows are not of unit length: divide each by its norm before the products": F.cross_entropy(
-                    raw, partner
+                    raw, positive
                 ),
                 "the temperature multiplies: divide the similarities by it": _loss(z, 1 / tau),
                 "the temperature has no effect: divide the similarities by it": _loss(z, 1.0),
                 "rows 2i and 2i + 1 are paired: here rows i and i + N belong together": F.cross_entropy(
                     logits, neighbor if n % 2 == 0 else neighbor.clamp(max=2 * n - 1)
                 ),
-                "only the first N rows ask: the second views are anchors too": F.cross_entropy(logits[:n], partner[:n]),
+                "only the first N rows ask: the second views are anchors too": F.cross_entropy(
+                    logits[:n], positive[:n]
+                ),
                 "twice the mean over all 2N rows (the authors' code): the exercise asks for the paper's mean": 2
-                * right,
-                "the sum over the rows: divide by 2N": 2 * n * right,
+                * expected,
+                "the sum over the rows: divide by 2N": 2 * n * expected,
                 "the positive is missing from the denominator: k runs over all rows but i": (
-                    negatives.logsumexp(1) - positive
+                    negatives.logsumexp(1) - score
                 ).mean(),
-                "the sign is wrong: the loss is minus the logarithm of a probability": -right,
+                "the sign is wrong: the loss is minus the logarithm of a probability": -expected,
             },
             what="loss",
         )
@@ -123,13 +125,13 @@ def anchor_gradient(check: Check, answer: Callable) -> None:
         masked = s.index_fill(0, torch.tensor([i]), -torch.inf)
         p = masked.softmax(0)
         negatives = masked.index_fill(0, torch.tensor([j]), -torch.inf).softmax(0)
-        right = (p @ z - z[j]) / tau
+        expected = (p @ z - z[j]) / tau
         check.close(
             given,
-            right,
+            expected,
             mistakes={
-                "the factor 1 / temperature is missing": right * tau,
-                "the sign is wrong: this is the direction that lowers the loss, the gradient points the other way": -right,
+                "the factor 1 / temperature is missing": expected * tau,
+                "the sign is wrong: this is the direction that lowers the loss, the gradient points the other way": -expected,
                 "p still contains k = i: leave the anchor out of its own softmax": (s.softmax(0) @ z - z[j]) / tau,
                 "p misses the positive: it runs over all k but i, the positive among them": (negatives @ z - z[j])
                 / tau,
@@ -139,7 +141,7 @@ def anchor_gradient(check: Check, answer: Callable) -> None:
                 )
                 / tau,
                 "this is the gradient behind the normalization: the exercise asks for the one before it is projected": (
-                    right - (right @ z[i]) * z[i]
+                    expected - (expected @ z[i]) * z[i]
                 ),
             },
             what="gradient of one anchor",
@@ -159,10 +161,10 @@ def through_normalization(check: Check, answer: Callable) -> None:
         tangent / norm,
         mistakes={
             "the factor 1 / |u| is missing": tangent,
-            "multiplied by |u|: a longer vector turns less, so divide": tangent * norm,
-            "nothing is projected out: subtract the part along z": g / norm,
+            "multiplied by |u|: a longer vector rotates less, so divide": tangent * norm,
+            "nothing is projected out: subtract the component along z": g / norm,
             "the projection uses u where the unit vector z belongs": (g - (g @ u) * u) / norm,
-            "this keeps the part along z and drops the rest": (g @ z) * z / norm,
+            "this keeps the component along z and drops the rest": (g @ z) * z / norm,
         },
         what="projected gradient",
     )
@@ -201,40 +203,38 @@ def information_bound(check: Check, answer: Callable) -> None:
 
 @exercise
 def same_class_share(check: Check, answer: Callable) -> None:
-    """`answer(z, label, temperature) -> share`: the part of all repulsion that hits images of the anchor's class."""
+    """`answer(z, label, temperature) -> fraction`: how much of the repulsion is within the anchor's class."""
     n, tau = 12, 0.3
     z, label = check.random(2 * n, 6), check.integers(3, n).repeat(2)
     given = check.call(answer, z, label, tau)
     check.shape(given, (), "one number, between 0 and 1")
-    logits, partner = _logits(z, tau), _partner(2 * n)
-    negative = logits.scatter(1, partner[:, None], -torch.inf)
+    logits, positive = _logits(z, tau), _positive(2 * n)
+    negative = logits.scatter(1, positive[:, None], -torch.inf)
     same = label[:, None] == label
-    right = (negative.softmax(1) * same).sum(1).mean()
+    expected = (negative.softmax(1) * same).sum(1).mean()
     counted = same & ~torch.eye(2 * n, dtype=torch.bool)
-    plain = counted.scatter(1, partner[:, None], False).sum() / (2 * n * (2 * n - 2))
+    plain = counted.scatter(1, positive[:, None], False).sum() / (2 * n * (2 * n - 2))
     check.close(
         given,
-        right,
+        expected,
         mistakes={
-            "the positive counts as a negative: leave the partner out of the softmax": (logits.softmax(1) * same)
-            .sum(1)
-            .mean(),
+            "the positive counts as a negative: leave it out of the softmax": (logits.softmax(1) * same).sum(1).mean(),
             "the anchor counts as its own negative: leave k = i out": (
-                _logits(z, tau, mask=False).scatter(1, partner[:, None], -torch.inf).softmax(1) * same
+                _logits(z, tau, mask=False).scatter(1, positive[:, None], -torch.inf).softmax(1) * same
             )
             .sum(1)
             .mean(),
-            "all negatives count alike: weigh each by its softmax share at this temperature": plain,
-            "this is the share of the OTHER classes": 1 - right,
+            "all negatives count alike: weigh each by its softmax at this temperature": plain,
+            "this is the fraction of the OTHER classes": 1 - expected,
             "the rows are not of unit length": (
                 (z @ z.T / tau)
                 .fill_diagonal_(-torch.inf)
-                .scatter(1, partner[:, None], -torch.inf)
+                .scatter(1, positive[:, None], -torch.inf)
                 .softmax(1)
                 .mul(same)
                 .sum(1)
                 .mean()
             ),
         },
-        what="share",
+        what="fraction",
     )

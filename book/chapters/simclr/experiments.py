@@ -1,11 +1,10 @@
-"""What the chapter on SimCLR quotes: its longer runs over several seeds, and its sabotages.
+"""What the chapter on SimCLR quotes: its longer runs over several seeds, and its ablations.
 
     python book/chapters/simclr/experiments.py measure --seeds 3
     python book/chapters/simclr/experiments.py sabotage          each some minutes on one CPU core
 
-Write `simclr_shapes` (accuracy on test images beside the controls), `simclr_factors` (what h and z know of every
-factor) and `simclr_sabotage`, which is measured on held-out training images: whoever chooses a setting from it has not
-looked at the test images.
+Write `simclr_shapes` (accuracy on test images beside the controls), `simclr_factors` (how well h and z predict
+every factor) and `simclr_sabotage`, which is measured on held-out training images, so that settings can be chosen from it.
 """
 
 import argparse
@@ -28,7 +27,7 @@ TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
 VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.5), grayscale=0.2)
 CENTER = View.center(16)
 BATCH, LR, TEMPERATURE = 256, 5e-3, 0.2
-HELD_OUT = 800  # training images at the end that the sabotages are judged on
+HELD_OUT = 800  # training images at the end that the ablations are evaluated on
 TEMPERATURES = (0.02, 1.0)
 STEPS = 120
 
@@ -92,8 +91,8 @@ def features(network: nn.Module, data: Data) -> tuple[Tensor, Tensor, Tensor, Te
     return *train_part, *extract_features(network, data, "test", CENTER, progress=False)
 
 
-def judge(backbone: nn.Module, data: Data) -> dict[str, float]:
-    """On held-out training images: kNN, and linear probes of shape, hue and ground."""
+def evaluate(backbone: nn.Module, data: Data) -> dict[str, float]:
+    """On held-out training images: kNN, and linear probes of shape, hue and background."""
     x, y = extract_features(backbone, data, "train", CENTER, progress=False)
     bank, asked = x[:-HELD_OUT], x[-HELD_OUT:]
     found = {"kNN": knn.accuracy(bank, y[:-HELD_OUT], asked, y[-HELD_OUT:])}
@@ -182,7 +181,7 @@ def sabotage(seeds: list[int], only: list[str]) -> None:
             if name == "no projector":
                 method.projector = nn.Identity()
             log = train(method, data, STEPS, seed)
-            note(rows, name, {**log, **judge(method.backbone, data)})
+            note(rows, name, {**log, **evaluate(method.backbone, data)})
         try:
             old = results.load("simclr_sabotage")
             rows |= {row: old[row] for row in old.values if row not in rows and old.settings == SETTINGS}
