@@ -1,15 +1,22 @@
-"""VQ-KD: learn a vocabulary whose words mean what a teacher sees, for BEiT v2 to predict.
+"""VQ-KD: learn a codebook from which a frozen teacher's features can be reconstructed, the targets of BEiT v2.
 
-A transformer maps every patch to a sphere of few dimensions, where the nearest of many codes stands for it, and a small
-decoder reconstructs a frozen teacher's features from the codes alone. The codes are k-means, run along with the training
-as moving averages: each moves towards the patches that chose it.
+A transformer projects every patch to a unit vector of few dimensions, the nearest code replaces it, and a small decoder
+reconstructs the teacher's features from the codes alone. The codes are an online k-means: each is the moving average of
+the patches assigned to it.
 
 Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-quantized visual tokenizers"
-(arXiv:2208.06366), section 3.1 and equation 1; values are those of the authors' code, whose commitment term is a mean
-over dimensions. What differs: the authors start the codes by k-means on the first batch and leave a code that is never chosen
-where it is; here the codes start at patches of the first batch, and one that is hardly chosen moves to a patch of the
-latest (the random restarts of Dhariwal et al., 2020, "Jukebox", arXiv:2005.00341, section 3.1). Any frozen network can
-teach.
+(arXiv:2208.06366), section 3.1 and equation 1. Values are those of the authors' code, whose commitment term is a mean
+over dimensions.
+
+What differs from the authors' code:
+- they initialize the codes by k-means on the first batch and leave a code that is never assigned where it is; here codes
+  start at patches of the first batch, and one that is hardly assigned moves to a patch of the latest batch (the random
+  restarts of Dhariwal et al., 2020, "Jukebox", arXiv:2005.00341, section 3.1);
+- any frozen network can be the teacher; of CLIP the targets are the features after the last norm, 768 for ViT-B/16, where
+  the authors reconstruct the 512 that CLIP's projection makes of them: another tokenizer, and so another BEiT v2;
+- encoder and decoder have sine-cosine positions and the decoder no class token; there positions are learned, and both
+  have a class token;
+- images are normalized by the view's mean and standard deviation, which are ImageNet's by default; there both are 0.5.
 """
 
 import torch
@@ -22,15 +29,16 @@ from sslbook.data.loader import Batch
 from sslbook.data.views import RANDOM_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.teachers import Teacher
+from sslbook.nn.precision import full_precision
 from sslbook.nn.tokenizers import VQTokenizer
 from sslbook.nn.vit import Block, init_transformer, sincos_positions
 from sslbook.schedules import Clock
+from sslbook.weights.teachers import open_teacher
 
 
-def cosine_loss(said: Float[Tensor, "rows dim"], target: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
-    """Equation 1, first term: 1 - cos, averaged over patches."""
-    return 1 - F.cosine_similarity(said.float(), target.float(), dim=1).mean()
+def cosine_loss(prediction: Float[Tensor, "rows dim"], target: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
+    """Equation 1, first term: 1 - cos, the mean over patches."""
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
 
 
 def moved_codes(
@@ -39,13 +47,13 @@ def moved_codes(
     sums: Float[Tensor, "codes dim"],
     momentum: float,
 ) -> Float[Tensor, "codes dim"]:
-    """Every code that was chosen moves towards the mean of the places that chose it, and back onto the sphere."""
+    """The codebook after an EMA step: each assigned code moves towards the mean of its patches, then is normalized."""
     moved = F.normalize(momentum * codebook + (1 - momentum) * F.normalize(sums, dim=1), dim=1)
     return torch.where(counts[:, None] > 0, moved, codebook)
 
 
 class Decoder(nn.Module):
-    """A few blocks from codes to the teacher's features."""
+    """A few transformer blocks from codes to the teacher's features."""
 
     def __init__(
         self, code_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, grid: tuple[int, int]
@@ -67,17 +75,20 @@ class VQKD(Method):
 
     Args:
         backbone: the tokenizer to train, a sslbook.nn.VQTokenizer.
-        teacher: the frozen network whose features are reconstructed: a run folder or exported backbone, timm/NAME,
-            open_clip/NAME:WEIGHTS, transformers/NAME, or a module. The paper's is open_clip/ViT-B-16:openai.
-        view: what an image becomes.
-        momentum: how much of itself a code keeps at a step.
-        commitment: how much the distance of patches from their codes counts.
-        dead_below: a code chosen less often than this part of the average moves to a patch of the batch; 0 for never.
+        teacher: the frozen network whose features are reconstructed: a run folder or exported backbone, timm/NAME, or a
+            module. The paper's is timm/vit_base_patch16_clip_quickgelu_224.openai.
+        view: the augmentation of the image.
+        momentum: EMA momentum of the codes.
+        commitment_weight: weight of the commitment loss, the distance of patches from their codes.
+        dead_below: a code assigned less often than this fraction of the average moves to a patch of the batch; 0: never.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
-        teacher_size: side of the images that the teacher gets, where its patches must be brought to the student's
-            grid; null leaves them as they are.
+        teacher_size: side in pixels of the teacher's images, so that its grid of patches is the tokenizer's; null leaves
+            them as they are.
+
+    Raises:
+        UserError: the backbone is no VQTokenizer, the view has another size, there is no teacher, or its grid is another.
     """
 
     backbone: VQTokenizer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -93,7 +104,7 @@ class VQKD(Method):
         teacher: nn.Module | str | None = None,
         view: View = RANDOM_CROP,
         momentum: float = 0.99,
-        commitment: float = 1.0,
+        commitment_weight: float = 1.0,
         dead_below: float = 0.03,
         decoder_dim: int = 768,
         decoder_depth: int = 3,
@@ -106,23 +117,25 @@ class VQKD(Method):
                 f"VQ-KD trains a network with a codebook and cannot use a {type(backbone).__name__}: "
                 "choose sslbook.nn.VQTokenizer"
             )
-        if view.size != backbone.grid[0] * backbone.patch_size:
-            size = backbone.grid[0] * backbone.patch_size
+        size = backbone.grid[0] * backbone.patch_size
+        if view.size != size:
             raise UserError(
-                f"the tokenizer is made for images of {size} pixels and the view gives {view.size}: make them alike"
+                f"the tokenizer is made for images of {size} pixels and the view gives {view.size}: make them equal"
             )
-        self.view, self.momentum, self.commitment, self.dead_below = view, momentum, commitment, dead_below
+        self.view, self.momentum, self.dead_below = view, momentum, dead_below
+        self.commitment_weight = commitment_weight
         self.backbone = backbone
-        self.teacher = Teacher(teacher, view, teacher_size)
+        self.teacher = open_teacher(teacher, view, teacher_size)
         self.teacher.require_grid(backbone.grid)
         self.decoder = Decoder(
             backbone.code_dim, decoder_dim, decoder_depth, decoder_num_heads, self.teacher.dim, backbone.grid
         )
-        self.register_buffer("usage", torch.ones(backbone.num_codes))
-        self.register_buffer("counts", torch.zeros(backbone.num_codes))
-        self.register_buffer("sums", torch.zeros(backbone.num_codes, backbone.code_dim))
-        self.register_buffer("spare", torch.zeros(backbone.num_codes, backbone.code_dim))
-        self.register_buffer("started", torch.tensor(0))  # 1 once the codes lie where images are
+        num_codes, code_dim = backbone.codebook.shape
+        self.register_buffer("usage", torch.ones(num_codes))  # moving average of counts / their mean
+        self.register_buffer("counts", torch.zeros(num_codes))  # patches assigned to each code since the last step
+        self.register_buffer("sums", torch.zeros(num_codes, code_dim))  # sums of their latents
+        self.register_buffer("spare", torch.zeros(num_codes, code_dim))  # a random patch for each code, if it is dead
+        self.register_buffer("started", torch.tensor(0))  # 1 once the codes are initialized
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -133,50 +146,51 @@ class VQKD(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        target = self.teacher(images).patches
-        places = self.backbone.latents(images)
-        with torch.autocast(images.device.type, enabled=False):
-            tokens = self.backbone.nearest(places)
+        target = self.teacher(images).patches  # (n, patches, teacher_dim), without gradient
+        latents = self.backbone.latents(images)  # unit vectors: (n, patches, code_dim)
+        with full_precision(latents):
+            tokens = self.backbone.nearest(latents)  # (n, patches)
             codes = self.backbone.codebook[tokens]
-        straight = places + (codes - places).detach()  # the gradient of the code passes to the place
-        said = self.decoder(straight)
-        alike = cosine_loss(said.flatten(0, 1), target.flatten(0, 1))
-        distance = (places - codes.detach()).square().mean()
-        self._note(places.detach(), tokens, clock)
+        # Straight-through estimator: the value is the code's, its gradient passes to the latent.
+        quantized = latents + (codes - latents).detach()
+        reconstruction = self.decoder(quantized)
+        reconstruction_loss = cosine_loss(reconstruction.flatten(0, 1), target.flatten(0, 1))
+        # Commitment: moves the latents to their codes. The codes have no gradient, they follow by EMA in `after_step`.
+        commitment_loss = (latents - codes.detach()).square().mean()
+        self._accumulate(latents.detach(), tokens, clock)
         share = self.counts / self.counts.sum()
         return {
-            "loss": alike + self.commitment * distance,
-            "cosine_loss": alike.detach(),
+            "loss": reconstruction_loss + self.commitment_weight * commitment_loss,  # equation 1
+            "cosine_loss": reconstruction_loss.detach(),
             "code_perplexity": torch.special.entr(share).sum().exp(),
         }
 
     @torch.no_grad()
-    def _note(
-        self, places: Float[Tensor, "batch patches code_dim"], tokens: Int[Tensor, "batch patches"], clock: Clock
+    def _accumulate(
+        self, latents: Float[Tensor, "batch patches code_dim"], tokens: Int[Tensor, "batch patches"], clock: Clock
     ) -> None:
-        """Adds up, over all processes and parts of the batch, what every code was chosen for."""
-        place, token = places.flatten(0, 1), tokens.flatten()
-        count = torch.zeros_like(self.counts).index_add_(0, token, torch.ones_like(place[:, 0]))
-        total = torch.zeros_like(self.sums).index_add_(0, token, place)
-        self.counts.add_(distributed.all_reduce_sum(count))
-        self.sums.add_(distributed.all_reduce_sum(total))
-        everywhere = distributed.all_gather(place)
-        code = torch.arange(len(self.spare), device=place.device)
+        """Add the patches assigned to each code, over all processes and all parts of an accumulated batch."""
+        latent, token = latents.flatten(0, 1), tokens.flatten()
+        counts = torch.zeros_like(self.counts).index_add_(0, token, torch.ones_like(latent[:, 0]))
+        sums = torch.zeros_like(self.sums).index_add_(0, token, latent)
+        self.counts.add_(distributed.all_reduce_sum(counts))
+        self.sums.add_(distributed.all_reduce_sum(sums))
+        everywhere = distributed.all_gather(latent)
+        code = torch.arange(len(self.spare), device=latent.device)
         u = rng.uniform(clock.seed, clock.step, code, rng.METHOD, 1)[:, 0]
         self.spare.copy_(everywhere[(u * len(everywhere)).long()])
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:
-        if not self.started:
-            self.backbone.codebook.copy_(self.spare)
-            self.started.fill_(1)
+        codebook = self.backbone.codebook
+        if self.started:
+            codebook.copy_(moved_codes(codebook, self.counts, self.sums, self.momentum))
         else:
-            codes = moved_codes(self.backbone.codebook, self.counts, self.sums, self.momentum)
-            self.backbone.codebook.copy_(codes)
-        average = self.counts.mean()
-        self.usage.mul_(self.momentum).add_(self.counts / average.clamp_min(1e-12), alpha=1 - self.momentum)
+            codebook.copy_(self.spare)
+            self.started.fill_(1)
+        self.usage.mul_(self.momentum).add_(self.counts / self.counts.mean().clamp_min(1e-12), alpha=1 - self.momentum)
         dead = self.usage < self.dead_below
-        self.backbone.codebook[dead] = self.spare[dead]
-        self.usage[dead] = 1.0  # a chance to be chosen, before it is judged again
+        codebook[dead] = self.spare[dead]
+        self.usage[dead] = 1.0  # a restarted code has time to be assigned before it counts as dead again
         self.counts.zero_()
         self.sums.zero_()

@@ -71,6 +71,15 @@ class TokenBackbone(MapBackbone, Protocol):
         """
         ...
 
+    def forward_attention(
+        self, x: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
+        """As `forward_tokens`, and how much the first token, the class token, attends to each in the last block.
+
+        The mean over attention heads.
+        """
+        ...
+
 
 NEEDS = {
     "forward_map": (
@@ -150,6 +159,23 @@ class TimmTokens(TimmMaps):
             hook.remove()
         return tokens.flatten(1, -2)
 
+    def forward_attention(
+        self: Any, x: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
+        # Attention comes in many forms (norms of queries, rotary or relative positions), so its weights are read at the
+        # input of its dropout, which the fused kernel does not have.
+        attention = [module for module in self.modules() if hasattr(module, "attn_drop")][-1]
+        kept: list[Tensor] = []
+        fused, attention.fused_attn = getattr(attention, "fused_attn", False), False
+        hook = attention.attn_drop.register_forward_pre_hook(
+            lambda _, inputs: kept.append(inputs[0][:, :, 0].mean(dim=1))
+        )
+        try:
+            return self.forward_tokens(x), kept[-1]
+        finally:
+            hook.remove()
+            attention.fused_attn = fused
+
 
 def timm_model(name: str, **options: Any) -> nn.Module:
     """Any model of timm by name, without its classifier, as a backbone; its weights keep timm's names.
@@ -170,12 +196,12 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     model: Any = timm.create_model(name, num_classes=0, **options)
     model.dim = backbone_dim(model)
     kind = type(model)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    stride = model.feature_info[-1]["reduction"] if getattr(model, "feature_info", None) else 0
     swin = kind.__name__ in ("SwinTransformer", "SwinTransformerV2")
-    if swin or hasattr(model, "num_prefix_tokens"):
+    if swin or (hasattr(model, "num_prefix_tokens") and patch == (stride, stride)):  # no convolutions before its blocks
         added = TimmTokens
-        model.patch_size = int(model.patch_embed.patch_size[0])
-        model.token_dim = int(model.embed_dim)
-        model.stride = int(model.feature_info[-1]["reduction"])
+        model.patch_size, model.token_dim, model.stride = int(patch[0]), int(model.embed_dim), int(stride)
         model.num_prefix_tokens = 0 if swin else model.num_prefix_tokens
     elif hasattr(model, "forward_intermediates"):
         added = TimmMaps

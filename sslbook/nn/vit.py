@@ -382,7 +382,7 @@ class VisionTransformer(nn.Module):
     def forward_attention(
         self, x: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
-        """As `forward_tokens`, and how much the class token attends to each token in the last block, over all heads."""
+        """As `forward_tokens`, and how much the class token attends to each in the last block, the mean over heads."""
         tokens = self.embed(x)
         *_, before, last = [self.prepend_cls(tokens), *self.layers(tokens)]
         bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None

@@ -39,7 +39,7 @@ CASE = Case(
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(1, 2), (7, 5)])
-def test_the_loss_by_loops(rows: int, dim: int) -> None:
+def test_cosine_loss_against_loops(rows: int, dim: int) -> None:
     p, t = 10 * torch.randn(rows, dim).double(), torch.randn(rows, dim).double()
     total = 0.0
     for a, b in zip(p.tolist(), t.tolist()):
@@ -48,39 +48,39 @@ def test_the_loss_by_loops(rows: int, dim: int) -> None:
     assert float(cosine_loss(p, t)) == pytest.approx(total / rows, rel=1e-5)
 
 
-def test_only_hidden_patches_are_asked_for() -> None:
+def test_only_masked_patches_are_predicted() -> None:
     method = make("eva")
     batch = make_batch(method, 5)
-    mask = method.mask(batch.index, (4, 4), Clock())
+    mask = method.sample_masks(batch.index, (4, 4), Clock())
     assert mask.sum(dim=1).tolist() == [7] * 5  # 0.41 of 16
-    seen = method.teacher(batch.views[0])
+    features = method.teacher(batch.views[0])
     tokens = method.backbone.encode(method.backbone.embed(batch.views[0], mask, method.mask_token))
-    rows = cosine_loss(method.head(tokens[:, 1:])[mask], seen.patches[mask])
+    rows = cosine_loss(method.head(tokens[:, 1:])[mask], features.patches[mask])
     total, count = 0.0, 0
     for i in range(5):
         for j in range(16):
             if mask[i, j]:
-                p, t = method.head(tokens[i, 1 + j]).double(), seen.patches[i, j].double()
+                p, t = method.head(tokens[i, 1 + j]).double(), features.patches[i, j].double()
                 total, count = total + float((2 - 2 * (p @ t) / (p.norm() * t.norm())).detach()), count + 1
     loss, weights = method(batch, Clock())["loss"], list(method.backbone.blocks.parameters())
     assert float(loss.detach()) == pytest.approx(total / count, rel=1e-4)
     torch.testing.assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(rows, weights))
 
 
-def test_patches_are_hidden_in_blocks_of_every_images_own() -> None:
+def test_masks_are_blocks_and_differ_between_images() -> None:
     method, index, clock = make("eva", min_block=16), torch.arange(100), Clock(seed=1)
-    mask = method.mask(index, (14, 14), clock)
+    mask = method.sample_masks(index, (14, 14), clock)
     assert mask.sum(dim=1).tolist() == [80] * 100  # 0.41 of 196
     assert len(mask.unique(dim=0)) == 100
-    assert torch.equal(method.mask(index[7:8], (14, 14), clock)[0], mask[7])
+    assert torch.equal(method.sample_masks(index[7:8], (14, 14), clock)[0], mask[7])
     assert torch.equal(mask, block_mask(index, (14, 14), 80, clock, 16, exact=True, stream=rng.METHOD + 1))
     grid = mask.view(100, 14, 14)
     beside = (grid[:, :, 1:] & grid[:, :, :-1]).sum() / grid[:, :, 1:].sum()
-    assert beside > 0.7  # neighbors are hidden together: at random 0.41
+    assert beside > 0.7  # neighbors are masked together: at random 0.41
 
 
 def loss_after_training() -> float:
-    """On images whose patches have nothing to do with each other, with a teacher that sees each by itself."""
+    """On images whose patches have nothing to do with each other, with a teacher that sees each patch separately."""
     torch.manual_seed(0)
     teacher = nn.Conv2d(3, 8, 4, stride=4)
     method = make("eva", backbone=VisionTransformer(SIZE, 4, 32, 1, 4), teacher=teacher)
@@ -94,7 +94,7 @@ def loss_after_training() -> float:
     return float(loss.detach())
 
 
-def test_without_the_mask_token_it_copies(monkeypatch) -> None:
+def test_without_mask_token_it_copies(monkeypatch) -> None:
     assert loss_after_training() > 1.2
     embed = VisionTransformer.embed
     # The mask token still gets a gradient, but covers nothing.
@@ -102,7 +102,7 @@ def test_without_the_mask_token_it_copies(monkeypatch) -> None:
     assert loss_after_training() < 0.4
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"cannot use a ResNet: choose .*VisionTransformer"):
         make("eva", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match=r"there is no teacher: set --method.teacher to a run folder"):
@@ -115,7 +115,7 @@ def test_what_cannot_be_is_refused() -> None:
         make("eva", mask_ratio=1.0)
 
 
-def test_the_teacher_learns_nothing() -> None:
+def test_teacher_is_frozen() -> None:
     method = make("eva", teacher=ConvNet(4)).train()
     before = {key: value.clone() for key, value in method.teacher.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)

@@ -49,7 +49,7 @@ CASE = Case(
 )
 
 
-def test_the_loss_by_loops() -> None:
+def test_cosine_loss_against_loops() -> None:
     p, t = torch.randn(7, 5).double(), torch.randn(7, 5).double()
     total = 0.0
     for a, b in zip(p.tolist(), t.tolist()):
@@ -58,59 +58,59 @@ def test_the_loss_by_loops() -> None:
 
 
 @pytest.mark.parametrize("n", [3, 1])
-def test_the_loss_is_the_papers(n: int) -> None:
-    method = make("vqkd", commitment=0.3)
+def test_loss_against_literal_version(n: int) -> None:
+    method = make("vqkd", commitment_weight=0.3)
     batch = make_batch(method, n)
     (images,) = batch.views
-    places = method.backbone.latents(images)
-    torch.testing.assert_close(places.norm(dim=2), torch.ones(n, 16))
-    codes = torch.zeros_like(places)
+    latents = method.backbone.latents(images)
+    torch.testing.assert_close(latents.norm(dim=2), torch.ones(n, 16))
+    codes = torch.zeros_like(latents)
     for i in range(n):
         for j in range(16):
-            distances = [float((places[i, j] - code).square().sum()) for code in method.backbone.codebook]
+            distances = [float((latents[i, j] - code).square().sum()) for code in method.backbone.codebook]
             codes[i, j] = method.backbone.codebook[distances.index(min(distances))]
-    said, target = method.decoder(codes), method.teacher(images).patches
-    expected = cosine_loss(said.flatten(0, 1), target.flatten(0, 1)) + 0.3 * (places - codes).square().mean()
+    prediction, target = method.decoder(codes), method.teacher(images).patches
+    expected = cosine_loss(prediction.flatten(0, 1), target.flatten(0, 1)) + 0.3 * (latents - codes).square().mean()
     torch.testing.assert_close(method(batch, Clock())["loss"], expected)
 
 
-def test_codes_are_running_means_on_the_sphere() -> None:
+def test_codes_are_moving_averages_on_the_sphere() -> None:
     codes = F.normalize(torch.randn(3, 4), dim=1)
-    chosen = F.normalize(torch.randn(5, 4), dim=1)  # four patches for the first code, one for the second
+    assigned = F.normalize(torch.randn(5, 4), dim=1)  # four patches for the first code, one for the second
     counts = torch.tensor([4.0, 1.0, 0.0])
-    sums = torch.stack([chosen[:4].sum(dim=0), chosen[4], torch.zeros(4)])
+    sums = torch.stack([assigned[:4].sum(dim=0), assigned[4], torch.zeros(4)])
     moved = moved_codes(codes, counts, sums, 0.9)
-    for k, mine in enumerate([chosen[:4], chosen[4:]]):
+    for k, mine in enumerate([assigned[:4], assigned[4:]]):
         mean = mine.mean(dim=0) / mine.mean(dim=0).norm()
         expected = 0.9 * codes[k] + 0.1 * mean
         torch.testing.assert_close(moved[k], expected / expected.norm())
     assert torch.equal(moved[2], codes[2])
 
 
-def test_the_gradient_of_a_code_passes_to_the_patch_that_chose_it() -> None:
-    method = make("vqkd", commitment=0.3)
+def test_straight_through_gradient() -> None:
+    method = make("vqkd", commitment_weight=0.3)
     batch = make_batch(method, 4)
-    places = method.backbone.latents(batch.views[0])
-    codes = method.backbone.codebook[method.backbone.nearest(places)].requires_grad_()
-    alike = cosine_loss(method.decoder(codes).flatten(0, 1), method.teacher(batch.views[0]).patches.flatten(0, 1))
-    passed = torch.autograd.grad(alike, codes)[0] + 0.3 * 2 * (places - codes).detach() / places.numel()
+    latents = method.backbone.latents(batch.views[0])
+    codes = method.backbone.codebook[method.backbone.nearest(latents)].requires_grad_()
+    loss = cosine_loss(method.decoder(codes).flatten(0, 1), method.teacher(batch.views[0]).patches.flatten(0, 1))
+    passed = torch.autograd.grad(loss, codes)[0] + 0.3 * 2 * (latents - codes).detach() / latents.numel()
     weights = list(method.backbone.vit.blocks.parameters())
-    expected = torch.autograd.grad(places, weights, passed)
+    expected = torch.autograd.grad(latents, weights, passed)
     torch.testing.assert_close(torch.autograd.grad(method(batch, Clock())["loss"], weights), expected)
     assert "codebook" not in dict(method.backbone.named_parameters())
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_codes_follow_the_patches_that_chose_them(parts: int) -> None:
+def test_codes_follow_assigned_patches(parts: int) -> None:
     """Step by step, whether a batch comes at once or in parts."""
     method = make("vqkd", momentum=0.9, dead_below=0.0)
     method.started.fill_(1)
     for step in (1, 2):
         batch = make_batch(method, 4, seed=step)
-        places = method.backbone.latents(batch.views[0]).detach().flatten(0, 1)
+        latents = method.backbone.latents(batch.views[0]).detach().flatten(0, 1)
         tokens, expected = method.backbone.tokens(batch.views[0]).flatten(), method.backbone.codebook.clone()
         for k in tokens.unique().tolist():
-            mine = places[tokens == k].mean(dim=0)
+            mine = latents[tokens == k].mean(dim=0)
             expected[k] = F.normalize(0.9 * expected[k] + 0.1 * mine / mine.norm(), dim=0)
         for part in range(parts):
             own = slice(part * 4 // parts, (part + 1) * 4 // parts)
@@ -119,7 +119,7 @@ def test_codes_follow_the_patches_that_chose_them(parts: int) -> None:
         torch.testing.assert_close(method.backbone.codebook, expected)
 
 
-def test_how_many_codes_are_in_use() -> None:
+def test_code_perplexity() -> None:
     method = make("vqkd")
     for step in (1, 2):  # by the latest batch
         batch = make_batch(method, 4, seed=step)
@@ -130,8 +130,8 @@ def test_how_many_codes_are_in_use() -> None:
 
 
 @pytest.mark.parametrize("dead_below", [0.03, 0.0])
-def test_dead_codes_are_revived(dead_below: float) -> None:
-    """Only the first code is ever chosen; the others move to patches of the batch, unless that is switched off."""
+def test_dead_codes_restart_at_patches(dead_below: float) -> None:
+    """Only the first code is ever assigned; the others move to patches of the batch, unless that is switched off."""
     method = make("vqkd", dead_below=dead_below, momentum=0.5)
     method.started.fill_(1)
     start = method.backbone.codebook.clone()
@@ -145,8 +145,8 @@ def test_dead_codes_are_revived(dead_below: float) -> None:
     torch.testing.assert_close(method.backbone.codebook.norm(dim=1), torch.ones(8))
 
 
-def test_a_code_is_dead_below_a_part_of_the_average() -> None:
-    """The average is 750, of which 3% are 22. A code that was moved is left alone until it had time to be chosen."""
+def test_code_is_dead_below_fraction_of_average() -> None:
+    """The average is 750, of which 3% are 22. A restarted code is left alone until it had time to be assigned."""
     method = make("vqkd", momentum=0.0)
     method.started.fill_(1)
     start, counts = method.backbone.codebook.clone(), torch.tensor([1000.0] * 5 + [960.0, 10.0, 30.0])
@@ -159,12 +159,12 @@ def test_a_code_is_dead_below_a_part_of_the_average() -> None:
         counts[6], method.momentum = 0.0, 0.5
 
 
-def codes_used(alive: bool) -> int:
-    """How many of 32 codes are chosen for new images after training; if not alive, they begin anywhere."""
+def codes_used(restart: bool) -> int:
+    """How many of 32 codes are assigned for new images after training; if not restarted, they start at random."""
     torch.manual_seed(1)
     backbone = VQTokenizer(**{**SMALL, "num_codes": 32})
-    method = make("vqkd", seed=1, backbone=backbone, momentum=0.9, dead_below=0.03 if alive else 0.0)
-    method.started.fill_(not alive)
+    method = make("vqkd", seed=1, backbone=backbone, momentum=0.9, dead_below=0.03 if restart else 0.0)
+    method.started.fill_(not restart)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
     for step in range(60):
         optimizer.zero_grad()
@@ -174,26 +174,26 @@ def codes_used(alive: bool) -> int:
     return len(method.backbone.tokens(make_batch(method, 64, seed=99).views[0]).unique())
 
 
-def test_codes_that_neither_start_at_patches_nor_are_revived_are_not_used() -> None:
-    assert codes_used(alive=True) > 24
-    assert codes_used(alive=False) < 20
+def test_codes_without_restarts_stay_unused() -> None:
+    assert codes_used(restart=True) > 24
+    assert codes_used(restart=False) < 20
 
 
 def test_codes_start_at_patches() -> None:
     method = make("vqkd")
     batch = make_batch(method, 4)
-    places = method.backbone.latents(batch.views[0]).flatten(0, 1)
+    latents = method.backbone.latents(batch.views[0]).flatten(0, 1)
     method(batch, Clock())
     method.after_step(Clock(1, 10))
-    distance = (method.backbone.codebook[:, None] - places).norm(dim=2)
+    distance = (method.backbone.codebook[:, None] - latents).norm(dim=2)
     assert distance.amin(dim=1).max() < 1e-5
-    assert len(method.backbone.codebook.unique(dim=0)) > 5  # of 8 drawn from 64: not all from one
+    assert len(method.backbone.codebook.unique(dim=0)) > 5  # 8 sampled from 64: not all the same
     method(batch, Clock(1))
     method.after_step(Clock(2, 10))
-    assert (method.backbone.codebook[:, None] - places).norm(dim=2).amin(dim=1).max() > 1e-4  # means from now on
+    assert (method.backbone.codebook[:, None] - latents).norm(dim=2).amin(dim=1).max() > 1e-4  # means from now on
 
 
-def test_codes_of_weights_are_kept(tmp_path: Path) -> None:
+def test_loaded_codes_are_kept(tmp_path: Path) -> None:
     source, target = make("vqkd"), make("vqkd", seed=1)
     torch.save(source.backbone.state_dict(), tmp_path / "tokenizer.pt")
     target.on_weights_loaded(load_weights(target, tmp_path / "tokenizer.pt").taken)
@@ -203,7 +203,7 @@ def test_codes_of_weights_are_kept(tmp_path: Path) -> None:
     assert cosine.min() > 0.99  # moved, not replaced
 
 
-def test_the_paper_scale() -> None:
+def test_paper_scale() -> None:
     with torch.device("meta"):
         tokenizer = VQTokenizer()
         assert tokenizer.codebook.shape == (8192, 32)
@@ -211,7 +211,7 @@ def test_the_paper_scale() -> None:
     assert sum(p.numel() for p in tokenizer.vit.parameters()) == 85_798_656 - 197 * 768  # ViT-B with fixed positions
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"cannot use a ResNet: choose sslbook.nn.VQTokenizer"):
         make("vqkd", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match="there is no teacher"):

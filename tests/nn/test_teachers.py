@@ -1,23 +1,22 @@
-import builtins
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sslbook.data.views import View
 from sslbook.errors import UserError
-from sslbook.nn import ConvNet, ResNet, VisionTransformer
-from sslbook.nn.teachers import Teacher, _of_timm, _Watch, attention_of_cls
+from sslbook.nn import ConvNet, ResNet, VisionTransformer, timm_model
+from sslbook.nn.teachers import Teacher
+from sslbook.nn.vit import Attention
 from sslbook.weights.backbone import export_backbone
+from sslbook.weights.teachers import open_teacher
 
 VIEW = View(size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
-def test_it_is_frozen_and_stays_in_evaluation_mode() -> None:
+def test_teacher_is_frozen_and_stays_in_evaluation_mode() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Dropout(0.5))
     teacher = nn.ModuleList([Teacher(model.train(), VIEW)]).train()[0]
     assert not any(module.training for module in teacher.modules())
@@ -33,18 +32,18 @@ def test_it_is_frozen_and_stays_in_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("positions", ["sincos", "relative"])
-def test_a_transformers_patches_and_its_class_tokens_attention(depth: int, positions: str) -> None:
+def test_patches_and_attention_of_transformer_against_loops(depth: int, positions: str) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(16, 4, 16, depth, 2, positions=positions)
     if positions == "relative":
         nn.init.normal_(model.rel_pos_bias.table)
     teacher = Teacher(model, VIEW)
     x = torch.randn(2, 3, 16, 16)
-    seen = teacher(x)
+    features = teacher(x)
     tokens = model.encode(model.embed(x))
-    torch.testing.assert_close(seen.patches, tokens[:, 1:])
-    torch.testing.assert_close(seen.cls, tokens[:, 0])
-    assert (teacher.grid, teacher.dim, teacher.has_cls, seen.grid) == ((4, 4), 16, True, (4, 4))
+    torch.testing.assert_close(features.patches, tokens[:, 1:])
+    torch.testing.assert_close(features.cls, tokens[:, 0])
+    assert (teacher.grid, teacher.dim, teacher.has_cls, features.grid) == ((4, 4), 16, True, (4, 4))
     # The attention by loops: the input of the last block is what comes out of the one before.
     before = torch.cat([model.cls_token.expand(2, -1, -1), model.embed(x)], dim=1)
     for block in model.blocks[:-1]:
@@ -60,27 +59,27 @@ def test_a_transformers_patches_and_its_class_tokens_attention(depth: int, posit
                 scores = [score + float(model.rel_pos_bias()[head, 0, j]) for j, score in enumerate(scores)]
             expected += torch.tensor(scores, dtype=torch.float64).softmax(dim=0) / 2
         expected = expected[1:] / expected[1:].sum()
-        torch.testing.assert_close(seen.attention[i], expected.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(features.attention[i], expected.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_class_token_a_place_counts_by_what_it_contributes() -> None:
+def test_attention_without_class_token_is_contribution_to_mean() -> None:
     model = ConvNet(4).eval()
-    seen = Teacher(model, VIEW)(x := torch.rand(3, 3, 16, 16))
+    features = Teacher(model, VIEW)(x := torch.rand(3, 3, 16, 16))
     maps = model.forward_map(x)
-    assert seen.cls is None
-    torch.testing.assert_close(seen.patches, maps.flatten(2).mT)
+    assert features.cls is None
+    torch.testing.assert_close(features.patches, maps.flatten(2).mT)
     mean = maps.mean(dim=(2, 3))
     for i in range(3):
         share = [float(maps[i, :, j // 4, j % 4] @ mean[i]) / (16 * float(mean[i] @ mean[i])) for j in range(16)]
-        torch.testing.assert_close(seen.attention[i], torch.tensor(share), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(features.attention[i], torch.tensor(share), rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_to_attend_to_is_even() -> None:
-    seen = Teacher(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Threshold(1e9, 0.0)), VIEW)(torch.randn(2, 3, 16, 16))
-    assert torch.equal(seen.attention, torch.full((2, 16), 1 / 16))
+def test_attention_is_uniform_where_features_are_zero() -> None:
+    features = Teacher(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Threshold(1e9, 0.0)), VIEW)(torch.randn(2, 3, 16, 16))
+    assert torch.equal(features.attention, torch.full((2, 16), 1 / 16))
 
 
-def test_images_are_normalized_as_the_teacher_wants(tmp_path: Path) -> None:
+def test_images_are_renormalized_for_teacher(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ResNet(18, 4, "small")
     facts = {"view": {"size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}}
@@ -92,12 +91,12 @@ def test_images_are_normalized_as_the_teacher_wants(tmp_path: Path) -> None:
     )
     expected = model.eval().forward_map(theirs).flatten(2).mT
     for name in (tmp_path, tmp_path / "backbone.safetensors"):
-        torch.testing.assert_close(Teacher(str(name), VIEW)(ours).patches, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(open_teacher(str(name), VIEW)(ours).patches, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(Teacher(model, VIEW)(ours).patches, expected, rtol=1e-2)  # a module: as the student's
-    assert Teacher(str(tmp_path), VIEW, size=32)(ours).patches.shape == (2, 16, 32)
+    assert open_teacher(str(tmp_path), VIEW, size=32)(ours).patches.shape == (2, 16, 32)
 
 
-def test_images_are_brought_to_the_teachers_size() -> None:
+def test_images_are_resized_for_teacher() -> None:
     model = VisionTransformer(24, 6, 16, 1, 2)
     with pytest.raises(UserError, match="nearest size that works is 18x18"):
         Teacher(model, VIEW)
@@ -108,7 +107,7 @@ def test_images_are_brought_to_the_teachers_size() -> None:
     teacher.require_grid((4, 4))
 
 
-def test_grids_that_do_not_match_are_refused_with_the_size_that_does() -> None:
+def test_rejects_other_grid_naming_the_size() -> None:
     teacher = Teacher(ResNet(18, 4, "small"), VIEW)
     with pytest.raises(UserError, match=r"a grid of 2x2 patches and the student one of 4x4: .*teacher_size 32"):
         teacher.require_grid((4, 4))
@@ -116,50 +115,52 @@ def test_grids_that_do_not_match_are_refused_with_the_size_that_does() -> None:
 
 
 def tiny(name: str, **options) -> nn.Module:
-    timm = pytest.importorskip("timm", reason="needs timm")
-    return timm.create_model(name, num_classes=0, **options)
+    pytest.importorskip("timm", reason="needs timm")
+    return timm_model(name, **options)
 
 
-def test_models_of_timm_by_name(monkeypatch) -> None:
+def test_open_timm_teacher_by_name(monkeypatch) -> None:
     timm = pytest.importorskip("timm", reason="needs timm")
-    model = tiny("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
+    options = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
     model.pretrained_cfg = {"mean": (0.1, 0.1, 0.1), "std": (0.5, 0.5, 0.5)}
     asked = {}
     monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.update(name=name, **options) or model)
-    teacher = Teacher("timm/vit_tiny_patch16_224", VIEW)
+    teacher = open_teacher("timm/vit_tiny_patch16_224", VIEW)
     assert asked == {"name": "vit_tiny_patch16_224", "num_classes": 0, "pretrained": True}
     assert teacher.grid == (2, 2)
     raw = torch.rand(2, 3, 16, 16)
     theirs = (raw - 0.1) / 0.5
     ours = (raw - torch.tensor(VIEW.mean)[:, None, None]) / torch.tensor(VIEW.std)[:, None, None]
-    seen, tokens = teacher(ours), model.forward_features(theirs)
-    torch.testing.assert_close(seen.patches, tokens[:, 1:], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen.cls, tokens[:, 0], rtol=1e-4, atol=1e-5)
+    features, tokens = teacher(ours), model.forward_features(theirs)
+    torch.testing.assert_close(features.patches, tokens[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.cls, tokens[:, 0], rtol=1e-4, atol=1e-5)
     twin = VisionTransformer(16, 8, 16, 2, 2, positions="learned")
     twin.load_state_dict(model.state_dict())
-    torch.testing.assert_close(seen.attention, Teacher(twin, VIEW)(theirs).attention, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.attention, Teacher(twin, VIEW)(theirs).attention, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="did you mean resnet18"):
-        Teacher("timm/resnet_18", VIEW)
+        open_teacher("timm/resnet_18", VIEW)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
-def test_the_attention_of_timm_is_the_one_that_makes_the_output(name: str) -> None:
-    """Also with relative and with rotary positions; with one head, it mixes the values into what comes out."""
+def test_timm_attention_is_the_one_that_makes_the_output(name: str) -> None:
+    """Also with relative and with rotary positions; with one head, its output is the values weighted by it."""
     model = tiny(name, img_size=16, patch_size=4, depth=2, embed_dim=16, num_heads=1).eval()
     for table in (p for key, p in model.named_parameters() if "position_bias" in key or "q_bias" in key):
         nn.init.normal_(table)  # those of BEiT begin at zero
     attention, kept = model.blocks[-1].attn, {}
     fused = attention.fused_attn
     attention.register_forward_hook(lambda _, inputs, out: kept.update(x=inputs[0], out=out))
-    watch, x = _Watch(model), torch.randn(2, 3, 16, 16)
-    with torch.no_grad(), watch:
-        model.forward_features(x)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_tokens(x), model.forward_attention(x)[0])
+        _, weights = model.forward_attention(x)
     bias = attention.qkv.bias[32:] if getattr(attention, "v_bias", None) is None else attention.v_bias
     v = F.linear(kept["x"], attention.qkv.weight[32:], bias)
-    mixed = getattr(attention, "norm", nn.Identity())((watch.weights[:, :, None] * v).sum(dim=1))
+    mixed = getattr(attention, "norm", nn.Identity())((weights[:, :, None] * v).sum(dim=1))
     torch.testing.assert_close(attention.proj(mixed), kept["out"][:, 0], rtol=1e-4, atol=1e-5)
-    expected = watch.weights[:, 1:] / watch.weights[:, 1:].sum(dim=1, keepdim=True)
-    torch.testing.assert_close(_of_timm(model, x).attention, expected, rtol=1e-4, atol=1e-5)
+    expected = weights[:, 1:] / weights[:, 1:].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(Teacher(model, VIEW)(x).attention, expected, rtol=1e-4, atol=1e-5)
     assert attention.fused_attn is fused  # left as it was
 
 
@@ -175,114 +176,26 @@ def test_the_attention_of_timm_is_the_one_that_makes_the_output(name: str) -> No
     ],
     ids=["resnet", "swin"],
 )
-def test_models_of_timm_without_a_class_token(name: str, options: dict, grid: tuple[int, int]) -> None:
+def test_timm_teachers_without_class_token(name: str, options: dict, grid: tuple[int, int]) -> None:
     model = tiny(name, **options).eval()
     teacher = Teacher(model, VIEW)
     x = torch.randn(2, 3, 16, 16)
-    seen = teacher(x)
-    assert (teacher.grid, seen.cls) == (grid, None)
-    torch.testing.assert_close(seen.patches.mean(dim=1), model(x), rtol=1e-4, atol=1e-5)
+    features = teacher(x)
+    assert (teacher.grid, features.cls) == (grid, None)
+    torch.testing.assert_close(features.patches.mean(dim=1), model(x), rtol=1e-4, atol=1e-5)
 
 
-class Visual(nn.Module):
-    """What open_clip's transformers look like from outside."""
-
-    def __init__(self, batch_first: bool) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 4, 4)
-        self.attn = nn.MultiheadAttention(16, 2, batch_first=batch_first)
-        self.output_tokens = False
-        self.image_mean, self.image_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-    def forward(self, x: Tensor):
-        x = self.conv1(x).flatten(2).mT
-        self.came = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
-        q = self.came if self.attn.batch_first else self.came.transpose(0, 1)
-        x, self.weights = self.attn(q, q, q, need_weights=True)
-        x = x if self.attn.batch_first else x.transpose(0, 1)
-        return (x[:, 0, :8], x[:, 1:]) if self.output_tokens else x[:, 0, :8]
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_models_of_open_clip_by_name(batch_first: bool, monkeypatch) -> None:
-    visual, asked = Visual(batch_first), {}
-    fake = types.SimpleNamespace(
-        create_model=lambda name, **options: asked.update(name=name, **options) or types.SimpleNamespace(visual=visual)
-    )
-    monkeypatch.setitem(sys.modules, "open_clip", fake)
-    teacher = Teacher("open_clip/ViT-B-16:openai", View(size=16))
-    assert asked == {"name": "ViT-B-16", "pretrained": "openai", "force_image_size": 16}
-    seen = teacher(torch.randn(2, 3, 16, 16))
-    weights = visual.weights[:, 0, 1:]
-    torch.testing.assert_close(seen.attention, weights / weights.sum(dim=1, keepdim=True), rtol=1e-4, atol=1e-6)
-    assert (seen.patches.shape, seen.cls, seen.grid) == ((2, 16, 16), None, (4, 4))
-    fake.create_model = lambda name, **options: types.SimpleNamespace(visual=nn.Conv2d(3, 8, 4, 4))
-    with pytest.raises(UserError, match="RN50 is no transformer of open_clip"):
-        Teacher("open_clip/RN50:openai", VIEW)
-
-
-def test_models_of_transformers_by_name(monkeypatch) -> None:
-    class Model(nn.Module):
-        config = types.SimpleNamespace(patch_size=4)
-        prefix = 5
-
-        def forward(self, pixel_values: Tensor, output_attentions: bool):  # no interpolate_pos_encoding, as DINOv2
-            n = len(pixel_values)
-            tokens = torch.cat([torch.zeros(n, self.prefix, 16), torch.ones(n, 16, 16)], dim=1)
-            weights = torch.arange(16.0 + self.prefix).expand(n, 2, 16 + self.prefix, 16 + self.prefix)
-            return types.SimpleNamespace(last_hidden_state=tokens, attentions=[None, weights])
-
-    asked = {}
-    fake = types.SimpleNamespace(
-        AutoModel=types.SimpleNamespace(
-            from_pretrained=lambda name, **options: (
-                asked.update(name=name, **options) or types.SimpleNamespace(vision_model=Model())
-            )
-        ),
-        AutoImageProcessor=types.SimpleNamespace(
-            from_pretrained=lambda name: types.SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        ),
-    )
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    seen = Teacher("transformers/facebook/dinov2-base", View(size=16))(torch.randn(2, 3, 16, 16))
-    assert asked == {"name": "facebook/dinov2-base", "attn_implementation": "eager"}
-    assert bool((seen.patches == 1).all())  # four registers and the class token are no patches
-    torch.testing.assert_close(seen.attention[0], torch.arange(5.0, 21) / torch.arange(5.0, 21).sum())
-    monkeypatch.setattr(Model, "prefix", 0)  # SigLIP has no class token
-    seen = Teacher("transformers/google/siglip-base-patch16-224", View(size=16))(torch.randn(2, 3, 16, 16))
-    assert seen.cls is None
-    torch.testing.assert_close(seen.attention, torch.full((2, 16), 1 / 16))
-
-
-def test_without_the_library_the_error_says_what_to_install(monkeypatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args, **kwargs):
-        if name in ("timm", "open_clip", "transformers"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    for name, cure in (
-        ("timm/resnet18", r"sslbook\[timm\]"),
-        ("open_clip/ViT-B-16:openai", r"sslbook\[open_clip\]"),
-        ("transformers/facebook/dinov2-base", r"sslbook\[transformers\]"),
-    ):
-        with pytest.raises(UserError, match=cure):
-            Teacher(name, VIEW)
-
-
-def test_what_cannot_teach_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_rejects_what_cannot_teach(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"set --method.teacher to a run folder .* timm/NAME"):
-        Teacher(None, VIEW)
+        open_teacher(None, VIEW)
     with pytest.raises(UserError, match="no such run folder or exported backbone"):
-        Teacher(str(tmp_path / "nowhere"), VIEW)
+        open_teacher(str(tmp_path / "nowhere"), VIEW)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"`python -m sslbook.train` makes runs/simclr-shapes"):
-        Teacher("runs/simclr-shapes", VIEW)
-    with pytest.raises(UserError, match=r"Flatten makes no map of features .*forward_map"):
+        open_teacher("runs/simclr-shapes", VIEW)
+    with pytest.raises(UserError, match=r"Flatten makes no feature map .*forward_map"):
         Teacher(nn.Flatten(), VIEW)
 
 
-def test_attention_of_one_token_is_all_of_it() -> None:
-    torch.testing.assert_close(attention_of_cls(torch.randn(2, 1, 48), 4), torch.ones(2, 1))
+def test_attention_of_single_token_is_one() -> None:
+    torch.testing.assert_close(Attention(16, 4).first_row(torch.randn(2, 1, 16)), torch.ones(2, 1))
