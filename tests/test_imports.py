@@ -27,7 +27,7 @@ LEVELS = [
     *("train", "evaluate", "extract", "compare", "tools", "__init__", "__main__"),
 ]
 # A variant may import the method that its paper builds on; every method may import the base class.
-PARENTS = {"mff": {"mae"}, "pixmim": {"mae"}, "ibot": {"dino"}, "interclr": {"odc"}}
+PARENTS = {"mff": {"mae"}, "pixmim": {"mae"}, "ibot": {"dino"}, "interclr": {"moco", "odc"}, "densecl": {"moco"}}
 
 
 def imports(path: Path) -> set[str]:

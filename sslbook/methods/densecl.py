@@ -28,23 +28,14 @@ from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
 from sslbook.data.views import MOCO_V2, View
-from sslbook.methods.base import Method
-from sslbook.nn import EMA, MLP, Queue, backbone_dim, convert_batch_norm
+from sslbook.methods.moco import MoCo, info_nce
+from sslbook.nn import EMA, MLP, Queue, backbone_dim
 from sslbook.nn.backbones import require
 from sslbook.nn.feature_map import feature_map
 from sslbook.nn.precision import full_precision
-from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
+from sslbook.nn.shuffle import encode_shuffled
 from sslbook.schedules import Clock
 from sslbook.types import PositiveFloat, PositiveInt
-
-
-def info_nce(
-    q: Float[Tensor, "n dim"], k: Float[Tensor, "n dim"], negatives: Float[Tensor, "size dim"], temperature: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1+size"]]:
-    """Equations 1 and 2 for unit vectors: the loss, and the logits with the positive in column 0."""
-    positive = (q * k).sum(dim=1, keepdim=True)
-    logits = torch.cat([positive, q @ negatives.T], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)), logits
 
 
 def correspondence(f_q: Float[Tensor, "n s dim"], f_k: Float[Tensor, "n s dim"]) -> Int[Tensor, "n s"]:
@@ -57,8 +48,8 @@ def local_features(backbone: nn.Module, x: Float[Tensor, "n 3 h w"]) -> Float[Te
     return feature_map(backbone, x).flatten(2).mT
 
 
-class DenseCL(Method):
-    """Dense contrastive learning (arXiv:2011.09157).
+class DenseCL(MoCo):
+    """Dense contrastive learning (arXiv:2011.09157): MoCo v2 with a second head, queue and loss for local features.
 
     Args:
         backbone: the network to train, with a feature map; its batch norm becomes that of `sslbook.nn.BatchNorm`.
@@ -86,23 +77,14 @@ class DenseCL(Method):
         queue_size: PositiveInt = 65536,
         batch_norm_groups: PositiveInt = 8,
     ) -> None:
-        super().__init__()
         require(backbone, "forward_map", "DenseCL")
-        self.view, self.dense_weight = view, dense_weight
-        self.temperature, self.momentum = temperature, momentum
-        self.backbone = convert_batch_norm(backbone, batch_norm_groups)
+        # MoCo v2: the projector is an MLP.
+        super().__init__(backbone, view, True, projector_dim, temperature, momentum, queue_size, batch_norm_groups)
+        self.dense_weight = dense_weight
         dim = backbone_dim(backbone)
-        self.projector = MLP(dim, dim, projector_dim, batch_norm=False)
         self.dense_projector = MLP(dim, dim, projector_dim, batch_norm=False)  # the authors' 1x1 convolutions
-        self.key_backbone = EMA(self.backbone)
-        self.key_projector = EMA(self.projector)
         self.key_dense_projector = EMA(self.dense_projector)
-        self.queue = Queue(queue_size, projector_dim)
         self.dense_queue = Queue(queue_size, projector_dim)
-        self.shuffles = needs_shuffling(self.backbone, batch_norm_groups)
-
-    def views(self) -> tuple[View, ...]:
-        return (self.view, self.view)
 
     @torch.no_grad()
     def key_features(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n s dim"]:
@@ -138,6 +120,5 @@ class DenseCL(Method):
         }
 
     def after_step(self, clock: Clock) -> None:
-        self.key_backbone.update(self.backbone, self.momentum)
-        self.key_projector.update(self.projector, self.momentum)
+        super().after_step(clock)
         self.key_dense_projector.update(self.dense_projector, self.momentum)

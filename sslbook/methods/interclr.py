@@ -15,7 +15,7 @@ temperature divides. What differs:
   others instead.
 - An epoch shows every image once; the authors' sampler chooses images with replacement, so that an epoch shows 63 % of
   them.
-- Batch norm's groups, the shuffling of keys and the time of the EMA update are those of `sslbook.methods.moco`.
+- What differs in `sslbook.methods.moco`, whose keys, queue and EMA update these are.
 """
 
 import torch
@@ -27,12 +27,10 @@ from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import MOCO_V2, View
 from sslbook.errors import UserError
-from sslbook.methods.base import Method
+from sslbook.methods.moco import MoCo
 from sslbook.methods.odc import OnlineClusters
-from sslbook.nn import EMA, MLP, Queue, backbone_dim, convert_batch_norm
 from sslbook.nn.kmeans import embed
 from sslbook.nn.precision import full_precision
-from sslbook.nn.shuffle import encode_shuffled, needs_shuffling
 from sslbook.schedules import Clock
 from sslbook.types import PositiveFloat, PositiveInt
 
@@ -83,8 +81,8 @@ def sample_semihard(
     return pool.gather(1, (u.double() * pool_size).long())
 
 
-class InterCLR(Method):
-    """Inter-image invariance on top of MoCo v2 (arXiv:2008.11702).
+class InterCLR(MoCo):
+    """Inter-image invariance (arXiv:2008.11702): MoCo v2 with a second loss over online clusters.
 
     Args:
         backbone: the network to train; its batch norm becomes that of `sslbook.nn.BatchNorm`.
@@ -130,21 +128,12 @@ class InterCLR(Method):
         min_cluster: int = 20,
         centroids_every: PositiveInt = 10,
     ) -> None:
-        super().__init__()
-        self.view, self.temperature, self.momentum = view, temperature, momentum
+        # MoCo v2: the projector is an MLP.
+        super().__init__(backbone, view, True, projector_dim, temperature, momentum, queue_size, batch_norm_groups)
         self.cluster_view = View.center(view.size, max(cluster_resize, view.size), view.mean, view.std)
         self.margin, self.intra_weight, self.inter_weight = margin, intra_weight, inter_weight
         self.num_negatives, self.pool_size, self.centroids_every = num_negatives, pool_size, centroids_every
-        self.backbone = convert_batch_norm(backbone, batch_norm_groups)
-        dim = backbone_dim(backbone)
-        self.projector = MLP(dim, dim, projector_dim, batch_norm=False)
-        self.key_backbone, self.key_projector = EMA(self.backbone), EMA(self.projector)
-        self.queue = Queue(queue_size, projector_dim)
         self.clusters = OnlineClusters(num_clusters, projector_dim, memory_momentum, min_cluster)
-        self.shuffles = needs_shuffling(self.backbone, batch_norm_groups)
-
-    def views(self) -> tuple[View, ...]:
-        return (self.view, self.view)
 
     def setup(self, data: Data) -> None:
         if self.pool_size > data.num_train:
@@ -158,11 +147,6 @@ class InterCLR(Method):
         if clock.epoch == 0:  # memory bank and clusters start from the initial network's features
             features, index = embed(nn.Sequential(self.backbone, self.projector), data, self.cluster_view)
             self.clusters.initialize(features, index, clock.seed)
-
-    def keys(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
-        """Outputs of the key encoder, by shuffling batch norm (MoCo, section 3.3)."""
-        encoder = nn.Sequential(self.key_backbone, self.key_projector)
-        return encode_shuffled(encoder, x, batch.index, clock) if self.shuffles else encoder(x)
 
     def inter(self, q: Float[Tensor, "n dim"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, ""]:
         """The inter-image loss: equation 4 with positives and negatives from the memory bank."""
@@ -198,8 +182,7 @@ class InterCLR(Method):
         }
 
     def after_step(self, clock: Clock) -> None:
-        self.key_backbone.update(self.backbone, self.momentum)
-        self.key_projector.update(self.projector, self.momentum)
+        super().after_step(clock)
         if clock.step % self.centroids_every == 0:
             self.clusters.update_centroids()
         self.clusters.replace_small_clusters()

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +5,7 @@ from torch import Tensor
 
 from sslbook.data.loader import Batch
 from sslbook.errors import UserError
-from sslbook.methods.densecl import DenseCL, correspondence, info_nce, local_features
+from sslbook.methods.densecl import DenseCL, correspondence, local_features
 from sslbook.nn import ConvNet, resnet50
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, VIEW, Case, Convolutions, make, make_batch, transformer
@@ -41,20 +39,6 @@ CASE = Case(
     order_free={"batch_norm_groups": 1},
     other_backbones=[transformer],
 )
-
-
-@pytest.mark.parametrize(("n", "size", "temperature"), [(5, 7, 0.2), (1, 1, 0.07), (3, 2, 0.01)])
-def test_info_nce_is_equation_1(n: int, size: int, temperature: float) -> None:
-    q, k = F.normalize(torch.randn(2, n, 4, dtype=torch.float64), dim=2)
-    queue = F.normalize(torch.randn(size, 4, dtype=torch.float64), dim=1)
-    expected = 0.0
-    for i in range(n):
-        logits = [float(q[i] @ k[i]) / temperature] + [float(q[i] @ row) / temperature for row in queue]
-        greatest = max(logits)
-        expected += (greatest + math.log(sum(math.exp(x - greatest) for x in logits)) - logits[0]) / n
-    loss, logits = info_nce(q, k, queue, temperature)
-    assert float(loss) == pytest.approx(expected, rel=1e-10, abs=1e-12)
-    assert logits.shape == (n, 1 + size)
 
 
 def test_correspondence_is_equation_4() -> None:
