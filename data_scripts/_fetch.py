@@ -1,4 +1,4 @@
-"""What the data scripts share: fetch a file from several mirrors, check it, unpack it without trusting it.
+"""Shared by the data scripts: download a file from several mirrors, verify its checksum, unpack it safely.
 
 Three rules hold throughout. A file has its final name only once its checksum is right, and a folder only once
 everything is in it, so a run killed at any moment leaves nothing that looks finished. What was fetched is kept and
@@ -37,7 +37,7 @@ CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class RemoteFile:
     """A file and where to find it.
 
     Args:
@@ -54,8 +54,8 @@ class ImageSource:
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to wait for a mirror before turning to the next.
+class RetryPolicy:
+    """When to retry a mirror and when to try the next.
 
     Args:
         attempts: failures in a row, without progress between them, after which a mirror is given up.
@@ -74,7 +74,7 @@ class Patience:
     window: float = 20.0
 
 
-class _GiveUp(Exception):
+class _MirrorFailed(Exception):
     """This mirror will not deliver the file."""
 
 
@@ -82,8 +82,8 @@ class _TooSlow(Exception):
     """This mirror delivers, but slowly."""
 
 
-class _Again(Exception):
-    """A passing fault: worth another attempt at the same mirror."""
+class _Retry(Exception):
+    """A transient error: worth another attempt at the same mirror."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -134,7 +134,7 @@ def _bar(name: str, total: int, initial: int = 0, hidden: bool = False) -> tqdm:
 # Fetching
 
 
-def fetch(source: ImageSource, folder: Path, patience: Patience = Patience()) -> Path:
+def fetch(source: RemoteFile, folder: Path, retry: RetryPolicy = RetryPolicy()) -> Path:
     """The file of `source` in `folder`, fetched unless it is there, its checksum verified either way.
 
     What arrives is kept in ``<name>.part``; the next run, or the next mirror, goes on from its end.
@@ -153,14 +153,14 @@ def fetch(source: ImageSource, folder: Path, patience: Patience = Patience()) ->
     require_space(folder, source.size - _length(part), source.name)
 
     troubles: list[str] = []
-    queue = [(url, patience.slowest) for url in source.urls]
+    queue = [(url, retry.slowest) for url in source.urls]
     for url, slowest in queue:  # grows while it is walked: a slow mirror is asked again, after all others
         print(f"{source.name}: from {urlsplit(url).netloc}", file=sys.stderr)
         try:
-            _from_mirror(source, url, part, patience, slowest)
+            _from_mirror(source, url, part, retry, slowest)
         except _TooSlow:
             queue.append((url, 0.0))
-        except _GiveUp as error:
+        except _MirrorFailed as error:
             troubles.append(f"{urlsplit(url).netloc}: {error}")
         else:
             os.replace(part, target)
@@ -172,31 +172,31 @@ def fetch(source: ImageSource, folder: Path, patience: Patience = Patience()) ->
     )
 
 
-def _from_mirror(source: ImageSource, url: str, part: Path, patience: Patience, slowest: float) -> None:
-    """Complete `part` from one mirror and verify it; raise `_GiveUp` or `_TooSlow` if that cannot be done."""
+def _from_mirror(source: RemoteFile, url: str, part: Path, retry: RetryPolicy, slowest: float) -> None:
+    """Complete `part` from one mirror and verify it; raise `_MirrorFailed` or `_TooSlow` if that cannot be done."""
     failures = 0
     while True:
         before = _length(part)
         try:
             if before != source.size:
-                _transfer(source, url, part, patience, slowest)
-        except _Again as error:
-            # A line that breaks every few megabytes still gets there; only standing still is counted.
+                _transfer(source, url, part, retry, slowest)
+        except _Retry as error:
+            # A connection that breaks every few megabytes still gets there; only attempts without progress are counted.
             failures = failures + 1 if _length(part) - before < 1 << 20 else 1
-            if failures >= patience.attempts:
-                raise _GiveUp(f"{error}, {failures} times") from None
-            time.sleep(min(max(error.wait, patience.pause * 2 ** (failures - 1)), patience.longest_pause))
+            if failures >= retry.attempts:
+                raise _MirrorFailed(f"{error}, {failures} times") from None
+            time.sleep(min(max(error.wait, retry.pause * 2 ** (failures - 1)), retry.longest_pause))
             continue
         if has_checksum(part, source.checksum):
             return
         pieces_from = _read_note(part)["urls"]
         _discard(part)
         if pieces_from == [url]:
-            raise _GiveUp("wrong checksum")
+            raise _MirrorFailed("wrong checksum")
         # Some of the bytes came from elsewhere, so this mirror is not to blame yet: once more, from it alone.
 
 
-def _transfer(source: ImageSource, url: str, part: Path, patience: Patience, slowest: float) -> None:
+def _transfer(source: RemoteFile, url: str, part: Path, retry: RetryPolicy, slowest: float) -> None:
     """One request: append to `part` what is missing, or all of it if the server cannot resume."""
     if _length(part) > source.size:
         _discard(part)
@@ -209,12 +209,12 @@ def _transfer(source: ImageSource, url: str, part: Path, patience: Patience, slo
             headers["If-Range"] = note["validator"]  # the server sends everything if its file has changed
     with _network():
         try:
-            response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=patience.timeout)
+            response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=retry.timeout)
         except urllib.error.HTTPError as error:
             if error.code == 416 and have:
                 error.close()
                 _discard(part)
-                raise _Again("the partial file does not fit") from None
+                raise _Retry("the partial file does not fit") from None
             raise
 
     with response:
@@ -222,15 +222,15 @@ def _transfer(source: ImageSource, url: str, part: Path, patience: Patience, slo
         if have and response.status == 206:
             begin, total = _content_range(response)
             if begin != have or total not in (None, source.size):
-                raise _GiveUp(f"offers bytes {begin} to the end of {total}, not {have} to {source.size}")
+                raise _MirrorFailed(f"offers bytes {begin} to the end of {total}, not {have} to {source.size}")
             if same_server and validator != note["validator"]:
                 _discard(part)
-                raise _Again("its file has changed since the partial download")
+                raise _Retry("its file has changed since the partial download")
             urls = note["urls"] if same_server else [*note["urls"], url]
         else:
             length = response.headers.get("Content-Length")
             if length is not None and length != str(source.size):
-                raise _GiveUp(f"offers {length} bytes instead of {source.size}")
+                raise _MirrorFailed(f"offers {length} bytes instead of {source.size}")
             have, urls = 0, [url]
         mode = "ab" if have else "wb"
         with open(part, mode) as stream, _bar(source.name, source.size, have) as bar:
@@ -243,36 +243,36 @@ def _transfer(source: ImageSource, url: str, part: Path, patience: Patience, slo
                     break
                 have += len(chunk)
                 if have > source.size:
-                    raise _GiveUp(f"sends more than {source.size} bytes")
+                    raise _MirrorFailed(f"sends more than {source.size} bytes")
                 stream.write(chunk)
                 bar.update(len(chunk))
                 received += len(chunk)
                 elapsed = time.monotonic() - begun
-                if elapsed >= patience.window:
+                if elapsed >= retry.window:
                     if received < slowest * elapsed:
                         raise _TooSlow
                     begun, received = time.monotonic(), 0
     if have < source.size:
-        raise _Again(f"connection closed after {have} of {source.size} bytes")
+        raise _Retry(f"connection closed after {have} of {source.size} bytes")
 
 
 @contextlib.contextmanager
 def _network() -> Iterator[None]:
-    """Sort what can go wrong on the line into passing faults and final ones (a full disk is neither)."""
+    """Turn network errors into transient and permanent ones (a full disk is neither)."""
     try:
         yield
     except urllib.error.HTTPError as error:
         wait = error.headers.get("Retry-After", "") if error.headers else ""
         error.close()
         if error.code in (408, 425, 429) or error.code >= 500:
-            raise _Again(f"HTTP {error.code}", float(wait) if wait.isdigit() else 0.0) from None
-        raise _GiveUp(f"HTTP {error.code}") from None
+            raise _Retry(f"HTTP {error.code}", float(wait) if wait.isdigit() else 0.0) from None
+        raise _MirrorFailed(f"HTTP {error.code}") from None
     except urllib.error.URLError as error:
-        raise _Again(str(error.reason)) from None
+        raise _Retry(str(error.reason)) from None
     except TimeoutError:
-        raise _Again("no answer in time") from None
+        raise _Retry("no answer in time") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Again(str(error) or type(error).__name__) from None
+        raise _Retry(str(error) or type(error).__name__) from None
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
@@ -282,7 +282,7 @@ def _validator(response: http.client.HTTPResponse) -> str | None:
 
 
 def _content_range(response: http.client.HTTPResponse) -> tuple[int | None, int | None]:
-    """First byte and total length from ``Content-Range: bytes 100-199/200`` (None: not told)."""
+    """First byte and total length from ``Content-Range: bytes 100-199/200`` (None: not given)."""
     unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
     span, _, total = rest.partition("/")
     begin = span.partition("-")[0]
@@ -296,7 +296,7 @@ def _length(part: Path) -> int:
 
 
 def _note(part: Path) -> Path:
-    """Beside the partial file: which mirrors its bytes came from, and the version the last one gave."""
+    """The file beside the partial one: the mirrors its bytes came from, and the last one's version of the file."""
     return part.with_name(part.name + ".json")
 
 
@@ -414,7 +414,7 @@ def members(archive: Path | IO[bytes], name: str) -> Iterator[tuple[PurePosixPat
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn what the archive readers raise over a damaged file into one line that names it."""
+    """Turn what the archive readers raise for a damaged file into one line that names it."""
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:

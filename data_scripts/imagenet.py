@@ -60,7 +60,7 @@ ILSVRC2012 = Edition(
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the development kit tells.
+    """The content of the development kit.
 
     Args:
         names: the words of every class, by WordNet id.
@@ -91,7 +91,7 @@ def read_devkit(archive: Path, edition: Edition) -> Devkit:
     truth = [by_id.get(int(number), "") for number in found["ILSVRC2012_validation_ground_truth.txt"].split()]
     if len(leaves) != edition.classes or len(truth) != edition.val or "" in truth:
         raise UserError(
-            f"{archive} tells {len(leaves)} classes and {len(truth)} validation labels, "
+            f"{archive} lists {len(leaves)} classes and {len(truth)} validation labels, "
             f"not {edition.classes} and {edition.val}: is it the 2012 kit?"
         )
     return Devkit(
@@ -155,7 +155,7 @@ def images_by_class(folder: Path) -> dict[str, list[str]]:
 
 
 def verify(out: Path, part: Literal["train", "val"], edition: Edition, devkit: Devkit | None = None) -> None:
-    """Count the classes and images of a split; name a class that falls short, where the kit tells its size."""
+    """Count the classes and images of a split; name a class that falls short, whose size the kit lists."""
     if not (out / part).is_dir():
         raise UserError(f"{out / part} is missing: run without --verify, with its archive in --archives")
     found = {wnid: len(names) for wnid, names in images_by_class(out / part).items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import cifar10
 import numpy as np
 import pytest
-from _fetch import ImageSource
+from _fetch import RemoteFile
 from loopback import File, Server
 from PIL import Image
 
@@ -42,10 +42,10 @@ def python2_pickle(value: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def batches() -> dict[str, bytes]:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     files = {
-        name: python2_pickle({"data": chance.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 1, 0]})
+        name: python2_pickle({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 1, 0]})
         for name in names
     }
     return files | {"batches.meta": python2_pickle({"label_names": CLASSES})}
@@ -61,7 +61,7 @@ def release(server: Server, files: dict[str, bytes], **faults: object) -> cifar1
     data = stream.getvalue()
     url = server.put("/cifar-10-python.tar.gz", File(data, **faults))
     return cifar10.Release(
-        ImageSource("cifar-10-python.tar.gz", (url,), len(data), f"sha256:{hashlib.sha256(data).hexdigest()}"),
+        RemoteFile("cifar-10-python.tar.gz", (url,), len(data), f"sha256:{hashlib.sha256(data).hexdigest()}"),
         "cifar-10-batches-py",
         {name: hashlib.md5(data).hexdigest() for name, data in files.items()},
     )
@@ -98,14 +98,14 @@ def test_fetches_verifies_and_writes_images(
         cifar10.main([*out, "--verify"], small)
 
 
-def test_own_mirror_is_asked_first(server: Server, tmp_path: Path, batches: dict[str, bytes]) -> None:
+def test_tries_the_given_mirror_first(server: Server, tmp_path: Path, batches: dict[str, bytes]) -> None:
     small = release(server, batches)
     own = File(server.files["/cifar-10-python.tar.gz"].data)
     cifar10.main(["--out", str(tmp_path), "--mirror", server.put("/own", own)], small)
     assert (len(own.asked), len(server.files["/cifar-10-python.tar.gz"].asked)) == (1, 0)
 
 
-def test_archive_with_another_batch_is_refused(server: Server, tmp_path: Path, batches: dict[str, bytes]) -> None:
+def test_rejects_an_archive_with_another_batch(server: Server, tmp_path: Path, batches: dict[str, bytes]) -> None:
     small = release(server, batches)
     small.files["test_batch"] = hashlib.md5(b"other").hexdigest()
     with pytest.raises(UserError, match="test_batch has the wrong checksum"):
@@ -118,7 +118,7 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def test_a_batch_that_would_execute_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_batch_that_would_execute_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "batch").write_bytes(pickle.dumps({"data": Evil()}))
     with pytest.raises(UserError, match=r"asks for (posix|nt)\.system"):
@@ -126,7 +126,7 @@ def test_a_batch_that_would_execute_code_is_refused(tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path) == ["batch"]
 
 
-def test_torchvision_names_the_same_checksums() -> None:
+def test_checksums_equal_torchvision() -> None:
     from torchvision.datasets import CIFAR10
 
     published = CIFAR10.train_list + CIFAR10.test_list + [[CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]

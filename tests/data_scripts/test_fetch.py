@@ -14,17 +14,17 @@ from types import SimpleNamespace
 
 import _fetch
 import pytest
-from _fetch import ImageSource, Patience, fetch, unpack
+from _fetch import RemoteFile, RetryPolicy, fetch, unpack
 from loopback import File, Server
 
 from sslbook.errors import UserError
 
 DATA = random.Random(0).randbytes(300_000)
-QUICK = Patience(pause=0.0, timeout=5.0, slowest=0.0)
+QUICK = RetryPolicy(pause=0.0, timeout=5.0, slowest=0.0)
 
 
-def source(*urls: str, data: bytes = DATA) -> ImageSource:
-    return ImageSource("set.bin", urls, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+def source(*urls: str, data: bytes = DATA) -> RemoteFile:
+    return RemoteFile("set.bin", urls, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
 
 
 def names(folder: Path) -> set[str]:
@@ -40,13 +40,13 @@ def test_fetches_once(server: Server, tmp_path: Path) -> None:
     assert file.asked == [None]
 
 
-def test_goes_on_after_cut_connections(server: Server, tmp_path: Path) -> None:
+def test_resumes_after_broken_connections(server: Server, tmp_path: Path) -> None:
     file = File(DATA, cuts=[100_000, 50_000])
     assert fetch(source(server.put("/a", file)), tmp_path, QUICK).read_bytes() == DATA
     assert file.asked == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_goes_on_in_a_later_run_and_with_another_mirror(server: Server, tmp_path: Path) -> None:
+def test_resumes_in_a_later_run_and_from_another_mirror(server: Server, tmp_path: Path) -> None:
     broken = server.put("/a", File(DATA, cuts=[100_000, 0, 0, 0, 0]))
     with pytest.raises(UserError, match="closed after 100000 of 300000"):
         fetch(source(broken), tmp_path, QUICK)
@@ -56,14 +56,14 @@ def test_goes_on_in_a_later_run_and_with_another_mirror(server: Server, tmp_path
     assert good.asked == ["bytes=100000-"]
 
 
-def test_starts_again_where_ranges_are_unknown(server: Server, tmp_path: Path) -> None:
+def test_restarts_without_range_requests(server: Server, tmp_path: Path) -> None:
     file = File(DATA, ranges=False, cuts=[100_000])
     assert fetch(source(server.put("/a", file)), tmp_path, QUICK).read_bytes() == DATA
     assert file.asked == [None, "bytes=100000-"]
 
 
 @pytest.mark.parametrize("honors_if_range", [True, False])
-def test_does_not_glue_two_versions(server: Server, tmp_path: Path, honors_if_range: bool) -> None:
+def test_does_not_mix_two_versions(server: Server, tmp_path: Path, honors_if_range: bool) -> None:
     url = server.put("/a", File(bytes(len(DATA)), etag='"old"', cuts=[1000, 0, 0, 0]))
     with pytest.raises(UserError):
         fetch(source(url), tmp_path, QUICK)
@@ -73,7 +73,7 @@ def test_does_not_glue_two_versions(server: Server, tmp_path: Path, honors_if_ra
     assert new.asked == (["bytes=1000-"] if honors_if_range else ["bytes=1000-", None])
 
 
-def test_pieces_of_two_mirrors_that_do_not_fit_are_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_restarts_when_the_pieces_of_two_mirrors_do_not_match(server: Server, tmp_path: Path) -> None:
     (tmp_path / "set.bin.part").write_bytes(bytes(1000))  # of unknown origin: no note beside it
     file = File(DATA)
     assert fetch(source(server.put("/a", file)), tmp_path, QUICK).read_bytes() == DATA
@@ -81,7 +81,7 @@ def test_pieces_of_two_mirrors_that_do_not_fit_are_fetched_anew(server: Server, 
 
 
 @pytest.mark.parametrize("length", [len(DATA), len(DATA) + 5])
-def test_a_complete_or_overlong_partial_file(server: Server, tmp_path: Path, length: int) -> None:
+def test_complete_or_overlong_partial_file(server: Server, tmp_path: Path, length: int) -> None:
     (tmp_path / "set.bin.part").write_bytes((DATA + b"extra")[:length])
     file = File(DATA)
     assert fetch(source(server.put("/a", file)), tmp_path, QUICK).read_bytes() == DATA
@@ -108,13 +108,11 @@ def test_all_mirrors_fail(server: Server, tmp_path: Path) -> None:
     assert not (tmp_path / "set.bin").exists()
 
 
-def test_busy_server_is_asked_again_and_not_for_ever(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retries_a_busy_server_a_few_times(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(_fetch.time, "sleep", waits.append)
     file = File(DATA, statuses=[503, 429, 500])
-    fetch(source(server.put("/a", file)), tmp_path / "a", Patience(pause=1.0, slowest=0.0, longest_pause=3.0))
+    fetch(source(server.put("/a", file)), tmp_path / "a", RetryPolicy(pause=1.0, slowest=0.0, longest_pause=3.0))
     assert waits == [1.0, 2.0, 3.0]
     file = File(DATA, statuses=[503] * 9)
     with pytest.raises(UserError, match="HTTP 503, 4 times"):
@@ -122,25 +120,25 @@ def test_busy_server_is_asked_again_and_not_for_ever(
     assert len(file.asked) == 4
 
 
-def test_silent_mirror_is_left(server: Server, tmp_path: Path) -> None:
+def test_leaves_a_silent_mirror(server: Server, tmp_path: Path) -> None:
     silent = File(DATA, stalls=9)
     urls = server.put("/silent", silent), server.put("/ok", File(DATA))
-    assert fetch(source(*urls), tmp_path, Patience(attempts=2, pause=0.0, timeout=0.1)).read_bytes() == DATA
+    assert fetch(source(*urls), tmp_path, RetryPolicy(attempts=2, pause=0.0, timeout=0.1)).read_bytes() == DATA
     assert len(silent.asked) == 2
 
 
-def test_slow_mirror_comes_last(server: Server, tmp_path: Path) -> None:
+def test_tries_a_slow_mirror_last(server: Server, tmp_path: Path) -> None:
     # No server is this fast, so every mirror counts as slow; the window of zero seconds makes that certain.
-    impatient = Patience(pause=0.0, slowest=1e15, window=0.0)
+    strict = RetryPolicy(pause=0.0, slowest=1e15, window=0.0)
     slow, gone = File(DATA), File(DATA, statuses=[404])
     urls = server.put("/slow", slow), server.put("/gone", gone)
-    assert fetch(source(*urls), tmp_path, impatient).read_bytes() == DATA
+    assert fetch(source(*urls), tmp_path, strict).read_bytes() == DATA
     assert len(slow.asked) == 2
     assert len(gone.asked) == 1
     assert slow.asked[1] is not None  # what the slow mirror had sent was kept
 
 
-def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
+def test_keeps_an_existing_file(tmp_path: Path) -> None:
     (tmp_path / "set.bin").write_bytes(b"mine")
     with pytest.raises(UserError, match="wrong checksum"):
         fetch(source(), tmp_path, QUICK)
@@ -271,7 +269,7 @@ def test_interrupted_unpacking_leaves_nothing_half_done(tmp_path: Path, monkeypa
     assert names(tmp_path) == {"a.tar", "out", "out/1", "out/2"}
 
 
-def test_refused_by_its_check(tmp_path: Path) -> None:
+def test_check_can_reject_the_content(tmp_path: Path) -> None:
     def refuse(folder: Path) -> None:
         raise UserError(f"{sorted(names(folder))} is not enough")
 
@@ -287,7 +285,7 @@ def test_archive_larger_than_the_disk(tmp_path: Path, monkeypatch: pytest.Monkey
         unpack(archive, tmp_path / "out")
 
 
-def test_a_torn_note_is_no_obstacle(server: Server, tmp_path: Path) -> None:
+def test_ignores_a_corrupt_note(server: Server, tmp_path: Path) -> None:
     for text in "", "{", json.dumps({"urls": []}), json.dumps([1]), json.dumps({"urls": 3, "validator": 1}):
         (tmp_path / "set.bin.part").write_bytes(DATA[:1000])
         (tmp_path / "set.bin.part.json").write_text(text)
