@@ -12,7 +12,8 @@ of the resolution. What differs:
 - The palette holds every bin that contains an RGB color, 261 of width 10, where the authors list 313.
 - Color frequencies are counted over the batches so far instead of over ImageNet beforehand.
 - A backbone has three input channels. All three are the lightness, and the first convolution starts with equal weights
-  for them. Their gradients are equal too, so colors, which are shown again after training, never change the features.
+  for them. Their gradients are equal too, so the weights stay equal, and features never depend on color, also when
+  the network is evaluated on colored images.
 - The loss is the mean over pixels, not the sum.
 """
 

@@ -6,7 +6,7 @@ view must match this neighbor, by a softmax over the similarities of the batch a
 
 Dwibedi, Aytar, Tompson, Sermanet and Zisserman, 2021, "With a little help from my friends: nearest-neighbor contrastive
 learning of visual representations" (arXiv:2104.14548), equations 3 and 4, algorithm 1. The defaults are the paper's; its
-authors published no code. Where the paper leaves a choice:
+authors published no code. What differs (the paper leaves both open):
 
 - The loss is algorithm 1's: each neighbor is compared with the predictions of the whole batch, and the two ways to pair
   the views are averaged.
