@@ -34,7 +34,7 @@ from sslbook.weights.load import load_weights
         (wide_resnet101_2, "wide_resnet101_2", 126_886_696 - 2_049_000),
     ],
 )
-def test_it_is_torchvisions(factory, name: str, parameters: int) -> None:
+def test_names_and_counts_are_torchvisions(factory, name: str, parameters: int) -> None:
     with torch.device("meta"):
         ours, theirs = factory(), getattr(torchvision.models, name)()
     assert sum(p.numel() for p in ours.parameters()) == parameters
@@ -44,7 +44,7 @@ def test_it_is_torchvisions(factory, name: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize(("factory", "name"), [(resnet18, "resnet18"), (wide_resnet50_2, "wide_resnet50_2")])
-def test_torchvisions_weights_give_torchvisions_features(factory, name: str) -> None:
+def test_torchvision_weights_give_torchvision_features(factory, name: str) -> None:
     theirs = getattr(torchvision.models, name)(num_classes=2).eval()
     ours = factory().eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
@@ -53,7 +53,7 @@ def test_torchvisions_weights_give_torchvisions_features(factory, name: str) -> 
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_a_file_of_torchvisions_weights_starts_a_methods_backbone(tmp_path: Path) -> None:
+def test_method_starts_from_torchvision_weights(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     method = SimCLR(resnet18(), projector_dim=8)
@@ -69,7 +69,7 @@ def test_a_file_of_torchvisions_weights_starts_a_methods_backbone(tmp_path: Path
     assert "layer1.0.conv1.weight" in load_weights(method, tmp_path / "resnet50.pth").unused
 
 
-def test_an_exported_wide_network_comes_back(tmp_path: Path) -> None:
+def test_wide_network_export_round_trip(tmp_path: Path) -> None:
     wide = ResNet(50, 4, "small", inner_width=2)
     export_backbone(tmp_path / "backbone.safetensors", wide, {})
     again, _ = load_backbone(tmp_path / "backbone.safetensors")
@@ -89,7 +89,7 @@ def test_small_stem_keeps_the_resolution() -> None:
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_zero_init_makes_every_block_the_identity(depth: int) -> None:
+def test_zero_init_residual_makes_blocks_the_identity(depth: int) -> None:
     network = ResNet(depth, width=4, stem="small", zero_init_residual=True).eval()
     block = network.layer1[1]
     x = torch.rand(1, network.layer1[1].conv1.in_channels, 8, 8)
@@ -97,7 +97,7 @@ def test_zero_init_makes_every_block_the_identity(depth: int) -> None:
     assert not torch.equal(ResNet(depth, width=4, stem="small").eval().layer1[1](x), x)
 
 
-def test_unknown_depth_is_refused() -> None:
+def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="use one of 18, 34, 50, 101, 152"):
         ResNet(51)
     with pytest.raises(UserError, match="no bottlenecks to widen: use depth 50"):

@@ -27,7 +27,7 @@ def test_published_parameter_counts(factory, parameters: int) -> None:
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_timms_weights_give_timms_features(pool: str) -> None:
+def test_timm_weights_give_timm_features(pool: str) -> None:
     timm = pytest.importorskip("timm", reason="needs timm")
     theirs = timm.create_model(
         "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, depth=2, global_pool="token"
@@ -40,25 +40,25 @@ def test_timms_weights_give_timms_features(pool: str) -> None:
     torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_positions_from_their_definition() -> None:
+def test_sincos_positions_against_definition() -> None:
     dim, height, width = 8, 2, 3
     table = sincos_positions(dim, height, width)
     for row in range(height):
         for column in range(width):
             expected = []
-            for place in (column, row):
+            for position in (column, row):
                 for function in (math.sin, math.cos):
-                    expected += [function(place / 10000 ** (i / (dim // 4))) for i in range(dim // 4)]
+                    expected += [function(position / 10000 ** (i / (dim // 4))) for i in range(dim // 4)]
             torch.testing.assert_close(table[row * width + column], torch.tensor(expected))
     with pytest.raises(UserError, match="use 8"):
         sincos_positions(10, 2, 2)
 
 
-def test_fixed_positions_are_no_parameters_but_are_saved() -> None:
+def test_fixed_positions_are_saved_buffers() -> None:
     network = VisionTransformer(16, 4, 16, 1, 2)
     assert "pos_embed" in network.state_dict()
     assert "pos_embed" not in dict(network.named_parameters())
-    assert network.pos_embed[0, 0].abs().max() == 0  # the cls token has no place
+    assert network.pos_embed[0, 0].abs().max() == 0  # the class token has no position
 
 
 def test_tokens_can_be_dropped_and_reordered() -> None:
@@ -68,12 +68,12 @@ def test_tokens_can_be_dropped_and_reordered() -> None:
     assert tokens.shape == (2, 16, 16)
     assert network.encode(tokens[:, :5]).shape == (2, 6, 16)
     torch.testing.assert_close(network(x), network.encode(tokens.flip(1))[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
-    # What was dropped cannot be seen.
+    # Dropped patches have no influence.
     x[:, :, 4:, :] = 7.0
     torch.testing.assert_close(network.encode(network.embed(x)[:, :4]), network.encode(tokens[:, :4]))
 
 
-def test_any_size_that_fits_the_patches() -> None:
+def test_any_size_that_divides_into_patches() -> None:
     network = VisionTransformer(16, 4, 16, 1, 2)
     assert network(torch.randn(1, 3, 8, 24)).shape == (1, 16)
     with pytest.raises(UserError, match=r"18x30 .* nearest size that works is 16x32"):
@@ -84,7 +84,7 @@ def test_any_size_that_fits_the_patches() -> None:
         VisionTransformer(16, 4, 16, 1, 3)
 
 
-def test_resampled_positions_agree_where_grids_do() -> None:
+def test_resampled_positions_keep_rows() -> None:
     table = torch.arange(4.0).repeat_interleave(4).view(16, 1)  # the row's number
     assert resample_positions(table, (4, 4), (4, 4)) is table
     wider = resample_positions(table, (4, 4), (4, 8)).view(4, 8)
@@ -93,10 +93,35 @@ def test_resampled_positions_agree_where_grids_do() -> None:
     assert bool((rows.diff(dim=0) > 0).all())
 
 
-def test_drop_path_leaves_out_branches_in_training_only() -> None:
+def test_positions_offset_resamples_by_scale_factor() -> None:
+    """DINO's table for a larger image: the side plus 0.1, divided by the old side, is the scale of the grid."""
+    table = torch.arange(4.0).repeat(4).view(16, 1)  # the column's number
+    columns = resample_positions(table, (4, 4), (4, 6), offset=0.1).view(4, 6)[0]
+    scale, expected = (6 + 0.1) / 4, []
+    for i in range(6):
+        x = (i + 0.5) / scale - 0.5  # of output pixel i among the inputs, cubic convolution with a = -0.75
+        total = 0.0
+        for j in range(math.floor(x) - 1, math.floor(x) + 3):
+            d = abs(x - j)
+            weight = 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            total += weight * min(3, max(0, j))
+        expected.append(total)
+    torch.testing.assert_close(columns, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert (columns - resample_positions(table, (4, 4), (4, 6)).view(4, 6)[0]).abs().max() > 1e-2
+    for to in ((2, 2), (3, 5), (7, 9), (37, 37)):
+        assert len(resample_positions(table, (4, 4), to, offset=0.1)) == to[0] * to[1]
+    network = VisionTransformer(16, 4, 16, 1, 2, positions="learned", positions_offset=0.1)
+    x, own = torch.randn(1, 3, 16, 24), network.pos_embed[0, 1:]
+    expected = network.patch_embed(x)[0] + resample_positions(own, (4, 4), (4, 6), offset=0.1)
+    torch.testing.assert_close(network.embed(x)[0], expected)
+
+
+def test_drop_path_in_training_only() -> None:
     torch.manual_seed(0)
     network = VisionTransformer(16, 4, 16, 4, 2, drop_path=0.5)
     assert [block.drop_path for block in network.blocks] == [0, 0.5 / 3, 1 / 3, 0.5]
+    uniform = VisionTransformer(16, 4, 16, 4, 2, drop_path=0.5, drop_path_uniform=True)
+    assert [block.drop_path for block in uniform.blocks] == [0.5] * 4
     x = torch.randn(1, 3, 16, 16).expand(32, -1, -1, -1)
     assert network(x).std(dim=0).max() > 1e-3
     assert network.eval()(x).std(dim=0).max() < 1e-5
@@ -108,7 +133,7 @@ def test_drop_path_leaves_out_branches_in_training_only() -> None:
     assert torch.allclose(block._keep(torch.ones(20000, 1, 1)).mean(), torch.tensor(1.0), atol=0.05)
 
 
-def test_initialization_is_maes() -> None:
+def test_initialization_as_in_mae() -> None:
     torch.manual_seed(0)
     network = VisionTransformer(32, 8, 64, 1, 4)
     weight = network.patch_embed.proj.weight

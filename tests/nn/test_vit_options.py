@@ -1,4 +1,4 @@
-"""What makes BEiT's, data2vec's and CaiT's transformers of ours, and weights for another image size."""
+"""Layer scale, relative positions and mask tokens of the vision transformer, and weights for another image size."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def biases(positions: RelativePositions, grid: tuple[int, int]) -> Tensor:
         for j, b in enumerate(tokens):
             if a is None and b is None:
                 row = -1
-            elif a is None:  # the cls token asks
+            elif a is None:  # the class token is the query
                 row = -3
             elif b is None:
                 row = -2
@@ -51,14 +51,14 @@ def biases(positions: RelativePositions, grid: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 1)])
-def test_relative_positions_one_pair_at_a_time(grid: tuple[int, int]) -> None:
+def test_relative_positions_against_loops(grid: tuple[int, int]) -> None:
     positions = RelativePositions(grid, 2)
     with torch.no_grad():
         positions.table.normal_()
     assert torch.equal(positions(), biases(positions, grid))
 
 
-def test_relative_positions_enter_every_block_and_nothing_else() -> None:
+def test_relative_positions_enter_attention_alone() -> None:
     torch.manual_seed(0)
     network = VisionTransformer(8, 4, 16, 2, 2, positions="relative").eval()
     plain = VisionTransformer(8, 4, 16, 2, 2, positions="sincos").eval()
@@ -82,21 +82,21 @@ def test_relative_positions_enter_every_block_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned", "relative"])
-def test_mask_tokens_stand_at_the_patches_positions(positions: str) -> None:
+def test_mask_tokens_have_positions_of_patches(positions: str) -> None:
     network = VisionTransformer(16, 4, 16, 1, 2, positions=positions)
-    x, token = torch.randn(2, 3, 16, 16), torch.randn(16)
+    x, token = torch.randn(2, 3, 16, 16), torch.randn(1, 1, 16)
     mask = torch.rand(2, 16) < 0.5
     mask[:, 0] = True
     tokens = network.embed(x, mask, token)
     assert torch.equal(tokens[~mask], network.embed(x)[~mask])
-    place = network.pos_embed[0, 1:].expand(2, -1, -1)
-    torch.testing.assert_close(tokens[mask], (token + place)[mask])
+    positions_of_patches = network.pos_embed[0, 1:].expand(2, -1, -1)
+    torch.testing.assert_close(tokens[mask], (token + positions_of_patches)[mask])
     other = x.clone()
-    other[:, :, :4, :4] = 9.0  # the first patch, hidden in both
+    other[:, :, :4, :4] = 9.0  # the first patch, masked in both
     assert torch.equal(network.embed(other, mask, token), tokens)
 
 
-def test_every_layer_can_be_looked_at() -> None:
+def test_outputs_of_all_blocks() -> None:
     network = VisionTransformer(16, 4, 16, 3, 2, layer_scale=1.0).eval()
     tokens = network.embed(torch.randn(2, 3, 16, 16))
     outputs = list(network.layers(tokens))
@@ -152,7 +152,7 @@ def test_weights_of_another_image_size(tmp_path: Path, positions: str, to: int) 
     torch.testing.assert_close(center, near)
 
 
-def test_weights_of_another_size_start_a_method(tmp_path: Path) -> None:
+def test_method_starts_from_weights_of_another_size(tmp_path: Path) -> None:
     source, target = MAE(at(16, "learned"), View(size=16)), MAE(at(24, "learned"), View(size=24))
     torch.save(source.state_dict(), tmp_path / "mae.pt")
     loaded = load_weights(target, tmp_path / "mae.pt")
@@ -163,7 +163,7 @@ def test_weights_of_another_size_start_a_method(tmp_path: Path) -> None:
     assert "resampled: backbone.pos_embed" in str(loaded)
 
 
-def test_what_cannot_be_resampled_is_left() -> None:
+def test_resampled_returns_none_for_other_shapes() -> None:
     network = at(16, "learned")
     assert network.resampled("pos_embed", torch.zeros(1, 8, 16)) is None  # 7 patches are no square
     assert network.resampled("pos_embed", torch.zeros(1, 10, 12)) is None  # another width
@@ -173,7 +173,9 @@ def test_what_cannot_be_resampled_is_left() -> None:
     assert RelativePositions((2, 2), 2).resampled("table", torch.zeros(2, 2)) is None
 
 
-@pytest.mark.parametrize("options", [{"positions": "relative", "layer_scale": 0.1}, {"positions": "learned"}])
+@pytest.mark.parametrize(
+    "options", [{"positions": "relative", "layer_scale": 0.1}, {"positions": "learned", "drop_path_uniform": True}]
+)
 def test_all_options_survive_an_export(tmp_path: Path, options: dict) -> None:
     network = VisionTransformer(16, 4, 16, 2, 2, drop_path=0.1, **options)
     for parameter in network.parameters():
