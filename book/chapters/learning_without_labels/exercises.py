@@ -200,9 +200,7 @@ def standardize(check: Check, answer: Callable) -> None:
                 test - test.mean(0)
             )
             / test.std(0, correction=0),
-            "mean and standard deviation of both splits together: test images must not influence the training": (
-                test - both.mean(0)
-            )
+            "mean and std of both splits together: test images must not influence the training": (test - both.mean(0))
             / both.std(0, correction=0),
             "the test features are unchanged": test,
         },
@@ -255,7 +253,7 @@ def paired_difference(check: Check, answer: Callable) -> None:
         returned = check.call(answer, a, b)
         check.that(
             isinstance(returned, tuple | list) and len(returned) == 2,
-            "must return the difference and its standard deviation",
+            "must return two numbers: difference, standard deviation",
         )
         d = a.double() - b.double()
         difference, std = d.mean(), d.std(correction=0) / math.sqrt(n)

@@ -1,0 +1,68 @@
+"""FAITHFULNESS.md: the source of every method, and what differs from it, collected from the methods' docstrings.
+
+python book/reference/faithfulness.py
+"""
+
+import ast
+import re
+from pathlib import Path
+
+from sslbook.checkpoint import write_text
+from sslbook.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "FAITHFULNESS.md"
+HEAD = """# Faithfulness
+
+What every method is taken from, and where it departs from its source: the authors' code where there is one, else the
+paper. Whatever is not listed is meant to be the same; a departure that you find and this table lacks is a bug. Where
+the consequence of a departure is known, it stands with it.
+
+`python book/reference/faithfulness.py` writes this page from the docstrings of `sslbook/methods/`, and a test keeps it
+from going stale.
+
+| Method | Source | What differs, and what follows from it |
+|---|---|---|
+"""
+
+
+def docstring(name: str) -> str:
+    return ast.get_docstring(ast.parse((ROOT / "sslbook" / "methods" / f"{name}.py").read_text(encoding="utf-8"))) or ""
+
+
+def source(text: str) -> str:
+    """The citations: authors, year and title, each ending in a link to arXiv."""
+    (first, *_) = [part for part in text.split("\n\n") if "arXiv:" in part]
+    flat = " ".join(first.split())
+    cited = flat[: flat.rindex("arXiv:")] + re.search(r"arXiv:[\d.]+\d", flat[flat.rindex("arXiv:") :])[0]
+    return re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cited) + ")" * (
+        cited.count("(") - cited.count(")")
+    )
+
+
+def departures(text: str) -> list[tuple[str, list[str]]]:
+    """Every list of a docstring: the sentence that introduces it, and its items."""
+    found = []
+    for block in re.finditer(r"(?P<before>[^\n]+(?:\n[^\n-][^\n]*)*):\n\n?(?P<items>- .*(?:\n(?:- |  ).*)*)", text):
+        sentence = re.split(r"(?<=[.;)]) (?=[A-Z])", " ".join(block["before"].split()))[-1]
+        items = [" ".join(item.split()) for item in re.split(r"^- ", block["items"], flags=re.M)[1:]]
+        found.append((sentence, [item.rstrip(".;") for item in items]))
+    return found
+
+
+def row(name: str) -> str:
+    """A line of the table."""
+    text = docstring(name)
+    title = re.split(r": | \(|, ", text.splitlines()[0])[0]
+    lists = [f"{sentence}:<br>" + "<br>".join(f"• {item}" for item in items) for sentence, items in departures(text)]
+    cells = [f"[{title}](sslbook/methods/{name}.py)", source(text), "<br>".join(lists)]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD + "\n".join(row(name) for name in METHODS) + "\n"
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
