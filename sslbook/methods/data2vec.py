@@ -1,8 +1,8 @@
 """data2vec: predict the averaged top layers of an EMA teacher at masked positions.
 
-The student gets an image in which blocks of patches are replaced by a mask token. At each of these positions it predicts
-the average of the teacher's top blocks. The teacher is a moving average of the student and sees the whole image, so that
-its features describe more than the patch.
+The student gets an image in which blocks of patches are replaced by a mask token. At each of these positions it
+predicts the average of the outputs of the teacher's top blocks. The teacher is an exponential moving average (EMA) of
+the student and sees the whole image, so that its features at a position describe more than the patch there.
 
 Baevski, Hsu, Xu, Babu, Gu and Auli, 2022, "data2vec: A general framework for self-supervised learning in speech, vision
 and language" (arXiv:2202.03555), section 3, for vision. The defaults are those of the authors' published commands for
@@ -11,11 +11,11 @@ commands name a start of 0.999 as well, but no steps over which it would rise.
 
 What differs from the authors' code:
 
-- masks are a function of seed, image and epoch, where they are drawn from Python's generator;
-- colors are jittered after the crop, where they are before it;
-- attention has no dropout;
+- masks are counter-based random numbers of seed, epoch and image; theirs come from Python's generator;
+- colors are jittered after the crop; theirs before it;
+- attention has no dropout; theirs has;
 - keys have a bias, which changes no attention weight; theirs have none;
-- initialization is that of MAE, where it is a truncated normal of 0.02, rescaled at the end of every branch.
+- initialization is that of MAE; theirs is a truncated normal of 0.02, rescaled at the end of every branch.
 """
 
 from collections.abc import Iterable

@@ -1,22 +1,23 @@
 """I-JEPA: predict the EMA teacher's features of masked blocks from a context block.
 
 The encoder sees the patches of one large block, the context. From its features a narrow transformer, the predictor,
-predicts the features of several target blocks, given their positions. The target encoder, a moving average of the
-encoder, computes these features from the whole image; there are no augmentations but the crop.
+predicts the features of several target blocks, given their positions. The target encoder, an exponential moving average
+(EMA) of the encoder, computes these features from the whole image. There are no augmentations but the crop.
 
 Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun and Ballas, 2023, "Self-supervised learning from images with a
-joint-embedding predictive architecture" (arXiv:2301.08243), section 3. As in the authors' code the loss is smooth L1, the
-targets are normalized by LayerNorm without parameters, and each target block is predicted on its own. The masks are
+joint-embedding predictive architecture" (arXiv:2301.08243), section 3. As in the authors' code the loss is smooth L1,
+the targets are normalized by LayerNorm without parameters, and each target block is predicted on its own. The masks are
 those of `sslbook.data.masks.multi_block_mask`.
 
 What differs from the authors' code:
 
-- masks are a function of seed, image, epoch and step, where they are drawn from torch's generator;
-- contexts are cut to the shortest of the global batch instead of one GPU's;
-- the encoder has a class token, which is not predicted;
-- initialization is that of MAE, where it is a truncated normal of 0.02, rescaled at the end of every branch;
-- the EMA momentum counts the step just taken, so that it reaches 1 at the last one;
-- learning rate and weight decay are one step behind: the authors' schedules advance before the first step.
+- masks are counter-based random numbers of seed, epoch, step and image; theirs come from torch's generator;
+- contexts are cut to the shortest of the global batch; theirs to the shortest of one GPU;
+- targets never overlap the context; theirs may where a context would otherwise be too short;
+- the encoder has a class token, which is not predicted; theirs has none;
+- initialization is that of MAE; theirs is a truncated normal of 0.02, rescaled at the end of every branch;
+- the EMA momentum counts the step just taken, so that it reaches 1 at the last one; theirs is one step behind;
+- learning rate and weight decay are one step behind theirs, whose schedules advance before the first step.
 """
 
 from typing import Any
@@ -102,7 +103,7 @@ class IJEPA(Method):
         num_targets: number of target blocks.
         target_scale: range of a target block's area, as a fraction of the image.
         target_aspect: range of a target block's height divided by its width.
-        context_scale: range of the context block's area, as a fraction of the image, before targets are removed from it.
+        context_scale: range of the context block's area, as a fraction of the image, before targets are removed.
         predictor_dim: width of the predictor.
         predictor_depth: number of blocks of the predictor.
         predictor_num_heads: attention heads of the predictor.

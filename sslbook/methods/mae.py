@@ -1,17 +1,17 @@
 """MAE: reconstruct the pixels of masked patches with an encoder that sees the visible patches only.
 
-Three quarters of an image's patches are masked. The encoder, a vision transformer, runs on the rest, which makes it fast
-and keeps mask tokens out of the representation. A small decoder gets the encoded patches and mask tokens, each with its
-position, and predicts the pixels.
+Three quarters of an image's patches are masked. The encoder, a vision transformer, runs on the rest alone, which makes
+it fast and keeps mask tokens out of the representation. A small decoder gets the encoded patches and mask tokens, each
+with its position, and predicts the pixels of the masked patches.
 
 He, Chen, Xie, Li, Dollár and Girshick, 2022, "Masked autoencoders are scalable vision learners" (arXiv:2111.06377),
 section 3. Values, positions and initialization are those of the authors' code.
 
 What differs from the authors' code:
 
-- masks are a function of seed, image and epoch, where they are drawn from torch's generator;
-- the decoder's input stays in the shuffled order, each token with its position, where tokens are first put back into
-  the image's order; a transformer with positions gives the same result.
+- masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator;
+- the decoder's input stays in the shuffled order, each token with its position; theirs is first put back into the
+  image's order, which gives the same result.
 """
 
 import torch

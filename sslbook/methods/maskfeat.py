@@ -1,8 +1,8 @@
 """MaskFeat: predict histograms of oriented gradients (HOG) of masked patches instead of their pixels.
 
-Blocks of patches are replaced by a mask token, and a linear layer on the last layer's tokens predicts the HOG descriptor
-of every masked patch. HOG counts the directions of edges in small cells and normalizes the counts, so that the network
-need not predict brightness and contrast, which the visible patches do not determine.
+Blocks of patches are replaced by a mask token. From the tokens of the last layer a linear layer predicts the HOG
+descriptor of every masked patch. HOG counts the directions of edges in small cells and normalizes the counts, so that
+the network need not predict brightness and contrast, which the visible patches do not determine.
 
 Wei, Fan, Xie, Wu, Yuille and Feichtenhofer, 2022, "Masked feature prediction for self-supervised visual pre-training"
 (arXiv:2112.09133), sections 3 and 4; HOG is that of Dalal and Triggs (2005). As in the authors' code: Sobel gradients,
@@ -11,10 +11,10 @@ normalized to length 1, and no Gaussian window (a port has one).
 
 What differs from the authors' code:
 
-- a cell without edges stays near zero, where rounding errors are normalized to a full histogram;
-- masks are a function of seed, image and epoch, where they are drawn from Python's generator; they are BEiT's blocks,
-  filled up to the exact number by single patches;
-- initialization is that of MAE, where weights and biases start from a truncated normal of 0.02.
+- the descriptor of a cell without edges stays near zero; theirs is rounding errors, normalized to length 1;
+- masks are BEiT's blocks, filled up to the exact number by single patches; they are counter-based random numbers of
+  seed, epoch and image; theirs come from Python's generator;
+- initialization is that of MAE; theirs of weights and biases is a truncated normal of 0.02.
 """
 
 import math

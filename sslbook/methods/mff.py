@@ -11,8 +11,8 @@ authors' code.
 
 What differs from the authors' code:
 
-- images are cropped as by MAE, where they are resized and shifted as by PixMIM;
-- masks are a function of seed, image and epoch, where they are drawn from torch's generator.
+- images are cropped as by MAE; theirs are resized and shifted as by PixMIM;
+- masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 
 from typing import Any

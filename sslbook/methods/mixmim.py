@@ -10,12 +10,12 @@ reconstruction (equation 2).
 
 What differs from the authors' code:
 
-- the encoder is a plain vision transformer, where it is a Swin without class token. The class token is there twice, once
+- the encoder is a plain vision transformer; theirs is a Swin without class token. Our class token is there twice, once
   for each image, since a shared one would carry information from one to the other;
-- what is masked and reconstructed as a whole is a patch of this encoder, where it is a square of 32 pixels;
-- every image has its own mask instead of one for the batch;
-- pairs of images are a function of seed and epoch, where the batch of a GPU is mixed with itself in reverse order; so
-  are masks, where they are drawn from torch's generator.
+- a mask covers single patches of this encoder; theirs covers squares of 32 pixels;
+- every image has its own mask; they have one for the batch;
+- pairs of images and masks are counter-based random numbers of seed, epoch and image; they mix the batch of a GPU with
+  itself in reverse order, and their masks come from torch's generator.
 """
 
 import torch

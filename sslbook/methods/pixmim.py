@@ -8,13 +8,12 @@ Liu, Zhang, Chen, Chen and Lin, 2023, "PixMIM: rethinking pixel reconstruction i
 
 What differs from the authors' code:
 
-- the filter is centered at the frequency zero and its result is real, as in the equations; the authors' is half a step
-  off center and followed by an absolute value. On two photographs the targets differ by 5 to 14 % of their standard
-  deviation;
-- the radius scales with the image;
-- the paper's crop lies anywhere along the longer side and moves by up to four pixels into a mirrored border; here the
-  view crops the middle of the longer side, and the image is shifted in `forward`;
-- masks and shifts are a function of seed, image and epoch, where they are drawn from torch's generator.
+- the filter is centered at frequency zero, as in the equations; theirs is half a step off center, and they take the
+  absolute value of its complex result. On two photographs the targets differ by 5 to 14 % of their standard deviation;
+- the radius scales with the size of the image;
+- the view crops the middle of the longer side, and `forward` shifts the image by up to four pixels into a reflected
+  border; their crop lies anywhere along the longer side of an image with such a border;
+- masks and shifts are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """SimMIM: replace large squares of an image by a mask token and predict their pixels with one linear layer.
 
-There is no decoder and no tokenizer. Mask tokens pass the whole encoder, and a linear layer turns each token of the last
-layer into the pixels of its cell. The squares are large, so that neighboring pixels do not give the answer away.
+There is no decoder and no tokenizer. Mask tokens pass the whole encoder, and a linear layer predicts from each token of
+the last layer the pixels of its cell. The squares are large, so that most masked pixels have no visible neighbors.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai and Hu, 2022, "SimMIM: a simple framework for masked image modeling"
 (arXiv:2111.09886), section 3; the loss is l1 on the masked pixels (section 3.4). Values are those of the authors' code;
@@ -9,9 +9,9 @@ the number of masked squares is rounded up, as there.
 
 What differs from the authors' code:
 
-- masks are a function of seed, image and epoch, where they are drawn from numpy's generator;
-- initialization of our `VisionTransformer` is that of MAE, where it is a truncated normal of 0.02, rescaled at the end
-  of every branch;
+- masks are counter-based random numbers of seed, epoch and image; theirs come from numpy's generator;
+- our `VisionTransformer` is initialized as in MAE; theirs from a truncated normal of 0.02, rescaled at the end of every
+  branch;
 - its keys have a bias, which changes no attention weight; theirs have none.
 """
 

@@ -11,13 +11,13 @@ masked patches. As in the authors' code sparse layers are dense ones whose resul
 
 What differs from the authors' code:
 
-- layers of any network are masked from outside, by replacing their `forward` while the method runs it, where the
-  network is converted to sparse classes;
-- all convolutions of the decoder start from He's initialization, where only the transposed ones do and the others start
+- layers of any network are masked from outside, by replacing their `forward` while the method runs it; they convert the
+  network to sparse classes;
+- all convolutions of the decoder start from He's initialization; theirs only where they are transposed, the others
   from a truncated normal of 0.02;
-- maps are densified after a batch norm, where it is a layer norm for ConvNeXt;
-- our `ResNet` has no drop path, where it has a rate of 0.05;
-- masks are a function of seed, image and epoch, where they are drawn from torch's generator.
+- maps pass a batch norm before they are made dense; theirs of ConvNeXt pass a layer norm;
+- our `ResNet` has no drop path; theirs has a rate of 0.05;
+- masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 
 import math
@@ -103,7 +103,7 @@ def _sparse_norm(dense: Callable[[Tensor], Tensor], visible: Tensor) -> Callable
 
 
 def require_local(backbone: nn.Module) -> None:
-    """Check that no layer mixes all positions of a map, masked ones included, where masking its result is no help.
+    """Check that no layer mixes all positions of a map: masking its result would not remove the masked ones from it.
 
     Raises:
         UserError: there is a group or instance norm, attention, or a layer of timm such as squeeze-and-excitation.
@@ -239,8 +239,9 @@ class SparK(Method):
         maps = self.encode(images, visible)
         x = self.densify[0](maps[0], visible)  # D_4, the coarsest map made dense (section 3.2)
         for i, block in enumerate(self.decoder):
-            # D_i = B(D_(i+1)) + phi(S_i). Resolutions finer than the finest map have no S_i.
-            x = block(x if i == 0 or i >= len(self.densify) else x + self.densify[i](maps[i], visible))
+            if 0 < i < len(self.densify):  # resolutions finer than the finest map have no S_i
+                x = x + self.densify[i](maps[i], visible)  # D_i = B(D_(i+1)) + phi(S_i)
+            x = block(x)
         return self.predict_pixels(x)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
