@@ -58,7 +58,7 @@ def test_method_and_backbone_from_a_file_of_the_user(tmp_path: Path) -> None:
     options["out_dir"] = "run"
     words = ["-m", "sslbook.train", "my_method.FlipPrediction", *[f"--{key}={value}" for key, value in options.items()]]
     process = start_process(words, tmp_path)
-    out, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     run = tmp_path / "run"
     assert checkpoint.load(checkpoint.find(run))["step"] == 12

@@ -1,4 +1,4 @@
-"""What is learned: one milestone, one file, to be read from top to bottom."""
+"""The self-supervised methods, one file each; a file is meant to be read from top to bottom."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -53,11 +53,15 @@ METHODS = {
     "mixmim": "sslbook.methods.mixmim.MixMIM",
     "spark": "sslbook.methods.spark.SparK",
 }
-"""Short names of the methods, and where their classes live; nothing is imported until it is used."""
+"""Short names of the methods and the import paths of their classes, which are imported when first used."""
 
 
 def load(name: str) -> type["Method"]:
-    """The class behind a short name; a `UserError` names the nearest one if there is none."""
+    """The class of a method.
+
+    Raises:
+        UserError: there is no method of this name; names the nearest one.
+    """
     if name not in METHODS:
         raise UserError(f"there is no method {name}{nearest(name, list(METHODS))}")
     module, _, cls = METHODS[name].rpartition(".")

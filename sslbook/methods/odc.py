@@ -10,7 +10,7 @@ Zhan, Xie, Liu, Ong and Loy, 2020, "Online deep clustering for unsupervised repr
 loss of a class is weighted by frequency^-0.5. What differs:
 
 - Dropout, the first centroids and the halves of a split cluster are functions of the seed, and the memories are updated
-  alike in every process, so that one process and several have the same clusters.
+  identically in every process, so that one process and several have the same clusters.
 - The weighted loss is averaged over the global batch instead of each GPU's images.
 - The authors' code also rotates every image by up to 2 degrees.
 - An epoch shows every image once; the authors' code samples images with replacement, so that one shows 63 % of them.
@@ -75,7 +75,7 @@ class Neck(nn.Module):
 class OnlineClusters(nn.Module):
     """The samples memory (a feature and a cluster for every image) and the centroids memory (section 3.1).
 
-    Both are the same in all processes, each of which computes them alike. An unreadable image has the cluster -1. The
+    Both are the same in all processes, each of which computes them. An unreadable image has the cluster -1. The
     nearest centroid is that of the largest inner product. InterCLR (`sslbook.methods.interclr`) uses the same.
 
     Args:

@@ -4,7 +4,7 @@ The results do not depend on the number of processes: images are divided among t
 process 0 and its result is broadcast.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslbook import distributed, rng
-from sslbook.data.loader import Data
+from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one
 from sslbook.nn.precision import full_precision
@@ -138,7 +138,6 @@ def pca_whiten(x: Float[Tensor, "n dim"], dim: int, power: float = -0.5) -> Floa
         return torch.cat([F.normalize((part.float() - mean.float()) @ matrix, dim=1) for part in parts])
 
 
-@torch.no_grad()
 def embed(
     network: nn.Module, data: Data, view: View, batch_size: int = 256
 ) -> tuple[Float[Tensor, "readable dim"], Int[Tensor, "readable"]]:
@@ -150,25 +149,13 @@ def embed(
     Raises:
         UserError: there are fewer images than processes, or none can be read.
     """
-    rank, processes = distributed.rank(), distributed.world_size()
-    _check_processes(data.num_train)
+    rank, processes = distributed.rank(), _processes(data)
     device = next(network.parameters()).device
-    rows, readable = None, torch.zeros(data.num_train, dtype=torch.int64, device=device)
-    with _mode(network, training=False), torch.autocast(device.type, enabled=False):
-        for batch in data.evaluation_batches("pretrain", view, batch_size, device, rank=rank, world_size=processes):
-            x = network(batch.views[0]).float()
-            rows = x.new_zeros(data.num_train, x.shape[1]) if rows is None else rows
-            rows[batch.index], readable[batch.index] = x, 1
-    width = distributed.all_reduce_max(torch.tensor(0 if rows is None else rows.shape[1], device=device))
-    if not width:
-        raise UserError("none of the images can be read: check the folder and its files")
-    if rows is None:
-        rows = torch.zeros(data.num_train, int(width), device=device)
-    index = distributed.all_reduce_sum(readable).nonzero()[:, 0]
-    return distributed.all_reduce_sum(rows)[index], index
+    batches = data.evaluation_batches("pretrain", view, batch_size, device, rank=rank, world_size=processes)
+    rows, index = _collect(network, batches, data.num_train, training=False)
+    return rows[:, 0], index
 
 
-@torch.no_grad()
 def embed_views(
     network: nn.Module, data: Data, views: tuple[View, ...], clock: Clock, batch_size: int = 256
 ) -> tuple[Float[Tensor, "views some dim"], Int[Tensor, "some"]]:
@@ -178,31 +165,43 @@ def embed_views(
     is left out. Batch norm's running statistics are updated.
 
     Raises:
-        UserError: there are fewer images than processes.
+        UserError: there are fewer images than processes, or none can be read.
     """
-    rank, processes = distributed.rank(), distributed.world_size()
-    _check_processes(data.num_train)
+    rank, processes = distributed.rank(), _processes(data)
     device = next(network.parameters()).device
-    rows, readable = None, torch.zeros(data.num_train, dtype=torch.int64, device=device)
     size = min(batch_size, data.num_train) // processes * processes
     batches = data.batches(
         views, size, seed=clock.seed, epoch=clock.epoch, rank=rank, world_size=processes, device=device
     )
-    with _mode(network, training=True), torch.autocast(device.type, enabled=False):
+    rows, index = _collect(network, batches, data.num_train, training=True)
+    return rows.transpose(0, 1), index
+
+
+def _processes(data: Data) -> int:
+    processes = distributed.world_size()
+    if data.num_train < processes:
+        raise UserError(f"{data.num_train} images for {processes} processes: start at most {data.num_train}")
+    return processes
+
+
+@torch.no_grad()
+def _collect(
+    network: nn.Module, batches: Iterable[Batch], num_images: int, training: bool
+) -> tuple[Float[Tensor, "some views dim"], Int[Tensor, "some"]]:
+    """Features of all processes' batches, in the order of the images, and the indices of these images."""
+    device = next(network.parameters()).device
+    rows, shown = torch.empty(0, 0, 0, device=device), torch.zeros(num_images, dtype=torch.int64, device=device)
+    with _mode(network, training), torch.autocast(device.type, enabled=False):
         for batch in batches:
             x = torch.stack([network(view).float() for view in batch.views], dim=1)
-            x, index = distributed.all_gather(x), distributed.all_gather(batch.index)
-            rows = x.new_zeros(data.num_train, *x.shape[1:]) if rows is None else rows
-            rows[index], readable[index] = x, 1
-    assert rows is not None
-    index = readable.nonzero()[:, 0]
-    return rows[index].transpose(0, 1), index
-
-
-def _check_processes(images: int) -> None:
-    processes = distributed.world_size()
-    if images < processes:
-        raise UserError(f"{images} images for {processes} processes: start at most {images}")
+            rows = x.new_zeros(num_images, *x.shape[1:]) if not rows.numel() else rows
+            rows[batch.index], shown[batch.index] = x, 1
+    shape = distributed.all_reduce_max(torch.tensor(rows.shape, device=device)).tolist()
+    if not shape[0]:
+        raise UserError("none of the images can be read: check the folder and its files")
+    rows = rows if rows.numel() else rows.new_zeros(shape)  # more processes than batches
+    index = distributed.all_reduce_sum(shown).nonzero()[:, 0]
+    return distributed.all_reduce_sum(rows)[index], index
 
 
 @contextmanager

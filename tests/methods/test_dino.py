@@ -1,16 +1,20 @@
 import math
 from copy import deepcopy
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from sslbook.data.loader import Data
 from sslbook.data.views import View
+from sslbook.engine.loop import pretrain
 from sslbook.errors import UserError
 from sslbook.methods.dino import DINO, dino_loss, entropy, teacher_distribution
 from sslbook.nn import VisionTransformer
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, SIZE, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
 
 SMALL = View(size=8)
 CASE = Case(
@@ -141,6 +145,26 @@ def test_frozen_last_layer_has_no_adam_state_and_thaws_with_a_fresh_step() -> No
     assert int(optimizer.state[prototypes]["step"]) == 1
     moved = prototypes.detach() - before * (1 - 1e-3 * 0.1)
     assert float(moved.abs().median()) == pytest.approx(1e-3, rel=0.01)  # the size of a first step is the rate
+
+
+def test_engine_removes_the_frozen_gradient_before_clipping(tmp_path: Path) -> None:
+    """The norm that is clipped is that of the trained parameters alone."""
+    for freeze in (1, 0):
+        method, counted = make("dino", freeze_last_layer=freeze), []
+        prototypes, real = method.head.prototypes, torch.nn.utils.clip_grad_norm_
+        before = prototypes.detach().clone()
+
+        def clip(*args, prototypes=prototypes, counted=counted, real=real) -> Tensor:
+            counted.append(prototypes.grad is not None)
+            return real(*args)
+
+        options = {"batch_size": 32, "epochs": 1, "clip_grad_norm": 3.0, "progress": False, "device": "cpu"}
+        with patch.object(torch.nn.utils, "clip_grad_norm_", clip):
+            pretrain(
+                method, Data(shapes=TINY_SHAPES), torch.optim.AdamW, out_dir=str(tmp_path / str(freeze)), **options
+            )
+        assert counted == [not freeze] * 2
+        assert torch.equal(prototypes, before) == bool(freeze)
 
 
 def entropies(**options: object) -> tuple[float, float]:
