@@ -110,7 +110,8 @@ class DeepCluster(Method):
             return
         features, index = embed(self.backbone, data, self.cluster_view)
         x = pca_whiten(features, self.pca_dim)
-        _, clusters = kmeans(x, self.num_clusters, self.kmeans_iterations, 100003 * clock.seed + clock.epoch)
+        seed = 100003 * clock.seed + clock.epoch  # differs for every seed and epoch
+        _, clusters = kmeans(x, self.num_clusters, self.kmeans_iterations, seed)
         self.assignment.fill_(-1)  # unreadable images have no cluster and are never sampled
         self.assignment[index] = clusters
         self.renew_classifier(clock)

@@ -108,23 +108,18 @@ def split_largest(
 
 
 @torch.no_grad()
-def pca_whiten(x: Float[Tensor, "n dim"], dim: int, power: float = -0.5) -> Float[Tensor, "n {dim}"]:
+def pca_whiten(x: Float[Tensor, "n width"], dim: int) -> Float[Tensor, "n {dim}"]:
     """Rows projected onto their first `dim` principal components, whitened, then normalized to unit length.
 
-    DeepCluster, section 3.3, "Implementation details".
-
-    Args:
-        x: the rows.
-        dim: number of principal components; those without any variance become 0.
-        power: components are multiplied by this power of their variance: -0.5 whitens, 0 does not scale.
+    DeepCluster, section 3.3, "Implementation details". Components without any variance become 0.
 
     Raises:
         UserError: there are fewer rows or columns than components.
     """
     if dim > min(x.shape):
-        raise UserError(f"{dim} principal components of {x.shape[0]} features of width {x.shape[1]}: ask for fewer")
+        raise UserError(f"{dim} principal components of {len(x)} features of width {x.shape[1]}: lower method.pca_dim")
     with full_precision(x):
-        parts = x.split(2**16)
+        parts = x.split(2**16)  # converted to float64 one after the other
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
         covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         for part in parts:
@@ -133,7 +128,7 @@ def pca_whiten(x: Float[Tensor, "n dim"], dim: int, power: float = -0.5) -> Floa
         variances, components = torch.linalg.eigh(covariance)  # in ascending order
         variances, components = variances.flip(0)[:dim], components.flip(1)[:, :dim]
         real = variances > 1e-10 * variances[0]
-        scale = torch.where(real, variances.clamp(min=1e-300) ** power, 0)
+        scale = torch.where(real, variances.clamp(min=1e-300) ** -0.5, 0)  # to unit variance
         matrix = (components * scale).float()
         return torch.cat([F.normalize((part.float() - mean.float()) @ matrix, dim=1) for part in parts])
 
