@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -27,6 +27,7 @@ from sslbook.data.views import View
 from sslbook.data.workers import CropDataset, CropLoader
 from sslbook.errors import UserError
 from sslbook.rng import permutation
+from sslbook.types import Above, PositiveInt
 
 MAX_BYTES_ON_DEVICE = 4 * 2**30  # a larger set in memory stays on the CPU
 Split = Literal["pretrain", "train", "test"]
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
     views: tuple[Tensor, ...]
     """one tensor `(batch, 3, size, size)` for each view"""
     index: Int[Tensor, "batch"]
-    """positions of the images in the training set"""
+    """positions of the images in their split"""
     label: Int[Tensor, "batch"]
     """their classes, -1 where unlabeled; for evaluation, no method reads them"""
 
@@ -72,17 +73,14 @@ class Data:
         root: Path = Path("data"),
         shapes: Shapes = Shapes(),
         download: bool = False,
-        limit: int | None = None,
+        limit: PositiveInt | None = None,
         strict: bool = False,
         augment: Literal["device", "workers"] = "device",
-        workers: int | None = None,
+        workers: Annotated[int, Above(-1)] | None = None,
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
     ) -> None:
         if (name != "shapes") + (folder is not None) + (list is not None) > 1:
             raise UserError(f"data.name={name}, data.folder={folder}, data.list={list}: give one of them")
-        for option, value, least in ("limit", limit, 1), ("workers", workers, 0):
-            if value is not None and value < least:
-                raise UserError(f"data.{option} is {value}: give {least} or more, or leave it out")
         path = folder or list
         self.name = name if path is None else Path(os.path.abspath(Path(path).expanduser())).name  # links keep theirs
         self.folder = folder
@@ -186,7 +184,7 @@ class Data:
             UserError: not one batch can be filled.
         """
         if not 1 <= batch_size <= self.num_train:
-            raise UserError(f"a batch of {batch_size} images: give 1 to {self.num_train}, which are all there are")
+            raise UserError(f"a batch of {batch_size} of {self.num_train} images: use a smaller one, of at least 1")
         return self.num_train // batch_size
 
     def batches(

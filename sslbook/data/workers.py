@@ -133,6 +133,8 @@ class CropLoader:
                 batch = CroppedBatch(error=f"a loader worker died ({cause}): try a lower --data.workers, or 0")
             if batch.error:
                 del iterator, self._loader  # ends the other workers
+                yield batch
+                return
             yield batch
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sslbook import train
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
@@ -284,13 +285,16 @@ def test_folder_without_a_readable_image_raises(tmp_path, workers) -> None:
 def test_rejects_invalid_options() -> None:
     data = Data(shapes=SMALL)
     for batch_size in (51, 0):
-        with pytest.raises(UserError, match=f"a batch of {batch_size} images: give 1 to 50"):
+        with pytest.raises(UserError, match=f"a batch of {batch_size} of 50 images: use a smaller one, of at least 1"):
             data.steps_per_epoch(batch_size)
     with pytest.raises(UserError, match="does not divide among 3 processes"):
         data.batches(VIEWS, 8, seed=0, epoch=0, world_size=3)
-    for options, name in (({"limit": 0}, "limit"), ({"workers": -1}, "workers")):
-        with pytest.raises(UserError, match=f"data.{name}"):
-            Data(**options)
+
+
+@pytest.mark.parametrize(("option", "cure"), [("limit=0", "give 1 or more"), ("workers=-1", "give 0 or more")])
+def test_command_line_rejects_counts_out_of_range(option, cure) -> None:
+    with pytest.raises(UserError, match=f"data.{option.replace('=', ' is ')}: {cure}"):
+        train.main(["simclr", f"--data.{option}"])
 
 
 class Deadly:
