@@ -26,7 +26,8 @@ from sslbook import distributed
 from sslbook.data.loader import Batch
 from sslbook.data.views import BYOL_1, BYOL_2, View
 from sslbook.methods.base import Method
-from sslbook.nn import EMA, DINOHead, VisionTransformer, backbone_dim
+from sslbook.nn import EMA, DINOHead, backbone_dim
+from sslbook.nn.backbones import TokenBackbone
 from sslbook.nn.precision import full_precision
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
@@ -112,7 +113,7 @@ class DINO(Method):
     ) -> None:
         super().__init__()
         self.crops = (global_1, global_2, *[local] * num_local)
-        if isinstance(backbone, VisionTransformer):
+        if isinstance(backbone, TokenBackbone):
             for view in self.crops:
                 patch_grid(view.size, view.size, backbone.patch_size)  # raises if a crop is no grid of patches
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature

@@ -11,10 +11,11 @@ arXiv:2304.07193, section 4) is the same method with other options, in the recip
 Sinkhorn-Knopp instead of centering, and the KoLeo regularizer. What differs:
 
 - Which fraction of a crop is masked is a random number of the image and the epoch, instead of the running generator's.
-- The scale of the outputs is fixed at 1; iBOT's authors learn it.
+- The scale of the outputs is fixed at 1; iBOT's and DINOv2's authors learn it.
 - As in `dino`, the teacher's temperature rises with every step and reaches its final value one epoch later; its EMA
-  momentum counts the step just taken; the engine clips the norm of the whole gradient instead of every tensor's; and
-  the backbone's linear layers start from Xavier's distribution instead of a truncated normal.
+  momentum counts the step just taken; the engine clips the norm of the whole gradient instead of every tensor's (in
+  DINOv2's code, of each submodule's); and the backbone's linear layers start from Xavier's distribution instead of a
+  truncated normal.
 - While the last layers are frozen they get no gradient, as in iBOT's code. DINOv2's code sets their learning rate to
   zero instead, so that AdamW's state is warm when they thaw.
 - KoLeo's nearest neighbor is searched in the global batch; DINOv2's code searches among the images of one GPU.
@@ -39,7 +40,7 @@ from sslbook.methods.dino import dino_loss, teacher_distribution
 from sslbook.nn import EMA, DINOHead, VisionTransformer
 from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
-from sslbook.nn.vit import patch_grid
+from sslbook.nn.vit import patch_grid, require_transformer
 from sslbook.schedules import Clock, Cosine, Duration, Linear, in_steps
 from sslbook.types import PositiveFloat, PositiveInt
 
@@ -147,11 +148,7 @@ class IBOT(Method):
         freeze_last_layer: Duration = 1,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, VisionTransformer):
-            raise UserError(
-                f"iBOT masks patches of a vision transformer and cannot use a {type(backbone).__name__}: "
-                "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
-            )
+        backbone = require_transformer(backbone, "iBOT")
         if not 0 <= mask_ratio[0] <= mask_ratio[1] < 1:
             raise UserError(f"mask ratio {list(mask_ratio)} must be an increasing pair, at least 0 and less than 1")
         self.crops = (global_1, global_2, *[local] * num_local)

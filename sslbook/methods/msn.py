@@ -34,7 +34,7 @@ from sslbook.nn import EMA, VisionTransformer
 from sslbook.nn.mask_tokens import gather_tokens
 from sslbook.nn.precision import full_precision
 from sslbook.nn.sinkhorn import sinkhorn
-from sslbook.nn.vit import patch_grid
+from sslbook.nn.vit import patch_grid, require_transformer
 from sslbook.schedules import Clock, Linear
 from sslbook.types import PositiveFloat, PositiveInt
 
@@ -114,11 +114,7 @@ class MSN(Method):
     ) -> None:
         super().__init__()
         at_least_one(num_anchors=num_large + num_focal)
-        if not isinstance(backbone, VisionTransformer):
-            raise UserError(
-                f"MSN drops patches of a vision transformer and cannot use a {type(backbone).__name__}: "
-                "choose sslbook.nn.VisionTransformer or sslbook.nn.vit_tiny, vit_small, vit_base, vit_large, vit_huge"
-            )
+        backbone = require_transformer(backbone, "MSN", drops_patches=True)
         self.crops = (large, *[large] * num_large, *[focal] * num_focal)
         for view in self.crops:
             patch_grid(view.size, view.size, backbone.patch_size)  # raises if a crop is no grid of patches

@@ -6,7 +6,7 @@ two-dimensional sine-cosine table whose first half of channels encodes the colum
 initialization, LayerNorm with epsilon 1e-6.
 
 BEiT, BEiT v2, data2vec and SimMIM's transformer have no bias of the keys. Ours has one, which changes nothing: it adds
-the same number to all attention scores of a query. Their weights load with key biases of zero.
+the same number to all attention scores of a query. Their weights fit ours with key biases of zero.
 """
 
 import math
@@ -223,17 +223,17 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = drop_path
 
-    def _keep(self, branch: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    def _drop(self, branch: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         if not self.training or self.drop_path == 0:
             return branch
         kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * kept / (1 - self.drop_path)
+        return branch * kept / (1 - self.drop_path)  # so that the expectation is the branch itself
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], bias: Float[Tensor, "*heads tokens tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self._keep(self.ls1(self.attn(self.norm1(x), bias)))
-        return x + self._keep(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self._drop(self.ls1(self.attn(self.norm1(x), bias)))
+        return x + self._drop(self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchEmbedding(nn.Module):

@@ -165,9 +165,8 @@ def test_rejects_invalid_options() -> None:
         make("msn", patch_drop=0.99)
     with pytest.raises(UserError, match="num_anchors is 0: give 1 or more"):
         make("msn", num_large=0, num_focal=0)
-    method = make("msn", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
     with pytest.raises(UserError, match="use positions sincos or learned"):
-        method(make_batch(method, 2), Clock())
+        make("msn", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
 
 
 def test_default_sizes() -> None:

@@ -130,7 +130,7 @@ def test_drop_path_in_training_only() -> None:
     outcomes = {tuple(round(v, 4) for v in (out - tokens[0]).flatten()[:2].tolist()) for out in block(tokens)}
     assert 2 <= len(outcomes) <= 4  # each of two branches is kept (and doubled) or not
     # The expectation over both is what evaluation computes, up to the second branch seeing the first.
-    assert torch.allclose(block._keep(torch.ones(20000, 1, 1)).mean(), torch.tensor(1.0), atol=0.05)
+    assert torch.allclose(block._drop(torch.ones(20000, 1, 1)).mean(), torch.tensor(1.0), atol=0.05)
 
 
 def test_initialization_as_in_mae() -> None:
