@@ -80,7 +80,7 @@ def _runs_of(stem: str, data: Data) -> list[Path]:
 
 
 def _learns_from(run: Path, data: Data) -> bool:
-    """Whether the run's configuration names these data; folders of the same name may lie in different places."""
+    """Whether the run's configuration names these data; folders of the same name may lie in different folders."""
     try:
         written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
         folder, name = written.get("folder"), written.get("name", "shapes")

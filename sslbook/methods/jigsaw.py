@@ -1,7 +1,7 @@
 """Jigsaw puzzles: classify by which of a fixed set of permutations the nine patches of an image were shuffled.
 
 The same network encodes each patch separately. Only the last layer sees the features of all nine, in shuffled order.
-Similar permutations cannot be told apart, so the set holds permutations that differ in as many positions as possible.
+Similar permutations cannot be distinguished, so the set holds permutations that differ in as many positions as possible.
 
 Noroozi and Favaro, 2016, "Unsupervised learning of visual representations by solving jigsaw puzzles"
 (arXiv:1603.09246), section 3. The authors trained AlexNet; the defaults are those of VISSL for ResNet-50 (Goyal et al.,
@@ -73,7 +73,7 @@ class Jigsaw(Method):
         view: augmentation of an image before patches are cut; at least three cells wide.
         cell_size: side of a cell of the 3x3 grid, in pixels.
         patch_size: side of the patch cut at a random position of a cell, in pixels.
-        num_permutations: permutations to tell apart, the classes.
+        num_permutations: permutations to distinguish, the classes.
         patch_dim: output width of the layer behind the backbone, for each patch.
 
     Raises:

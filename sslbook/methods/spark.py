@@ -1,6 +1,6 @@
 """SparK: masked image modeling for convolutional networks, with sparse convolutions and a hierarchical decoder.
 
-A dense convolution given zeros in place of masked patches spreads visible values into them layer by layer, so that the
+A dense convolution given zeros in place of masked patches carries visible values into them layer by layer, so that the
 mask disappears, and batch norm computes statistics of half-empty images. Here the encoder computes as if masked
 positions did not exist: after every layer they are empty again, and normalization is over visible positions only. A
 light U-Net decoder gets the maps of all resolutions, with a mask token at every masked position.

@@ -1,10 +1,10 @@
 """A figure with a slider that needs neither a kernel nor a network.
 
-`sweep` draws one frame per value beforehand and stores them all in the notebook; moving the slider only chooses which
+`sweep` renders one frame per value beforehand and stores them all in the notebook; moving the slider only chooses which
 one is visible. So it works in the built site, opened from a local file, in JupyterLab, VS Code and Colab. Without
 scripts (GitHub's preview) the default frame stands there as an ordinary image.
 
->>> sweep(draw, tau=[0.03, 0.1, 0.3, 1.0], default=0.1, alt="Weights of the negatives at temperature {tau}.")
+>>> sweep(plot, tau=[0.03, 0.1, 0.3, 1.0], default=0.1, alt="Weights of the negatives at temperature {tau}.")
 """
 
 import html
@@ -56,7 +56,7 @@ class Sweep:
         if (size := len(self._repr_html_())) > BUDGET:
             raise UserError(
                 f"the slider over {', '.join(values)} takes {size // 1000} kB of {BUDGET // 1000}; "
-                "draw fewer frames, a smaller figure or fewer points"
+                "plot fewer frames, a smaller figure or fewer points"
             )
 
     def _repr_html_(self) -> str:
@@ -96,7 +96,7 @@ class Sweep:
         return index
 
     def live(self) -> Any:
-        """The same figure drawn on demand by the running kernel, through ipywidgets (7.7 or later)."""
+        """The same figure, plotted on demand by the running kernel, through ipywidgets (7.7 or later)."""
         import ipywidgets
         from IPython.display import display
 
@@ -121,7 +121,7 @@ def sweep(
     labels: dict[str, str] | None = None,
     **values: Iterable,
 ) -> Sweep:
-    """A slider over the one or two parameters named in `values`; `fn(**parameters)` draws a frame and changes nothing.
+    """A slider over the one or two parameters named in `values`; `fn(**parameters)` plots a frame and changes nothing.
 
     Args:
         fn: a pure function of the parameters that returns a figure.
@@ -162,5 +162,5 @@ def _alt(alt: str | Callable[..., str] | None, given: dict[str, Any], figure: ma
     else:
         text = getattr(figure, "alt", "")
     if not text:
-        raise UserError("a slider's frames need alt text: pass alt=..., or draw with style.figure(alt=...)")
+        raise UserError("a slider's frames need alt text: pass alt=..., or make them with style.figure(alt=...)")
     return text

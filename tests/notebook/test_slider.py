@@ -83,7 +83,7 @@ def test_mistakes_are_named(arguments, message):
 
 def test_too_heavy_a_slider_is_refused(monkeypatch):
     monkeypatch.setattr(slider, "BUDGET", 1000)
-    with pytest.raises(UserError, match=r"takes \d+ kB of 1; draw fewer frames"):
+    with pytest.raises(UserError, match=r"takes \d+ kB of 1; plot fewer frames"):
         sweep(draw, tau=[0.1, 0.5])
 
 
