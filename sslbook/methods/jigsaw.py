@@ -1,7 +1,8 @@
 """Jigsaw puzzles: classify by which of a fixed set of permutations the nine patches of an image were shuffled.
 
 The same network encodes each patch separately. Only the last layer sees the features of all nine, in shuffled order.
-Similar permutations cannot be distinguished, so the set holds permutations that differ in as many positions as possible.
+Similar permutations cannot be distinguished, so the set holds permutations that differ in as many positions
+as possible.
 
 Noroozi and Favaro, 2016, "Unsupervised learning of visual representations by solving jigsaw puzzles"
 (arXiv:1603.09246), section 3. The authors trained AlexNet; the defaults are those of VISSL for ResNet-50 (Goyal et al.,
