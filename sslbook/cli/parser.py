@@ -4,12 +4,13 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from sslbook.cli.renamed import RENAMED, RENAMED_CLASSES, VIEW_SIZE
+from sslbook.cli.renamed import GONE, RENAMED, RENAMED_CLASSES, VIEW_SIZE
 from sslbook.errors import UserError, nearest
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")  # the last are those that a constructor takes as **kwargs
@@ -57,9 +58,9 @@ class Parser(ArgumentParser):
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def options(self) -> list[str]:
-        """The names of all options, such as `method.view.size`."""
+        """The names of all options, such as `method.view.size`; asked for after all were added."""
         names = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
         return [name for name in names if not name.endswith((".help", "+")) and name not in ("help", "print_config")]
 
@@ -85,48 +86,48 @@ class Parser(ArgumentParser):
     def refuse_unknown(self, values: dict[str, Any], source: str = "") -> None:
         """Compare the keys of a nested mapping with the options, and arguments of classes with their signatures.
 
+        Args:
+            values: from a file, or from the command line.
+            source: the file.
+
         Raises:
             UserError: names every key that does not exist, with the one that may be meant.
         """
-        wrong = list(dict.fromkeys(self._unknown(values)))
+        wrong = dict.fromkeys(self._unknown(values, "", "" if source else "--"))
         if wrong:
-            raise UserError((f"{source}: " if source else "") + "; ".join(wrong[:8]))
+            raise UserError((f"{source}: " if source else "") + "; ".join(list(wrong)[:8]))
 
-    def _unknown(self, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-        options = self.options
+    def _unknown(self, values: dict[str, Any], prefix: str, dashes: str) -> Iterator[str]:
         for key, value in values.items():
             name = f"{prefix}{key}"
-            if self.holds_options(name):
-                if isinstance(value, dict):
-                    yield from self._unknown(value, name + ".")
-                else:
-                    first = next(option for option in options if option.startswith(name + "."))
-                    yield f"{name} holds options, such as {first}, and not {value}"
-            elif name not in options:
-                yield self.explain_unknown(name)
+            if self.holds_options(name) and isinstance(value, dict):
+                yield from self._unknown(value, name + ".", dashes)
+            elif self.holds_options(name):
+                first = next(option for option in self.options if option.startswith(name + "."))
+                yield f"{dashes}{name}: holds options, such as {first}, and not {value}"
+            elif name not in self.options:
+                yield self.explain_unknown(name, dashes)
             elif self.takes_class(name):
-                yield from _wrong_arguments(name, value, self.hint(name))
+                yield from _wrong_arguments(f"{dashes}{name}", value, self.hint(name))
 
-    def explain_unknown(self, name: str) -> str:
-        """What to write instead of an option that does not exist."""
+    def explain_unknown(self, name: str, dashes: str = "") -> str:
+        """What to write instead of an option that does not exist; `dashes` as the command line has them."""
         parent, _, last = name.rpartition(".")
-        options = self.options
+        options, close = self.options, difflib.get_close_matches
         new = RENAMED.get(name) or RENAMED.get(last, "")
-        if new in options or self.takes_class(new.rpartition(".")[0]):
-            return f"unknown option {name}; write {new}"
         if f"{parent}.{new}" in options:
-            return f"unknown option {name}; write {parent}.{new}"
-        if new == VIEW_SIZE:  # of a method whose views have other names
-            sizes = [option for option in options if option.startswith("method.") and option.endswith(".size")]
-            return f"unknown option {name}; write {' and '.join(sizes)}"
-        if new:  # no option
-            return f"unknown option {name}: {new}"
+            new = f"{parent}.{new}"
+        if new == VIEW_SIZE and new not in options:  # a method whose views have other names
+            new = f" and {dashes}".join(n for n in options if n.startswith("method.") and n.endswith(".size"))
+        if new:
+            return f"unknown option {dashes}{name}; write {'' if new.startswith('torchrun') else dashes}{new}"
+        if last in GONE:
+            return f"unknown option {dashes}{name}; leave it out"
         same_end = [option for option in options if option.rpartition(".")[2] == last]
         by_end = {option.rpartition(".")[2]: option for option in options}
-        close = difflib.get_close_matches
         meant = close(name, same_end, n=1, cutoff=0.0) or close(name, options, n=1, cutoff=0.5)
         meant = meant or [by_end[end] for end in close(last, list(by_end), n=1, cutoff=0.5)]
-        return f"unknown option {name}" + (f"; did you mean {meant[0]}?" if meant else "")
+        return f"unknown option {dashes}{name}" + (f"; did you mean {dashes}{meant[0]}?" if meant else "")
 
 
 def class_named(name: str, hint: Any = None) -> Callable | None:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jsonargparse import Namespace
 
@@ -63,7 +63,7 @@ def recipe_path(method: str, recipe: str) -> Path:
     return path
 
 
-def read_recipe(path: Path, accepted: set[str]) -> Values:
+def read_recipe(path: Path, accepted: set[str], shared: bool = False) -> Values:
     """A recipe laid upon its base.
 
     The base is what its key `base` names (`_shapes_masked`, `mae/imagenet`, or a path from the recipe's folder), or else
@@ -71,21 +71,22 @@ def read_recipe(path: Path, accepted: set[str]) -> Values:
 
     Args:
         path: the recipe.
-        accepted: options of the method. A base may hold more, since several methods share it.
+        accepted: options of the method.
+        shared: other options of the method are left out: a base is for several methods, and SimCLR's recipe is also for
+            a method of one's own.
 
     Raises:
         UserError: a file cannot be read.
     """
     values = read_yaml(path)
+    if shared and isinstance(values.get("method"), dict):
+        values["method"] = {key: value for key, value in values["method"].items() if key in accepted}
     default = RECIPES / f"_{path.stem.partition('_')[0]}.yaml"
     base = values.pop("base", default.stem if path.parent.parent == RECIPES and default.is_file() else None)
     if base is None:
         return values
     named = RECIPES / f"{base}.yaml"
-    below = read_recipe(named if named.is_file() else path.parent / base, accepted)
-    if "method" in below:
-        below["method"] = {key: value for key, value in below["method"].items() if key in accepted}
-    return merge(below, values)
+    return merge(read_recipe(named if named.is_file() else path.parent / base, accepted, shared=True), values)
 
 
 def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
@@ -130,28 +131,29 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     given = {key: value for key, value in pairs}
     if "resume" in given:
         pairs = [(key, "auto" if key == "resume" and value is None else value) for key, value in pairs]
-    layers = [(path, read_yaml(path)) for key, path in pairs if key == "config" and path]
-    if "resume" in given and (written := _config_of_run(given["resume"] or "auto", given.get("out_dir"))):
-        layers.insert(0, (str(written), read_yaml(written)))
-        layers[0][1].pop("init_from", None)  # the run has begun from them already
-    names = [own for path, layer in layers if (own := _method_named(layer))]
-    name = name or (names[-1] if names else "simclr")
+    files = [value for key, value in pairs if key == "config" and value]
+    resumed = _config_of_run(given["resume"] or "auto", given.get("out_dir")) if "resume" in given else None
+    layers = [_read_layer(path) for path in ([resumed] if resumed else []) + files]
+    if resumed:
+        layers[0].values.pop("init_from", None)  # the run has begun from them already
+    name = name or next((layer.method for layer in reversed(layers) if layer.method), "simclr")
     name = next((short for short, path in methods.METHODS.items() if path == name), name)
     method = method_class(name)
     parser = train_parser(method, engine, f"python -m sslbook.train {name}")
 
-    values: Values = {}
-    accepted = {option.split(".")[1] for option in parser.options if option.startswith("method.")}
-    if "recipe" in given or not ("resume" in given and layers):
-        folder = given.get("data.folder") or any(_of_a_folder(layer) for _, layer in layers)
+    if "recipe" in given or not (resumed or ("resume" in given and layers)):
+        in_files = [data for layer in layers if isinstance(data := layer.values.get("data"), dict)]
+        folder = given.get("data.folder") or any(data.get("folder") for data in in_files)
         path = recipe_path(name, given.get("recipe") or ("folder" if folder else "shapes"))
-        recipe = read_recipe(path, accepted)
-        if "." in name and isinstance(recipe.get("method"), dict):  # SimCLR's recipe for a method of one's own
-            recipe["method"] = {key: value for key, value in recipe["method"].items() if key in accepted}
-        layers.insert(0, (str(path), recipe))
-    for source, layer in layers:
-        layer = with_classes(_method_flat(source, layer, method), parser)
-        layer.pop("recipe", None)
+        accepted = {option.split(".")[1] for option in parser.options if option.startswith("method.")}
+        layers.insert(0, _read_layer(path, read_recipe(path, accepted, shared="." in name)))
+    values: Values = {}
+    for source, named, layer in layers:
+        if named and not issubclass(method, method_class(named)):
+            raise UserError(
+                f"{source}: sets options of the method {named.rpartition('.')[2]}; leave out {name}, or this file"
+            )
+        layer = with_classes(layer, parser)
         parser.refuse_unknown(layer, source)
         values = merge(values, layer)
     question = next((pair for pair in pairs if is_question(pair[0])), None)
@@ -167,28 +169,22 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     return parser, config, resolved
 
 
-def _method_named(layer: Values) -> str | None:
-    """The method's import path, in a file that names one."""
-    own = layer.get("method")
-    return str(own["class_path"]) if isinstance(own, dict) and "class_path" in own else None
+class Layer(NamedTuple):
+    """Options in a file, with the import path of the method it names, if it names one."""
+
+    source: str
+    method: str | None
+    values: Values
 
 
-def _method_flat(source: str, layer: Values, method: type[Method]) -> Values:
-    """A file's options with those of the method it names directly below `method`, where the command line has them."""
-    named = _method_named(layer)
-    if named is None:
-        return layer
-    kind = method_class(named)
-    if not issubclass(method, kind):
-        raise UserError(
-            f"{source}: sets options of the method {kind.__name__}; leave out {method.__name__}, or this file"
-        )
-    return {**layer, "method": layer["method"].get("init_args") or {}}
-
-
-def _of_a_folder(layer: Values) -> bool:
-    data = layer.get("data")
-    return isinstance(data, dict) and bool(data.get("folder"))
+def _read_layer(path: str | Path, values: Values | None = None) -> Layer:
+    """A file whose method's options stand directly below `method`, where the command line has them."""
+    values = read_yaml(path) if values is None else values
+    values.pop("recipe", None)
+    method = values.get("method")
+    if not isinstance(method, dict) or "class_path" not in method:
+        return Layer(str(path), None, values)
+    return Layer(str(path), str(method["class_path"]), {**values, "method": method.get("init_args") or {}})
 
 
 def _config_of_run(resume: str, out_dir: str | None) -> Path | None:

@@ -34,7 +34,8 @@ def merge(base: Values, over: Values) -> Values:
 
     Arguments of the class in `base` may stand in `over` without `init_args`: `optimizer: {lr: 0.1}`.
     """
-    if "class_path" in over and _class_name(over) != _class_name(base):
+    name, old = (str(spec.get("class_path")).rpartition(".")[2] for spec in (over, base))  # SGD is torch.optim.SGD
+    if "class_path" in over and name != old:
         return over
     if "class_path" in base and not set(over) & set(CLASS_KEYS):
         over = {"init_args": over}
@@ -42,10 +43,6 @@ def merge(base: Values, over: Values) -> Values:
     for key, value in over.items():
         out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
-
-
-def _class_name(spec: Values) -> str:
-    return str(spec.get("class_path")).rpartition(".")[2]  # SGD is torch.optim.SGD
 
 
 def split_words(argv: list[str]) -> list[tuple[str, str | None]]:
@@ -75,7 +72,9 @@ def from_words(pairs: list[tuple[str, str | None]], below: Values, parser: Parse
     values = below
     for name, value in pairs:
         if value is None:
-            raise UserError(f"--{name}: expects a value" if name in parser.options else parser.explain_unknown(name))
+            raise UserError(
+                f"--{name}: expects a value" if name in parser.options else parser.explain_unknown(name, "--")
+            )
         layer: Any = yaml.safe_load(value) if ".dict_kwargs." in name else value  # whose types no signature tells
         for key in reversed(name.removesuffix("+").split(".")):
             layer = {key: layer}
@@ -94,50 +93,42 @@ def with_classes(values: Values, parser: Parser, prefix: str = "") -> Values:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and parser.holds_options(name):
-            value = with_classes(value, parser, name + ".")
-        elif parser.takes_class(name):
-            value = (
-                [class_spec(name, v, parser) for v in value]
-                if isinstance(value, list)
-                else class_spec(name, value, parser)
-            )
-        out[key] = value
+            out[key] = with_classes(value, parser, name + ".")
+        else:
+            out[key] = class_spec(name, value, parser) if parser.takes_class(name) else value
     return out
 
 
 def class_spec(name: str, value: Any, parser: Parser) -> Any:
-    """`SGD` as `{class_path: SGD}`, `resnet18` and `timm/NAME` as their classes; mappings, lists and null as they are.
+    """`SGD` as `{class_path: SGD}`, `resnet18` and `timm/NAME` as their classes; mappings and null as they are.
 
     Raises:
         UserError: there is no such backbone.
     """
-    if isinstance(value, str) and (value in ("null", "None") or value[:1] in ("{", "[")):
+    if isinstance(value, str) and (value == "null" or value[:1] in ("{", "[")):
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"--{name}: not valid YAML: {value[:160]}") from None
-        return [class_spec(name, item, parser) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [class_spec(name, item, parser) for item in value]
     if isinstance(value, dict) and not set(value) & set(CLASS_KEYS) and (own := parser.only_class(name)):
         return {"class_path": own, "init_args": value}
     if not isinstance(value, str):
         return value
-    if not name.endswith("backbone"):
-        return {"class_path": value}
-    if value.startswith(("timm/", "timm:")):
+    if value.startswith("timm/"):
         return {"class_path": "sslbook.nn.timm_model", "init_args": {"name": value[5:]}}
-    if "." in value:
-        return {"class_path": value}
-    known = backbone_names()
-    if value not in known:
-        raise UserError(f"unknown backbone {value}{nearest(value, known)}; known: {', '.join(known)}, timm/NAME")
-    return {"class_path": f"sslbook.nn.{value}"}
+    if name.endswith("backbone") and "." not in value:
+        known = backbone_names()
+        if value not in known:
+            raise UserError(f"unknown backbone {value}{nearest(value, known)}; known: {', '.join(known)}, timm/NAME")
+        value = f"sslbook.nn.{value}"
+    return {"class_path": value}
 
 
 def backbone_names() -> list[str]:
     """The backbones of `sslbook.nn` that a name is enough for."""
     from sslbook import nn
 
-    return [name for name in dir(nn) if name.startswith(("resnet", "wide_", "vit_")) or name in BACKBONES]
-
-
-BACKBONES = ("ConvNet", "ResNet", "VisionTransformer", "DiscreteEncoder")
+    others = ("ConvNet", "ResNet", "VisionTransformer", "DiscreteEncoder")
+    return [name for name in dir(nn) if name.startswith(("resnet", "wide_", "vit_")) or name in others]
