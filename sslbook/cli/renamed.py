@@ -23,7 +23,6 @@ RENAMED = {
     "partner_groups": "num_mix_groups",
     "alignment": "alignment_weight",
     "commitment": "commitment_weight",
-    "partner_groups": "num_mix_groups",
     "projector_layers": "projector_num_layers",
     # The names of these options in other libraries.
     "lr": "optimizer.lr",
