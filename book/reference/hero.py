@@ -77,7 +77,7 @@ def figure(data: Data, queries: Tensor, found: list[tuple[Tensor, float]]) -> Fi
     fig.text(0.01 + width / 2, 0.945, "query", ha="center", fontsize=12)
     for part, (name, (_, accuracy)) in enumerate(zip(("before", "after"), found)):
         center = 0.01 + width * (1.35 + K / 2 + part * (K + 0.5))
-        title = f"nearest neighbors {name} training (kNN accuracy {accuracy:.0f} %)"
+        title = f"neighbors {name} training, kNN accuracy {accuracy:.0f} %"
         fig.text(center, 0.945, title, ha="center", fontsize=12)
     marks = [
         Rectangle((0, 0), 1, 1, fill=False, edgecolor=style.GREEN, linewidth=2.5),

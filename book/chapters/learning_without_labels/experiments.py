@@ -109,8 +109,8 @@ def main() -> None:
                 checkpoint_every="1000000 steps",
             )  # fmt: skip
         note("SimCLR", method.backbone, few=first)
-        controls.supervised(
-            fresh, data, VIEW, steps, BATCH, evaluation_view=LOOK, lr=LR, seed=seed, progress=False, protocols=()
+        controls.train_supervised(
+            fresh, data, VIEW, steps, BATCH, evaluation_view=LOOK, lr=LR, seed=seed, progress=False
         )
         note("supervised", fresh, few=False)
         save(table, known, labels, data, steps, seeds[: seed + 1])  # after every seed: a stop loses one at most

@@ -140,10 +140,9 @@ def recovered(method: MAE, data: Data, rho: float = 0.75) -> float:
 def tuned(backbone: nn.Module, seed: int) -> float:
     """Accuracy on test images of the encoder and a linear layer, both trained further on few labels."""
     few = Data(shapes=TINY_SHAPES, limit=LABELS)
-    row = controls.supervised(
-        copy.deepcopy(backbone), few, VIEW, 200, 50, evaluation_view=LOOK, protocols=(), seed=seed, progress=False
+    return controls.train_supervised(
+        copy.deepcopy(backbone), few, VIEW, 200, 50, evaluation_view=LOOK, seed=seed, progress=False
     )
-    return row.head
 
 
 def split(found: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -161,7 +160,7 @@ def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
         rows[name], knowledge[name] = split(measure(network, data, with_factors=True))
         rows[name][f"fine-tuned, {LABELS} labels"] = tuned(network, seed)
     if seed == 0:
-        folder = Path(__file__).parents[1] / "checkpoints"
+        folder = Path(__file__).parents[2] / "checkpoints"
         folder.mkdir(exist_ok=True)
         weights = {name: value.clone() for name, value in method.state_dict().items() if "pos" not in name}
         save_file(weights, folder / "mae_shapes.safetensors", metadata={"format": "pt"})
@@ -170,9 +169,9 @@ def one_seed(seed: int) -> tuple[dict, dict, list[float]]:
         (folder / "mae_shapes.json").write_text(json.dumps(facts, indent=2) + "\n")
         rows["pixels"], knowledge["pixels"] = split(measure(nn.Flatten(), data, with_factors=True))
         guided = make(seed).backbone
-        # A sixth of the steps: with all patches visible a step costs three times as much, and labels teach sooner.
-        options = {"evaluation_view": LOOK, "protocols": (), "seed": seed, "progress": False}
-        controls.supervised(guided, data, VIEW, STEPS["train"] // 6, BATCH, **options)
+        # A sixth of the steps: with all patches visible a step costs three times as much, and labels take fewer steps.
+        options = {"evaluation_view": LOOK, "seed": seed, "progress": False}
+        controls.train_supervised(guided, data, VIEW, STEPS["train"] // 6, BATCH, **options)
         rows["supervised, all labels"] = measure(guided, data)
     print(seed, rows, flush=True)
     return rows, knowledge, loss

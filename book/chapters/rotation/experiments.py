@@ -6,7 +6,7 @@
     python book/chapters/rotation/experiments.py break      only book/results/rotation_broken.json and rotation_curves.json
     python book/chapters/rotation/experiments.py break "watermark"    one row of these anew
 
-Step size, steps and network were chosen on Shapes(seed=0). All results are of seeds 1 and 2, those of the
+Learning rate, steps and network were chosen on Shapes(seed=0). All results are of seeds 1 and 2, those of the
 runs that are broken on purpose of seed 1 alone.
 """
 
@@ -137,19 +137,19 @@ def measure(seeds=(1, 2), steps=600) -> None:
         data = shapes(seed)
         torch.manual_seed(seed)
         fresh = ConvNet()
-        pixels = controls.pixels(data, SEE, progress=False)
-        note("pixels", "kNN", pixels.knn)
-        note("pixels", "linear", pixels.linear)
+        pixels = features(nn.Flatten(), data)
+        note("pixels", "kNN", knn.accuracy(*pixels))
+        note("pixels", "linear", linear.probe(*pixels).accuracy)
 
         method = Rotation(copy.deepcopy(fresh), VIEW)
         train(method, data, steps, seed)
         labeled = copy.deepcopy(fresh)
-        supervised = controls.supervised(
+        own_head = controls.train_supervised(
             labeled, data, VIEW, steps, BATCH, evaluation_view=SEE, lr=LR, weight_decay=DECAY, seed=seed,
-            progress=False, protocols=(),
+            progress=False,
         )  # fmt: skip
         note("rotation prediction", "rotation accuracy", accuracy_of(method, data))
-        note("supervised", "own head", supervised.head)
+        note("supervised", "own head", own_head)
         for name, backbone in (
             ("random weights", fresh),
             ("rotation prediction", method.backbone),
@@ -177,11 +177,12 @@ def labels(seeds=(1, 2), steps=600) -> None:
         data = shapes(seed)
         torch.manual_seed(seed)
         backbone = ConvNet()
-        row = controls.supervised(
+        own_head = controls.train_supervised(
             backbone, data, VIEW, steps, 4 * BATCH, evaluation_view=SEE, lr=LR, weight_decay=DECAY, seed=seed,
             progress=False,
         )  # fmt: skip
-        values = {"kNN": row.knn, "linear": row.linear, "own head": row.head}
+        x = features(backbone, data)
+        values = {"kNN": knn.accuracy(*x), "linear": linear.probe(*x).accuracy, "own head": own_head}
         for stage in range(4):
             values[f"stage {stage + 1}"] = linear.probe(*features(Stage(backbone, stage), data)).accuracy
         for column, value in values.items():

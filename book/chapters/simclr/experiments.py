@@ -94,13 +94,11 @@ def features(network: nn.Module, data: Data) -> tuple[Tensor, Tensor, Tensor, Te
 def evaluate(backbone: nn.Module, data: Data) -> dict[str, float]:
     """On held-out training images: kNN, and linear probes of shape, hue and background."""
     x, y = extract_features(backbone, data, "train", CENTER, progress=False)
-    bank, asked = x[:-HELD_OUT], x[-HELD_OUT:]
-    found = {"kNN": knn.accuracy(bank, y[:-HELD_OUT], asked, y[-HELD_OUT:])}
+    bank, queries = x[:-HELD_OUT], x[-HELD_OUT:]
+    found = {"kNN": knn.accuracy(bank, y[:-HELD_OUT], queries, y[-HELD_OUT:])}
     for name in ("shape", "hue", "background"):
         value = data.factors("train")[name]
-        found[name] = linear.probe(
-            bank, value[:-HELD_OUT], asked, value[-HELD_OUT:], lrs=(0.03, 0.1, 0.3), epochs=20
-        ).accuracy
+        found[name] = linear.probe(bank, value[:-HELD_OUT], queries, value[-HELD_OUT:]).accuracy
     return found
 
 
@@ -113,11 +111,6 @@ def score(network: nn.Module, data: Data) -> dict[str, float]:
     }
 
 
-def factor(network: nn.Module, data: Data) -> dict[str, float]:
-    x, _, test_x, _ = features(network, data)
-    return factors.probe(x, data.factors("train"), test_x, data.factors("test"))
-
-
 NONE = "as it should be"
 VARIANTS = {
     NONE: {},
@@ -127,7 +120,7 @@ VARIANTS = {
     **{f"temperature {t:g}": {"temperature": t} for t in TEMPERATURES},
     "textured background": {},
 }
-SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.images}
+SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.num_train}
 Table = dict[str, dict[str, list[float]]]
 
 
@@ -165,8 +158,8 @@ def measure(seeds: list[int]) -> None:
         note(shapes, "random weights", random)
         factor("h", method.backbone)
         factor("z", nn.Sequential(method.backbone, method.projector))
-        row = controls.supervised(fresh, data, VIEW, STEPS, BATCH, evaluation_view=CENTER, seed=seed, progress=False)
-        note(shapes, "supervised", {"kNN": row.knn, "linear": row.linear})
+        controls.train_supervised(fresh, data, VIEW, STEPS, BATCH, evaluation_view=CENTER, seed=seed, progress=False)
+        note(shapes, "supervised", score(fresh, data))
         results.save("simclr_shapes", shapes, seeds=seeds[: seed + 1], settings=SETTINGS)
         results.save("simclr_factors", known, seeds=seeds[: seed + 1], settings=SETTINGS)
 
