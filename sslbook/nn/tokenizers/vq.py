@@ -58,7 +58,7 @@ class VQTokenizer(nn.Module):
         return F.normalize(self.project(tokens).float(), dim=2)
 
     def nearest(self, latents: Float[Tensor, "batch patches code_dim"]) -> Int[Tensor, "batch patches"]:
-        """The code nearest to each latent: for unit vectors the one of the greatest dot product (equation 1)."""
+        """The code nearest to each latent: for unit vectors the one of the greatest dot product."""
         return (latents @ self.codebook.T).argmax(dim=2)
 
     def tokens(self, x: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, "batch patches"]:
