@@ -14,18 +14,22 @@ from pathlib import Path
 
 import yaml
 
-from sslbook import configuration
-from sslbook.errors import UserError
-from sslbook.methods import METHODS
+from sslbook import results
+from sslbook.cli.common import cli
+from sslbook.cli.recipes import method_class, resolve
 from sslbook.engine.loop import pretrain
+from sslbook.errors import UserError
+from sslbook.evaluation.base import SUMMARY, Tables, available
+from sslbook.methods import METHODS
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
-PROTOCOLS = {"knn": "kNN", "linear": "linear"}
 AFTER = {  # what these predict is the network of another method's run, which this option names
     "vqkd": ("simclr", "teacher"),
     "milan": ("simclr", "teacher"),
     "eva": ("simclr", "teacher"),
     "beit_v2": ("vqkd", "tokenizer"),
+    "beit": ("dvae", "tokenizer"),
+    "cae": ("dvae", "tokenizer"),
 }
 
 
@@ -38,10 +42,12 @@ def compare(
 ) -> None:
     """Train every method with every seed, and write one table to book/results/NAME.json.
 
-    Beside its accuracies stand those of its network before training and of the pixels of its images (recipes for the
-    Shapes data set may choose other knobs), the seconds of training steps for 1,000 images, and the most memory that was
-    used, in MB (of the GPU, or else of the process). The controls are those of the first method's network. Teachers
-    of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of BEiT v2 is VQ-KD's.
+    Beside the metrics of a method stand those of its network before training and of the pixels of its images (recipes
+    for the Shapes data set may choose other nuisance factors), the seconds of training steps for 1,000 images, and the
+    peak memory in MB (of the GPU, or else of the process). The controls are those of the first method's network, which
+    is also trained with labels. Teachers of MILAN, EVA and VQ-KD are SimCLR's runs of the same seed, the tokenizer of
+    BEiT v2 is VQ-KD's, that of BEiT and CAE the discrete VAE's. Protocols with many metrics have a table of their own,
+    NAME_PROTOCOL.json.
 
     A table that is there already, of the same options and seeds, keeps its other rows and its controls, so that it can
     be filled and refreshed method by method; the file's settings say at which commit a row was entered. A finished run
@@ -53,21 +59,22 @@ def compare(
         seeds: which seeds.
         options: options of sslbook.train for all runs, in one string, such as "--recipe cifar10 --epochs 100".
         runs: where the runs' folders are kept.
-    """
-    from sslbook import results
 
+    Raises:
+        UserError: something the caller can mend, before anything is trained where that is possible.
+    """
     methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else list(dict.fromkeys(methods))
+    seeds = list(dict.fromkeys(seeds))
     try:
         words = shlex.split(options)
     except ValueError as error:
-        raise UserError(f"--options {options!r}: cannot be cut into words ({error}); close the quotation") from None
-    seeds = list(dict.fromkeys(seeds))
+        raise UserError(f"--options {options!r}: cannot be split into words ({error}); close the quotation") from None
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} is not the name of a result: use letters, digits, - and _, such as cifar10")
     if not methods or not seeds:
         raise UserError("nothing to compare: give at least one method and one seed")
     for method in methods:
-        configuration.method_class(method)  # a wrong name is told before anything is trained
+        method_class(method)  # a wrong name is refused before anything is trained
     comparison = Comparison.load(name, options, seeds, controls_of=methods[0])
     for method in methods:
         full = method == comparison.controls_of
@@ -78,87 +85,85 @@ def compare(
 
 
 class Comparison:
-    """What was measured, row by row: `{row: {column: one number per seed}}`.
+    """What was measured: `{table: {row: {column: one number per seed}}}`.
 
     Args:
         controls_of: the method whose network the controls have.
-        values: accuracies and costs.
-        factors: accuracies of each factor's probe in the Shapes data set.
+        tables: metrics and costs under `summary`, and tables of single protocols.
         origins: the method of every row that is not a control, and the commit at which it was entered.
     """
 
-    def __init__(self, controls_of: str, values: dict, factors: dict, origins: dict[str, dict[str, str]]) -> None:
-        self.controls_of, self.values, self.factors, self.origins = controls_of, values, factors, origins
-        self.begun: set[str] = set()  # rows of this command, which take the places of those that were there
+    def __init__(self, controls_of: str, tables: dict[str, dict], origins: dict[str, dict[str, str]]) -> None:
+        self.controls_of, self.tables, self.origins = controls_of, tables, origins
+        self.begun: set[str] = set()  # rows of this command, which replace those that were there
 
     @classmethod
     def load(cls, name: str, options: str, seeds: list[int], controls_of: str) -> "Comparison":
-        """The table that is there, or an empty one."""
-        from sslbook import results
-
+        """The table that is there, or an empty one; UserError if it holds other options or seeds."""
         where = results.folder()
         if where is None:
             raise UserError("no book/results above this folder to write to: mkdir -p book/results, or use a checkout")
         if not (where / f"{name}.json").is_file():
-            return cls(controls_of, {}, {}, {})
+            return cls(controls_of, {}, {})
         old = results.load(name)
         if (old.settings.get("options"), old.seeds) != (options, seeds) or "origins" not in old.settings:
             raise UserError(
                 f"{where / name}.json holds other options ({old.settings.get('options')!r}) or seeds ({old.seeds}): "
                 "give the same, choose another name, or delete it"
             )
-        factors = results.load(f"{name}_factors").values if (where / f"{name}_factors.json").is_file() else {}
-        return cls(old.settings["controls_of"], old.values, factors, old.settings["origins"])
-
-    def row(self, rows: dict[str, dict[str, list[float]]], row: str) -> dict[str, list[float]]:
-        """The row to write to; this command's first number empties it."""
-        if row not in self.begun:
-            self.begun.add(row)
-            self.values.pop(row, None)
-            self.factors.pop(row, None)
-        return rows.setdefault(row, {})
+        own = [t for t in old.settings.get("tables", available()) if (where / f"{name}_{t}.json").is_file()]
+        tables = {SUMMARY: old.values, **{table: results.load(f"{name}_{table}").values for table in own}}
+        return cls(old.settings["controls_of"], tables, old.settings["origins"])
 
     def add(self, method: str, seed: int, measured: dict, full: bool) -> None:
         """Append the report of a run, with the controls if it is a full one."""
-        from sslbook import results
-
-        if "rows" not in measured:
-            raise UserError(f"{method}, seed {seed}: the images have no labels, so there is nothing to compare")
-        rows = {row["name"]: row for row in measured["rows"]}
-        label = measured["rows"][0]["name"]
-        for row in rows if full else [label]:
-            for key, title in PROTOCOLS.items():
-                self.row(self.values, row).setdefault(title, []).append(round(rows[row][key], 2))
-        facts = {f"{title}, untrained": rows["random weights"][key] for key, title in PROTOCOLS.items()}
-        facts |= {f"{title}, pixels": rows["pixels"][key] for key, title in PROTOCOLS.items()}
+        tables: Tables = measured.get("tables", {})
+        if SUMMARY not in tables:
+            raise UserError(
+                f"{method}, seed {seed}: its report.json holds no metrics; give labeled images, or delete the run if an "
+                "older version made it"
+            )
+        summary = tables[SUMMARY]
+        label = next(iter(summary))
+        facts = {f"{metric}, untrained": value for metric, value in summary.get("random weights", {}).items()}
+        facts |= {f"{metric}, pixels": value for metric, value in summary.get("pixels", {}).items()}
         facts |= {"s per 1,000": measured["seconds_per_1000"], "memory (MB)": measured["peak_memory"]}
-        for title, value in facts.items():
-            self.row(self.values, label).setdefault(title, []).append(round(value, 2))
-        for row, scores in measured.get("factors", {}).items():
-            for factor, score in scores.items() if full or row == label else ():
-                self.row(self.factors, row).setdefault(factor, []).append(round(score, 2))
+        rows = {**tables, SUMMARY: {**summary, label: {**summary[label], **facts}}}
+        for table, values in rows.items():
+            for row in values if full else [label]:
+                if row not in self.begun:
+                    self.begun.add(row)
+                    for other in self.tables.values():
+                        other.pop(row, None)
+                for column, value in values[row].items():
+                    columns = self.tables.setdefault(table, {}).setdefault(row, {})
+                    columns.setdefault(column, []).append(round(value, 2))
         self.origins[label] = {"method": method, "commit": results.commit()}
 
     def save(self, name: str, options: str, seeds: list[int]) -> None:
         """Write it: the method of the controls, the others in the book's order, the controls."""
-        from sslbook import results
 
-        def place(row: str) -> tuple[bool, bool, int]:
+        def position(row: str) -> tuple[bool, bool, int]:
             method = self.origins.get(row, {}).get("method", "")
             order = list(METHODS).index(method) if method in METHODS else CONTROLS.index(row) if row in CONTROLS else 0
             return row in CONTROLS, method != self.controls_of, order
 
         words = [name, *([f"--options={options}"] if options else []), *([f"--seeds={seeds}"] if seeds != [0] else [])]
         command = f"python -m sslbook.compare {shlex.join(words)}"  # of all rows
-        settings = {"options": options, "controls_of": self.controls_of, "origins": self.origins}
-        for title, rows in ((f"{name}_factors", self.factors), (name, self.values)):
-            if rows:
-                ordered = {row: rows[row] for row in sorted(rows, key=place)}
-                results.save(title, ordered, command=command, seeds=seeds, settings=settings)
+        own = [table for table in self.tables if table != SUMMARY]
+        settings = {"options": options, "controls_of": self.controls_of, "tables": own, "origins": self.origins}
+        for table in [*own, SUMMARY]:
+            rows = {row: self.tables[table][row] for row in sorted(self.tables[table], key=position)}
+            title = name if table == SUMMARY else f"{name}_{table}"
+            results.save(title, rows, command=command, seeds=seeds, settings=settings)
 
 
 def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool = False) -> dict:
-    """The report of one run; it is trained first, in a process of its own, if it is not finished."""
+    """The report of one run; it is trained first, in a process of its own, if it is not finished.
+
+    Raises:
+        UserError: the run failed, was stopped, or was trained with other options.
+    """
     folder = runs / f"{method}-seed-{seed}"
     done = folder / "report.json"
     words = [method, *options, f"--seed={seed}"]
@@ -169,8 +174,8 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
         _require_same(words, folder)
     if not done.exists():
         words += [f"--out_dir={folder}", "--resume=auto"]
-        if not full:
-            words.append("--report=quick")
+        if full and not any(word.startswith("--report") for word in options):
+            words.append("--report=full")
         if method in AFTER:
             one_run(AFTER[method][0], seed, runs, options)
         print(f"\n{method}, seed {seed}: {folder}", flush=True)
@@ -183,8 +188,8 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
 
 
 def _require_same(words: list[str], folder: Path) -> None:
-    """The run that is there was trained with these words; what its configuration does not know does not count."""
-    wanted = configuration.resolve(words, pretrain)[2]
+    """UserError if the run in this folder had other options; options that its configuration lacks do not count."""
+    wanted = resolve(words, pretrain)[2]
     written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     there, here = (dict(_flat(values)) for values in (written, yaml.safe_load(yaml.safe_dump(wanted))))
     for key in sorted(there.keys() & here.keys()):
@@ -206,8 +211,10 @@ def _flat(values: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 def main(argv: list[str] | None = None) -> None:
     """`python -m sslbook.compare`."""
-    configuration.cli(compare, argv, prog="python -m sslbook.compare")
+    cli(compare, argv, prog="python -m sslbook.compare")
 
 
 if __name__ == "__main__":
-    configuration.run(main)
+    from sslbook.cli.common import run
+
+    run(main)

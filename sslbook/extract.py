@@ -4,8 +4,8 @@
     python -m sslbook.extract backbone.safetensors --data.folder PHOTOS --out features.safetensors
 
 The file holds, a row for each image: `features` (float32), `labels` (-1 where there is none), `split` (0 train, 1
-test), `index` (the position in the split) and, for files, `paths` relative to the folder. In safetensors, which knows
-no text, `paths` are the bytes of all of them, each ended by a zero byte.
+test), `index` (the position in the split) and, for files, `paths` relative to the folder. In safetensors, which has no
+text, `paths` are the bytes of all of them, each ended by a zero byte.
 
 >>> table = numpy.load("features.npz")
 >>> table["features"].shape, table["paths"][0]
@@ -26,10 +26,10 @@ from sslbook.data.datasets.base import FileList
 from sslbook.data.loader import Data
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of
-from sslbook.evaluation.features import extract_with_index
+from sslbook.evaluation.features import Split, extract_with_index
 from sslbook.weights.backbone import load_backbone
 
-SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 def extract(
@@ -55,7 +55,7 @@ def extract(
         out: the file to write, `.npz` or `.safetensors`.
         split: only the training or the test images; all of them by default, the training images first.
         overwrite: replace a file that is there.
-        resize: the image's shorter side before the center is cut; by default 8/7 of the view, below 128 pixels all.
+        resize: the image's shorter side before the center is cropped; by default 8/7 of the view, below 128 pixels all.
         batch_size: images at a time.
         device: cpu, cuda, cuda:1; a GPU if there is one.
         backbone: the module to fill, for backbones that are not from sslbook.nn.
@@ -67,25 +67,23 @@ def extract(
     Raises:
         UserError: something the caller can mend.
     """
-    target = _free(out, overwrite)
+    target = Path(out)
+    require_writable(target, (".npz", ".safetensors"))
+    if target.exists() and not overwrite:
+        raise UserError(f"--out {out}: exists already; choose another name, or give --overwrite true")
     at_least_one(batch_size=batch_size)
-    where = choose_device(device)
+    options = {"device": choose_device(device), "batch_size": batch_size, "progress": progress}
     module, facts = load_backbone(run, backbone)
     view = view_of(facts, resize)
-    everything = SPLITS if data.num_test else SPLITS[:1]
-    wanted = everything if split == "all" else (split,)
+    splits = SPLITS if data.num_test else SPLITS[:1]
     print(data.describe())
     parts: dict[str, list[Any]] = {"features": [], "labels": [], "split": [], "index": []}
     paths: list[str] = []
     with quiet_about_skipped():
-        for name in wanted:
-            features, labels, index = extract_with_index(
-                module, data, name, view, device=where, batch_size=batch_size, progress=progress
-            )
-            parts["features"].append(features)
-            parts["labels"].append(labels)
-            parts["split"].append(torch.full_like(labels, SPLITS.index(name), dtype=torch.uint8))
-            parts["index"].append(index)
+        for number, name in enumerate(splits if split == "all" else (split,), start=split == "test"):
+            x, y, index = extract_with_index(module, data, name, view, **options)
+            for key, values in zip(parts, (x, y, torch.full_like(y, number, dtype=torch.uint8), index)):
+                parts[key].append(values)
             paths += _paths(data, name, index.tolist())
     table: dict[str, Any] = {name: torch.cat(part).numpy() for name, part in parts.items()}
     if paths:
@@ -97,7 +95,7 @@ def extract(
     return table
 
 
-def _paths(data: Data, split: str, positions: list[int]) -> list[str]:
+def _paths(data: Data, split: Split, positions: list[int]) -> list[str]:
     """Names of the files, relative to the folder that was given; none for images that are no files."""
     source = data._source(split)
     if not isinstance(source, FileList):
@@ -121,24 +119,14 @@ def _write(part: Path, table: dict[str, Any], suffix: str, facts: dict[str, Any]
     save_file(tensors, part, metadata=about)
 
 
-def _free(out: str, overwrite: bool) -> Path:
-    target = Path(out)
-    if target.suffix not in (".npz", ".safetensors"):
-        raise UserError(f"--out {out}: end its name in .npz or .safetensors")
-    if target.exists() and not overwrite:
-        raise UserError(f"--out {out}: exists already; choose another name, or give --overwrite true")
-    require_writable(target)
-    return target
-
-
 def main() -> None:
     """`python -m sslbook.extract RUN --data.folder PHOTOS --out FILE`."""
-    from sslbook.configuration import cli
+    from sslbook.cli.common import cli
 
     cli(extract, command_line(sys.argv[1:]), prog="python -m sslbook.extract RUN")
 
 
 if __name__ == "__main__":
-    from sslbook.configuration import run as run_command
+    from sslbook.cli.common import run as run_command
 
     run_command(main)

@@ -30,10 +30,13 @@ class OnlineKNN(Hook):
 
     def epoch(self, run: Run) -> None:
         if run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps:
-            from sslbook.report import quick_knn
+            from sslbook.evaluation.base import measure_online
+            from sslbook.evaluation.features import evaluation_view
+            from sslbook.evaluation.protocols.knn import KNN
 
-            accuracy = quick_knn(run.method, run.data, run.device, k=self.k, limit=self.limit)
-            run.evaluations["knn"] = distributed.broadcast(accuracy)
+            view = evaluation_view(run.method.views()[0])
+            metrics = measure_online(run.method.backbone, run.data, view, [KNN(self.k)], self.limit, run.device)
+            run.evaluations["knn"] = distributed.broadcast(metrics["kNN"])
 
 
 class Plots(Hook):

@@ -1,140 +1,141 @@
-"""What a finished run shows: accuracies beside their controls, and images a person wants to look at."""
+"""Report of a finished run: metrics beside their controls, and images of what was learned."""
 
 import copy
 import json
-import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sslbook import checkpoint
 from sslbook.data.executors import apply_one
-from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.engine.hooks import read_metrics
 from sslbook.engine.run import Run
-from sslbook.evaluation import controls, factors, knn, linear
-from sslbook.evaluation.features import center_view, extract_features, extract_with_index
-from sslbook.evaluation.table import Row, chance_row, format_factors, format_table, to_json
-from sslbook.methods.base import Method
+from sslbook.errors import UserError
+from sslbook.evaluation import base, controls
+from sslbook.evaluation.features import Features, Split, evaluation_view
+from sslbook.evaluation.protocols.knn import neighbors
 from sslbook.notebook import plots, style
 
-Split = Literal["train", "test"]
 MAP_POINTS = 1000  # UMAP of more takes minutes and shows no more
 
 
-def evaluation_view(view: View) -> View:
-    """The image's center at the size a method was trained with; large images are first made 8/7 of it."""
-    return center_view(view.size, view.mean, view.std)
-
-
-def quick_knn(method: Method, data: Data, device: torch.device, k: int, limit: int) -> float:
-    """kNN accuracy (percent) of a method's backbone, with at most `limit` training images voting."""
-    view = evaluation_view(method.views()[0])
-    some = data
-    if data.num_train > limit:
-        some = copy.copy(data)
-        some.limit = limit
-        some.__dict__.pop("_sets", None)  # which it chooses anew
-    train_x, train_y = extract_features(method.backbone, some, "train", view, device=device, progress=False)
-    test_x, test_y = extract_features(method.backbone, some, "test", view, device=device, progress=False)
-    return knn.accuracy(train_x, train_y, test_x, test_y, k=k)
-
-
-def report(run: Run, full: bool = True) -> dict[str, object]:
-    """Measure the backbone beside its controls, print the table, draw the images, write `report.json`.
+def report(run: Run, full: bool = False, protocols: Sequence[str] | None = None) -> dict[str, object]:
+    """Measure the backbone beside its controls, print the tables, write `report.json`, then plot.
 
     Args:
         run: a finished run.
-        full: also train the supervised control.
+        full: also train the supervised control, which takes about as long as the run.
+        protocols: names or import paths; by default those of `sslbook.evaluation.base.DEFAULT` that the data allow.
+
+    Returns:
+        What `report.json` holds: costs of the run, and `tables` as from `sslbook.evaluation.base.measure`.
+
+    Raises:
+        UserError: there is no such protocol, or the data or the backbone lack what it needs.
     """
-    folder, data = run.folder, run.data
-    view = evaluation_view(run.method.views()[0])
-    images = max(1, run.clock.step * run.batch_size)
+    folder, data, method = run.folder, run.data, run.method
+    view = evaluation_view(method.views()[0])
+    seen = max(1, run.clock.step * run.batch_size)
     result: dict[str, object] = {
         "run": folder.name,
         "steps": run.clock.step,
         "train_seconds": round(run.seconds, 1),
-        "seconds_per_1000": round(1000 * run.seconds / images, 4),
+        "seconds_per_1000": round(1000 * run.seconds / seen, 4),
         "peak_memory": round(run.peak_memory),
     }
+    name = type(method).__name__
+    models = {name: base.Representation(method.backbone, data, view, run.device)}
+    if data.has_test_labels:
+        models["pixels"] = controls.pixels(data, view, device=run.device)
+    initial = _initial(run)
+    if initial is not None:
+        models["random weights"] = base.Representation(initial, data, view, run.device)
+    measured = base.chosen(protocols, method.backbone, data)
+    if measured:
+        tables = base.measure(models, measured)
+        print(f"\n{base.format_tables(tables, measured, data)}", flush=True)
+        if full and initial is not None:
+            try:
+                extra = base.measure({"supervised": _supervised(run, initial, view)}, measured)
+            except UserError as error:  # of a control, which must not cost the report
+                print(f"no supervised control: {error}")
+                extra = {}
+            for table, rows in extra.items():
+                chance = tables[table].pop("chance", None)
+                tables[table] |= rows if chance is None else {**rows, "chance": chance}
+            print(f"\n{base.format_tables(tables, measured, data)}" if extra else "", flush=True)
+        result["tables"] = tables
+    else:
+        print(
+            "no labeled images for training and test, so nothing is measured: give folders train/CLASS and test/CLASS"
+        )
     if data.skipped:
         print(f"skipped {data.skipped} images that could not be read")
         result["skipped"] = data.skipped
-    before = _fresh(run) if (folder / "initial.safetensors").exists() else None
-    labeled = data.has_test_labels
-    split: Split = "test" if data.num_test else "train"
-    features, places = {}, torch.arange(0)
-    if labeled:
-        rows, scores = [], {}
-        for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
-            if backbone is None:
-                continue
-            began = time.perf_counter()
-            train = extract_features(backbone, data, "train", view, device=run.device)
-            x, y, places = extract_with_index(backbone, data, "test", view, device=run.device)
-            test, features[name] = (x, y), x
-            shown = {"start": "random weights"}.get(name, name)
-            accuracy = linear.probe(*train, *test, device=run.device).accuracy
-            vote = knn.accuracy(*train, *test, device=run.device)
-            rows.append(Row(shown, knn=vote, linear=accuracy, seconds=time.perf_counter() - began))
-            if data.factors("test"):
-                scores[shown] = factors.probe(train[0], data.factors("train"), test[0], data.factors("test"))
-        rows = [rows[-1], controls.pixels(data, view, device=run.device), *rows[:-1]]
-        if full and before is not None and not bool((data.labels("pretrain") >= 0).any()):
-            print("the images to learn from have no labels, so there is no supervised control")
-        elif full and before is not None:
-            transformer = any(name.endswith("attn") for name, _ in before.named_modules())
-            rows.append(
-                controls.supervised(
-                    copy.deepcopy(before),
-                    data,
-                    run.method.views()[0],
-                    steps=run.clock.total_steps,
-                    batch_size=run.batch_size,
-                    evaluation_view=view,
-                    lr=1e-3 if transformer else 3e-3,
-                    device=run.device,
-                )
-            )
-        chance = chance_row(data)
-        result["rows"] = to_json(rows, chance)
-        print(f"\nAccuracy on {data.num_test:,} test images\n{format_table(rows, chance)}")
-        if scores:
-            scores = dict(reversed(scores.items()))  # the method first
-            level = factors.chance_levels(data.factors("train"), data.factors("test"))
-            result["factors"] = {**scores, "chance": level}
-            print(f"\nWhat the features know of each factor\n{format_factors(scores, level)}")
-    else:
-        print("no labels, or no labeled test images, so no accuracy is reported; the images below still are")
-        for name, backbone in (("start", before), (type(run.method).__name__, run.method.backbone)):
-            if backbone is not None:
-                features[name], _, places = extract_with_index(backbone, data, split, view, device=run.device)
     checkpoint.write_text(folder / "report.json", json.dumps(result, indent=2) + "\n")
 
+    split: Split = "test" if data.num_test else "train"
     plot_curves(run)
     plot_views(run)
     plot_reconstructions(run)
-    plot_neighbors(run, features, split, places)
-    plot_umap(run, list(features.values())[-1], split, places)
+    for when, model in (("after", models[name]), ("before", models.get("random weights"))):
+        if model is not None:
+            plot_neighbors(run, model.features(split), split, when)
+    plot_umap(run, models[name].features(split), split)
     made = ", ".join(sorted(p.name for p in folder.glob("*.png")))
     print(f"\nIn {folder}: {made}; report.json; backbone.safetensors")
+    if measured:
+        _print_more(run, measured, supervised=full)
     return result
 
 
-def _fresh(run: Run) -> nn.Module:
-    """The backbone as it was before the first step."""
-    from safetensors.torch import load_file
+def _initial(run: Run) -> nn.Module | None:
+    """The backbone as it was before the first step, if the run kept it."""
+    from sslbook.weights.backbone import read_safetensors
 
+    if not (run.folder / "initial.safetensors").exists():
+        return None
     backbone = copy.deepcopy(run.method.backbone).cpu()
-    backbone.load_state_dict(load_file(run.folder / "initial.safetensors"))
+    backbone.load_state_dict(read_safetensors(run.folder / "initial.safetensors"))
     return backbone.to(run.device)
 
 
-# -- images ----------------------------------------------------------------------------------------------------------
+def _supervised(run: Run, initial: nn.Module, view: View) -> base.Representation:
+    """The same network, trained with labels for as many steps on the same views."""
+    backbone = copy.deepcopy(initial)
+    transformer = any(name.endswith("attn") for name, _ in backbone.named_modules())
+    controls.train_supervised(
+        backbone,
+        run.data,
+        run.method.views()[0],
+        steps=run.clock.total_steps,
+        batch_size=run.batch_size,
+        evaluation_view=view,
+        lr=1e-3 if transformer else 3e-3,
+        device=run.device,
+    )
+    return base.Representation(backbone, run.data, view, run.device)
+
+
+def _print_more(run: Run, measured: Sequence[base.Protocol], supervised: bool) -> None:
+    """What else could be measured, how, and what it costs."""
+    lines = []
+    for protocol in (base.find(name)() for name in base.available()):
+        new = protocol.name not in [other.name for other in measured]
+        if new and protocol.lacks(run.method.backbone, run.data) is None:
+            lines.append(f"  python -m sslbook.evaluate {run.folder} --protocols {protocol.name}   ({protocol.cost})")
+    if not supervised:
+        lines.append(f"  --report full: also a network trained with labels   (about {run.seconds:,.0f} s)")
+    if lines:
+        print("\n".join(["More can be measured:", *lines]))
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
 def _save(figure: style.Figure, path: Path) -> None:
@@ -162,106 +163,102 @@ def plot_curves(run: Run) -> None:
     _save(figure, run.folder / "curves.png")
 
 
-def plot_views(run: Run, rows: int = 4, draws: int = 7) -> None:
-    """`views.png`: an image in each row, as it is and as the method sees it in several epochs."""
+def plot_views(run: Run, rows: int = 4, columns: int = 7) -> None:
+    """`views.png`: an image in each row, and its views in several epochs."""
     data, views = run.data, run.method.views()
     shown, titles = [], []
     count = len(data.labels("train"))
-    side = max(view.size for view in views)  # small crops are drawn as large as the others
-    for row in range(min(rows, count)):
+    rows = min(rows, count)
+    side = max(view.size for view in views)  # small crops are shown as large as the others
+    for row in range(rows):
         position = row * count // rows
         image = data.image("train", position)
-        whole = View.center(side, mean=(0, 0, 0), std=(1, 1, 1))
-        shown.append(apply_one(whole, image, 0, 0, position, 0))
-        titles.append("image" if row == 0 else "")
-        for draw in range(draws):
-            stream, epoch = draw % len(views), draw // len(views)
-            view = views[stream]
-            seen = apply_one(view, image, run.clock.seed, epoch, position, stream)
-            seen = plots.denormalize(seen, view.mean, view.std)
-            shown.append(torch.nn.functional.interpolate(seen[None], side)[0])
-            name = f"view {stream + 1}" if len(views) > 1 else "view"
-            titles.append(f"{name}" if row == 0 else "")
-    alt = f"{rows} images, each followed by {draws} random views of it."
+        shown.append(apply_one(View.center(side, mean=(0, 0, 0), std=(1, 1, 1)), image, 0, 0, position, 0))
+        titles.append("" if row else "image")
+        for column in range(columns):
+            stream, epoch = column % len(views), column // len(views)
+            view = apply_one(views[stream], image, run.clock.seed, epoch, position, stream)
+            view = plots.denormalize(view, views[stream].mean, views[stream].std)
+            shown.append(torch.nn.functional.interpolate(view[None], side)[0])
+            titles.append("" if row else f"view {stream + 1}" if len(views) > 1 else "view")
+    alt = f"{rows} images, each followed by {columns} random views of it."
     inch = 0.9 if views[0].size < 64 else 1.2
-    _save(plots.grid(torch.stack(shown), titles, alt=alt, columns=draws + 1, inch=inch), run.folder / "views.png")
+    _save(plots.grid(torch.stack(shown), titles, alt=alt, columns=columns + 1, inch=inch), run.folder / "views.png")
 
 
 def plot_reconstructions(run: Run, rows: int = 6) -> None:
-    """`reconstructions.png`: image, what was visible, what the method painted; for methods that paint."""
+    """`reconstructions.png`: image, its visible patches, and the image reconstructed, for methods that can."""
     reconstruct = getattr(run.method, "reconstruct", None)
     if reconstruct is None:
         return
     view = evaluation_view(run.method.views()[0])
     split: Split = "test" if run.data.num_test else "train"
     batch = next(iter(run.data.evaluation_batches(split, view, 64, run.device)))
-    chosen = torch.arange(min(rows, len(batch.index))) * (len(batch.index) // min(rows, len(batch.index)))
-    images, index = batch.views[0][chosen], batch.index[chosen]
+    rows = min(rows, len(batch.index))
+    some = torch.arange(rows) * (len(batch.index) // rows)
     was_training = run.method.training
     run.method.eval()
-    masked, painted = reconstruct(images, index, run.clock)
+    visible, reconstructed = reconstruct(batch.views[0][some], batch.index[some], run.clock)
     run.method.train(was_training)
-    columns = [plots.denormalize(x.float().cpu(), view.mean, view.std) for x in (images, masked, painted)]
-    shown = torch.stack(columns, dim=1).flatten(0, 1)
-    titles = ["image", "visible", "painted"] * len(chosen)
-    alt = "Images, what the encoder saw of them, and what the decoder painted in the gaps."
-    titles = [title if i < 6 else "" for i, title in enumerate(titles)]
-    _save(plots.grid(shown, titles, alt=alt, columns=6, inch=1.1), run.folder / "reconstructions.png")
+    columns = [
+        plots.denormalize(x.float().cpu(), view.mean, view.std) for x in (batch.views[0][some], visible, reconstructed)
+    ]
+    titles = [title if i < 6 else "" for i, title in enumerate(["image", "visible", "reconstructed"] * rows)]
+    alt = "Images, the patches of them that the encoder saw, and the images reconstructed by the decoder."
+    figure = plots.grid(torch.stack(columns, dim=1).flatten(0, 1), titles, alt=alt, columns=6, inch=1.1)
+    _save(figure, run.folder / "reconstructions.png")
 
 
-def plot_neighbors(
-    run: Run,
-    features: dict[str, Float[Tensor, "n d"]],
-    split: Split,
-    places: Int[Tensor, "n"],
-    rows: int = 6,
-    k: int = 6,
-) -> None:
-    """`neighbors.png`: nearest neighbors of a few images, before training and after.
-
-    `places` are the features' places in the split, which images that cannot be read leave gaps in.
-    """
-    data, view = run.data, evaluation_view(run.method.views()[0])
-    count = len(next(iter(features.values())))
+def plot_neighbors(run: Run, features: Features, split: Split, when: str, rows: int = 6, k: int = 6) -> None:
+    """`neighbors_before.png`, `neighbors_after.png`: nearest neighbors of a few images, before or after training."""
+    count = len(features.x)
     k, rows = min(k, count - 1), min(rows, count)
     if k < 1:
         return
     queries = (torch.arange(rows) * count // rows).tolist()
-    labels = data.labels(split)[places]
-    show = View.center(min(96, view.size), mean=(0, 0, 0), std=(1, 1, 1))
+    size = evaluation_view(run.method.views()[0]).size
+    show = View.center(min(96, size), mean=(0, 0, 0), std=(1, 1, 1))
 
     def image(row: int) -> Tensor:
-        place = int(places[row])
-        return apply_one(show, data.image(split, place), 0, 0, place, 0)
+        position = int(features.index[row])
+        return apply_one(show, run.data.image(split, position), 0, 0, position, 0)
 
-    for name, x in features.items():
-        _, found = knn.neighbors(x, x[queries], k + 1)
-        kept = [[j for j in row.tolist() if j != q][:k] for q, row in zip(queries, found)]
-        sheet = torch.stack([torch.stack([image(j) for j in row]) for row in kept])
-        same = torch.stack([labels[row] == labels[q] for q, row in zip(queries, kept)]) if labels.max() >= 0 else None
-        when = "before" if name == "start" else "after"
-        alt = f"Each row: an image and its {k} nearest neighbors {when} training; green frames share its class."
-        figure = plots.neighbors(torch.stack([image(q) for q in queries]), sheet, same, alt=alt)
-        figure.suptitle(f"nearest neighbors {when} training", fontsize=10)
-        _save(figure, run.folder / f"neighbors_{when}.png")
+    _, found = neighbors(features.x, features.x[queries], k + 1)
+    kept = [[j for j in row.tolist() if j != q][:k] for q, row in zip(queries, found)]
+    sheet = torch.stack([torch.stack([image(j) for j in row]) for row in kept])
+    y = features.y
+    same = torch.stack([y[row] == y[q] for q, row in zip(queries, kept)]) if y.max() >= 0 else None
+    alt = f"Each row: an image and its {k} nearest neighbors {when} training; green frames share its class."
+    figure = plots.neighbors(torch.stack([image(q) for q in queries]), sheet, same, alt=alt)
+    figure.suptitle(f"nearest neighbors {when} training", fontsize=10)
+    _save(figure, run.folder / f"neighbors_{when}.png")
 
 
-def plot_umap(run: Run, x: Float[Tensor, "n d"], split: Split, places: Int[Tensor, "n"]) -> None:
+def plot_umap(run: Run, features: Features, split: Split) -> None:
     """`umap.png`: the features in the plane (McInnes, Healy and Melville, 2018), colored by class if there are any."""
-    if len(x) < 16:
+    if len(features.x) < 16:
         return
-    print("drawing the UMAP map ...", flush=True)
-    import warnings
+    print("computing the UMAP map ...", flush=True)
+    some = torch.randperm(len(features.x), generator=torch.Generator().manual_seed(0))[:MAP_POINTS]
+    points, labels = umap_positions(features.x[some]), features.y[some]
+    named = 0 < run.data.num_classes <= 20 and bool(labels.min() >= 0)
+    by = ", colored by class" if named else ""
+    figure = plots.scatter(
+        points,
+        labels,
+        run.data.class_names if named else (),
+        alt=f"UMAP map of the features of {len(some)} {split} images{by}.",
+        title=f"{type(run.method).__name__}: UMAP of {len(some):,} {split} images{by}",
+    )
+    _save(figure, run.folder / "umap.png")
 
+
+def umap_positions(x: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
+    """Positions in the plane in which nearby features stay nearby; the same for the same features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from umap import UMAP
 
-        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MAP_POINTS]
-        neighbors = min(15, len(chosen) - 1)
-        mapper = UMAP(n_neighbors=neighbors, metric="cosine", random_state=0, n_jobs=1, init="pca")
-        points = torch.from_numpy(mapper.fit_transform(x[chosen].numpy())).float()
-    labels = run.data.labels(split)[places[chosen]]
-    alt = f"UMAP map of the features of {len(chosen)} images, colored by class."
-    names = run.data.class_names if run.data.num_classes <= 20 and labels.min() >= 0 else ()
-    _save(plots.scatter(points, labels, names, alt=alt), run.folder / "umap.png")
+        options = {"metric": "cosine", "init": "pca", "random_state": 0, "n_jobs": 1}
+        mapper = UMAP(n_neighbors=min(15, len(x) - 1), min_dist=0.8, **options)  # so far apart that the plane is filled
+        return torch.from_numpy(mapper.fit_transform(x.numpy())).float()

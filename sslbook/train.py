@@ -37,7 +37,12 @@ def main(argv: list[str] | None = None) -> None:
         options = vars(parser.construct(config))
         for name in ("config", "recipe"):
             options.pop(name, None)
-        report_kind = options.pop("report")
+        report_kind, protocols = options.pop("report"), options.pop("protocols")
+        if protocols is not None:  # what cannot be measured is refused now, not after the training
+            from sslbook.evaluation.base import chosen, require
+
+            backbone, data = options["method"].backbone, options["data"]
+            require(chosen(protocols, backbone, data), backbone, data)
         if distributed.is_main():
             print(options["data"].describe())
         run = pretrain(**options, config=resolved)
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             elif report_kind != "none":
                 from sslbook.report import report
 
-                report(run, full=report_kind == "full")
+                report(run, full=report_kind == "full", protocols=protocols)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"out of GPU memory: lower --batch_size or raise --grad_accum_steps ({reason})") from None

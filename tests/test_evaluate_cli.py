@@ -11,20 +11,22 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sslbook import evaluate, extract, results
-from sslbook.configuration import run as run_command
+from sslbook.cli.common import run as run_command
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
+from sslbook.evaluation.base import Representation
 from sslbook.evaluation.features import center_view, extract_features
+from sslbook.evaluation.protocols.knn import KNN, accuracy
 from sslbook.nn import ResNet
 from sslbook.weights.backbone import export_backbone, load_backbone
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves behind, of a network too small to know anything."""
+    """What a run leaves behind, of a network that was not trained."""
     folder = tmp_path_factory.mktemp("runs") / "simclr-shapes"
-    shapes = {"images": 60, "num_test": 30, "size": 16}
+    shapes = {"num_train": 60, "num_test": 30, "size": 16}
     view = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     data = {"class_path": "sslbook.Data", "init_args": {"name": "shapes", "shapes": shapes, "download": False}}
     facts = {"method": "SimCLR", "view": view, "data": data}
@@ -68,7 +70,8 @@ def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, 
     result = results.Result("result", **json.loads(out.read_text()))
     assert list(result.values) == ["SimCLR", "pixels", "random weights", "chance", "factors"]
     assert result.seeds == [0]
-    assert (result.settings["k"], result.settings["view"]["size"]) == (20, 16)
+    assert result.settings["view"]["size"] == 16
+    assert result.settings["protocols"]["knn"] == {"k": 20, "temperature": 0.07}
     assert result.date
     assert torch.__version__.startswith(result.versions["torch"])
     assert result.hardware["cores"]
@@ -76,15 +79,14 @@ def test_evaluate_prints_a_table_and_writes_a_result(run: Path, tmp_path: Path, 
     module, _ = load_backbone(run)
     data = Data(shapes=Shapes(num_train=60, num_test=30))
     view = center_view(16, (0.5,) * 3, (0.25,) * 3)
-    from sslbook.evaluation.knn import accuracy
-
     train, test = (extract_features(module, data, split, view, progress=False) for split in ("train", "test"))
-    assert result["SimCLR"]["knn"] == pytest.approx(accuracy(*train, *test))
+    assert result["SimCLR"]["kNN"] == pytest.approx(accuracy(*train, *test))
 
 
 def test_evaluate_on_other_images(run: Path, photos: Path, monkeypatch, capsys) -> None:
-    words = [run / "backbone.safetensors", "--data.folder", photos, "--data.workers", 0, "--protocols", "knn"]
-    assert call(monkeypatch, evaluate, *words, "--k", 3, "--controls", "false", "--progress", "false") == 0
+    knn = '[{"class_path": "KNN", "init_args": {"k": 3}}]'
+    words = [run / "backbone.safetensors", "--data.folder", photos, "--data.workers", 0, "--protocols", knn]
+    assert call(monkeypatch, evaluate, *words, "--controls", "false", "--progress", "false") == 0
     said = capsys.readouterr()
     assert "photos: 18 training images, 2 classes, 2 test images" in said.out
     assert "linear" not in said.out
@@ -97,7 +99,9 @@ def test_evaluate_on_other_images(run: Path, photos: Path, monkeypatch, capsys) 
     [
         (["RUN", "--protocls", "knn"], "did you mean --protocols"),
         (["RUN", "--protocols", "knm"], "knm"),
-        (["RUN", "--k", "many"], "--k"),
+        (["RUN", "--k", "3"], """--protocols '[{"class_path": "KNN", "init_args": {"k": VALUE}}]'"""),
+        (["RUN", "--protocols", '[{"class_path": "KNN", "init_args": {"k": "many"}}]'], "many"),
+        (["RUN", "--protocols", '[{"class_path": "KNN", "init_args": {"kk": 3}}]'], "kk"),
         (["RUN", "--data.folder", "/no/such/folder"], "does not exist"),
         (["RUN", "--out", "result.txt"], ".json"),
         (["RUN", "--out", "/dev/null/result.json"], "cannot be"),
@@ -106,7 +110,7 @@ def test_evaluate_on_other_images(run: Path, photos: Path, monkeypatch, capsys) 
         ([], "which run?"),
     ],
 )
-def test_bad_words_get_one_line(words: list[str], message: str, run: Path, monkeypatch, capsys) -> None:
+def test_rejects_invalid_options_in_one_line(words: list[str], message: str, run: Path, monkeypatch, capsys) -> None:
     assert call(monkeypatch, evaluate, *[str(run) if word == "RUN" else word for word in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -126,7 +130,7 @@ def test_evaluate_refuses_to_overwrite_and_unlabeled_images(
     assert call(monkeypatch, evaluate, *folder) == 2
     assert "no labels" in capsys.readouterr().err
     assert call(monkeypatch, evaluate, *folder, "--protocols", "factors") == 2
-    assert "only the Shapes data set" in capsys.readouterr().err
+    assert "which only the Shapes data set has" in capsys.readouterr().err
 
 
 def test_a_description_does_not_choose_code(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -185,7 +189,9 @@ def test_extract_the_runs_own_images(run: Path, tmp_path: Path, monkeypatch) -> 
 
 
 @pytest.mark.parametrize(("out", "message"), [("features.parquet", ".npz or .safetensors"), (None, "out")])
-def test_extract_needs_a_place(run: Path, tmp_path: Path, out: str | None, message: str, monkeypatch, capsys) -> None:
+def test_extract_rejects_invalid_files(
+    run: Path, tmp_path: Path, out: str | None, message: str, monkeypatch, capsys
+) -> None:
     words = [] if out is None else ["--out", tmp_path / out]
     assert call(monkeypatch, extract, run, *words) == 2
     error = capsys.readouterr().err
@@ -194,7 +200,7 @@ def test_extract_needs_a_place(run: Path, tmp_path: Path, out: str | None, messa
     assert message in error
 
 
-def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
+def test_rejects_empty_batches(tmp_path: Path) -> None:
     data = Data(shapes=Shapes(num_train=4, num_test=4))
     with pytest.raises(UserError, match="batch_size is 0"):
         evaluate.evaluate("nowhere", data, batch_size=0)
@@ -202,19 +208,19 @@ def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
         extract.extract("nowhere", data, out=str(tmp_path / "features.npz"), batch_size=0)
 
 
-def test_a_network_of_ones_own_beside_the_weights_it_began_with(run: Path) -> None:
+def test_a_backbone_from_elsewhere_beside_its_initial_weights(run: Path) -> None:
     class Mine(ResNet):
         """Not of sslbook.nn: it cannot be built from its description."""
 
     folder = run.parent / "mine"
-    folder.mkdir()
-    for name in ("initial", "backbone"):
+    for seed, name in enumerate(("initial", "backbone")):
         facts = json.loads((run / f"{name}.json").read_text())
+        torch.manual_seed(seed)
         backbone = Mine(18, width=2, stem="small")
         backbone.init_args = None
         export_backbone(folder / f"{name}.safetensors", backbone, facts | {"backbone": {}})
-    values = evaluate.evaluate(
-        str(folder), Data(shapes=Shapes(num_train=60, num_test=30)), backbone=Mine(18, width=2, stem="small")
-    )
-    assert "random weights" in values
-    assert values["random weights"]["knn"] != values["SimCLR"]["knn"]
+    data = Data(shapes=Shapes(num_train=60, num_test=30))
+    values = evaluate.evaluate(str(folder), data, [KNN(k=1)], backbone=Mine(18, width=2, stem="small"))
+    initial, facts = load_backbone(folder / "initial.safetensors", Mine(18, width=2, stem="small"))
+    expected = KNN(k=1).run(Representation(initial, data, evaluate.view_of(facts, None), progress=False), data)
+    assert values["random weights"] == expected

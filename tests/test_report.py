@@ -18,24 +18,24 @@ from sslbook.weights.backbone import load_backbone
 from tests.engine import command, start
 from tests.methods.cases import make
 
-NUM_IMAGES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
+IMAGES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
 
 
-def test_the_default_command_in_small(tmp_path: Path, capsys) -> None:
+def test_full_report(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     options = {"report": "full", "data__shapes__num_train": 64, "data__shapes__num_test": 32, "hooks": None}
     train.main(command("simclr", out, **options))
     printed = capsys.readouterr().out
-    rows = json.loads((out / "report.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["SimCLR", "pixels", "random weights", "supervised", "chance"]
-    for row in rows:
-        assert row["name"] in printed
-        assert 0 <= row["knn"] <= 100
-    assert sorted(p.name for p in out.glob("*.png")) == NUM_IMAGES
-    for name in NUM_IMAGES:
+    rows = json.loads((out / "report.json").read_text())["tables"]["summary"]
+    assert list(rows) == ["SimCLR", "pixels", "random weights", "supervised", "chance"]
+    for row, metrics in rows.items():
+        assert row in printed
+        assert 0 <= metrics["kNN"] <= 100
+    assert sorted(p.name for p in out.glob("*.png")) == IMAGES
+    for name in IMAGES:
         image = np.asarray(Image.open(out / name).convert("L"))
         assert image.std() > 5, f"{name} is blank"
-    assert "What the features know of each factor" in printed
+    assert "Factors: accuracy" in printed
     backbone, facts = load_backbone(out)
     assert facts["view"] == {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, backbone.dim)
@@ -56,7 +56,7 @@ def test_a_folder_without_labels_is_reported_without_accuracies(tmp_path: Path, 
         image.save(tmp_path / "photos" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
     options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "method__view__size": 16}
     start("mae", tmp_path / "run", **options, data__folder=tmp_path / "photos", report="full", steps=2)
-    assert "no labels" in capsys.readouterr().out
+    assert "no labeled images" in capsys.readouterr().out
     images = {p.name for p in (tmp_path / "run").glob("*.png")}
     assert {"curves.png", "views.png", "reconstructions.png", "neighbors_after.png", "umap.png"} <= images
 
@@ -69,15 +69,15 @@ def test_test_images_that_cannot_be_read_or_have_no_labels(labeled: bool, tmp_pa
         path = tmp_path / "photos" / split / ("ab"[i % 2] if labeled or split == "train" else "") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
-        if i == 10:  # what is drawn must be the images whose features there are
+        if i == 10:  # what is shown must be the images whose features there are
             path.write_bytes(b"no image")
     options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "data__workers": 0}
     start("rotation", tmp_path / "run", **options, data__folder=tmp_path / "photos", report="quick", steps=1)
-    assert ("Accuracy on" in capsys.readouterr().out) == labeled
+    assert ("Metrics in %" in capsys.readouterr().out) == labeled
     assert (tmp_path / "run" / "neighbors_after.png").exists()
 
 
-def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) -> None:
+def test_comparison_resumes_and_refreshes_rows(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "book" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     small = command("simclr", None, report="quick", steps=2)[1:]
@@ -112,7 +112,7 @@ def test_a_comparison_can_be_stopped_and_goes_on(tmp_path: Path, monkeypatch) ->
         compare.compare("tiny", ["simclr"], [0, 1], options + " --steps 3")
 
 
-def test_a_comparison_that_cannot_end_does_not_begin(tmp_path: Path, monkeypatch) -> None:
+def test_comparison_rejects_invalid_options_before_training(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "folder", lambda: None)
     monkeypatch.setattr(compare.subprocess, "run", lambda words: pytest.fail(f"started {words}"))
@@ -130,7 +130,7 @@ def test_a_comparison_that_cannot_end_does_not_begin(tmp_path: Path, monkeypatch
             compare.compare("tiny", methods, seeds)
 
 
-def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None:
+def test_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None:
     """Which runs are started, in which order and with what, without running them."""
     started = []
 
@@ -147,18 +147,28 @@ def test_a_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None
     assert f"--method.teacher={tmp_path / 'simclr-seed-3'}" in started[1]
     assert f"--method.tokenizer={tmp_path / 'vqkd-seed-3'}" in started[2]
     assert all("--seed=3" in words and "--steps=2" in words for words in started)
-    assert ["--report=quick" in words for words in started] == [True, True, False]
+    assert ["--report=full" in words for words in started] == [False, False, True]
     compare.one_run("eva", 3, tmp_path, [])
     assert [words[0] for words in started[3:]] == ["eva"], "SimCLR's run is there"
 
 
-def test_the_images_hook_draws_on_the_way(tmp_path: Path) -> None:
+def test_plots_while_training(tmp_path: Path) -> None:
     hooks = '[{"class_path": "sslbook.loggers.Plots", "init_args": {"every": 1}}]'
     start("mae", tmp_path, steps=6, hooks=hooks)
     assert {p.name for p in (tmp_path).glob("*.png")} == {"curves.png", "reconstructions.png", "views.png"}
 
 
-def test_a_comparison_does_not_take_runs_of_other_options(tmp_path: Path, monkeypatch) -> None:
+def test_protocols_that_the_data_cannot_serve_are_refused_before_training(tmp_path: Path) -> None:
+    for i in range(8):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / "photos" / f"{i}.png")
+    options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "protocols": "[linear]"}
+    with pytest.raises(UserError, match="linear needs labeled training and test images; photos has no labels"):
+        start("rotation", tmp_path / "run", **options, data__folder=tmp_path / "photos", steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_comparison_rejects_runs_of_other_options(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "book" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     start("simclr", tmp_path / "runs" / "compare" / "tiny" / "simclr-seed-0", steps=1, report="quick")
@@ -173,8 +183,8 @@ def test_without_labels_to_learn_from_there_is_no_supervised_control(tmp_path: P
     data = Data(shapes=Shapes(num_train=48, num_test=24))
     unlabeled = copy.copy(data._splits.train)
     unlabeled.labels = torch.full((48,), -1)
-    data.__dict__["_sets"] = replace(data._splits, pretrain=unlabeled)
+    data.__dict__["_splits"] = replace(data._splits, pretrain=unlabeled)
     run = train.pretrain(make("rotation"), data, torch.optim.SGD, out_dir=str(tmp_path), batch_size=8, steps=1)
-    rows = [row["name"] for row in report(run)["rows"]]
-    assert rows == ["Rotation", "pixels", "random weights", "chance"]
+    rows = report(run, full=True)["tables"]["summary"]
+    assert list(rows) == ["Rotation", "pixels", "random weights", "chance"]
     assert "so there is no supervised control" in capsys.readouterr().out

@@ -1,25 +1,10 @@
-"""How good features are: one protocol, one file.
+"""How good features are: `protocols` measure them, one in one file, and `controls` are what to compare with.
 
-`features` extracts them; `knn`, `linear` and `factors` measure them; `controls` are what to compare with; `table` puts
-the figures side by side.
+`features` extracts them, `base` applies any protocols to any networks and knows none by name.
 """
 
-from sslbook.evaluation import controls, factors, features, knn, linear, table
+from sslbook.evaluation import base, controls, features
 from sslbook.evaluation.features import extract_features
-from sslbook.evaluation.linear import LinearResult
-from sslbook.evaluation.table import Row, format_table, measure, score
+from sslbook.evaluation.protocols import factors, knn, linear
 
-__all__ = [
-    "LinearResult",
-    "Row",
-    "controls",
-    "extract_features",
-    "factors",
-    "features",
-    "format_table",
-    "knn",
-    "linear",
-    "measure",
-    "score",
-    "table",
-]
+__all__ = ["base", "controls", "extract_features", "factors", "features", "knn", "linear"]

@@ -1,14 +1,13 @@
-"""What a method must beat before its figures mean anything, measured exactly like the method.
+"""Controls: what a method must beat before its figures mean anything, measured with the same protocols.
 
-- `pixels`: the image itself, as one long vector. Whatever the method adds shows against this.
-- `random_weights`: the same network before any training. An untrained convolution is already a fair feature.
-- `supervised`: the same network, view, batch and number of steps, but with labels. An anchor, not a ceiling.
+- `pixels`: the image itself, as one long vector.
+- random weights: the same network before any training. An untrained convolution already gives fair features.
+- `train_supervised`: the same network, view, batch size and number of steps, trained with labels. A reference, not an
+  upper bound.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +18,27 @@ from tqdm.auto import tqdm
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
+from sslbook.evaluation.base import Representation
 from sslbook.evaluation.features import device_of, extract_features, frozen
-from sslbook.evaluation.table import Row, measure, require_labels
 
 PIXELS = 32  # the longest side of an image that is compared pixel by pixel
 
 
-def pixels(data: Data, view: View, *, device: torch.device | str | None = None, **options) -> Row:
+def pixels(data: Data, view: View, **options) -> Representation:
     """The images themselves, flattened; larger ones are first resized to 32 pixels.
 
     Args:
-        data: labeled images with a test split.
-        view: the view that the method is measured with; its cut is kept.
-        device: where to compute.
-        options: passed on to `sslbook.evaluation.table.measure`.
+        data: the images.
+        view: the view that the method is measured with; its crop is kept.
+        options: of `Representation`.
     """
     size = min(view.size, PIXELS)
     resize = None if view.resize is None else max(size, round(view.resize * size / view.size))
     raw = View.center(size, resize=resize, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return _timed(lambda: measure("pixels", nn.Flatten(), data, raw, device=device, **options))
+    return Representation(nn.Flatten(), data, raw, **options)
 
 
-def random_weights(
-    backbone: nn.Module, data: Data, view: View, *, device: torch.device | str | None = None, **options
-) -> Row:
-    """A network before training.
-
-    Args:
-        backbone: freshly initialized: a copy made before the method began to train.
-        data: labeled images with a test split.
-        view: the view that the method is measured with.
-        device: where to compute.
-        options: passed on to `sslbook.evaluation.table.measure`.
-    """
-    return _timed(lambda: measure("random weights", backbone, data, view, device=device, **options))
-
-
-def supervised(
+def train_supervised(
     backbone: nn.Module,
     data: Data,
     view: View,
@@ -69,77 +52,70 @@ def supervised(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
-    **options,
-) -> Row:
-    """The same network with labels: cross-entropy through one linear layer, for as many steps as the method took.
+) -> float:
+    """Train a backbone with labels: cross-entropy through one linear layer, for as many steps as the method took.
 
     The backbone is trained in place; global random states are left as they were.
 
     Args:
-        backbone: freshly initialized: a copy made before the method began to train.
+        backbone: initialized as the method's own was.
         data: labeled images with a test split.
         view: the view to train on; give the method's own.
         steps: optimizer steps.
         batch_size: images per step.
         evaluation_view: the view that the method is measured with.
-        lr: peak learning rate of AdamW; it rises over the first twentieth and falls to zero along a cosine. Short runs
-            need the default (a small residual net, 250 steps: 72 % at 3e-3, 36 % at 1e-3); give a transformer 1e-3.
+        lr: peak learning rate of AdamW, after a linear warm-up over 5 % of the steps and before a cosine to zero. Short
+            runs need the default (a small residual net, 250 steps: 72 % at 3e-3, 36 % at 1e-3); give a transformer 1e-3.
         weight_decay: of AdamW.
         optimizer: another optimizer, given its parameters; its own learning rate is then the peak.
         seed: key of the order of the images and of their views.
         device: where to train; by default where the backbone is.
         progress: show bars.
-        options: passed on to `sslbook.evaluation.table.measure`.
+
+    Returns:
+        Accuracy of the network's own linear layer on the test images, in percent.
 
     Raises:
-        UserError: the data have no labels, or the loss is no longer finite.
+        UserError: the images to learn from have no labels, or the loss is no longer finite.
     """
-    require_labels(data)
+    if data.num_classes == 0 or not bool((data.labels("pretrain") >= 0).any()):
+        raise UserError("the images to learn from have no labels, so there is no supervised control")
     device = device_of(backbone) if device is None else torch.device(device)
-    began = time.perf_counter()
     network = nn.Sequential(backbone, _zero_linear(_dim(backbone, evaluation_view, device), data.num_classes))
     network.to(device)
     make = optimizer or (lambda parameters: AdamW(parameters, lr=lr, weight_decay=weight_decay))
-    chosen = make([p for p in network.parameters() if p.requires_grad])
-    peaks = [group["lr"] for group in chosen.param_groups]
+    optimizer_ = make([p for p in network.parameters() if p.requires_grad])
+    peaks = [group["lr"] for group in optimizer_.param_groups]
     cuda = [device] if device.type == "cuda" else []
     bar = tqdm(total=steps, desc="supervised control", unit="step", leave=False, disable=None if progress else True)
     network.train()
-    with torch.random.fork_rng(devices=cuda), bar:  # dropout in the backbone must not disturb the caller's chance
+    with torch.random.fork_rng(devices=cuda), bar:  # dropout in the backbone must not change the caller's random state
         torch.manual_seed(seed)
         for step, (x, y) in enumerate(_labeled(data, view, steps, batch_size, seed, device)):
-            for group, peak in zip(chosen.param_groups, peaks):
+            for group, peak in zip(optimizer_.param_groups, peaks):
                 group["lr"] = peak * _schedule(step, steps)
-            if bool((y < 0).all()):
-                raise UserError("the images to learn from have no labels, so there is no supervised control")
             loss = F.cross_entropy(network(x), y, ignore_index=-1)
             if not torch.isfinite(loss):
                 raise UserError(f"the supervised control's loss became {loss.item()} at step {step}; lower its lr")
-            chosen.zero_grad(set_to_none=True)
+            optimizer_.zero_grad(set_to_none=True)
             loss.backward()
-            chosen.step()
+            optimizer_.step()
             bar.update()
-    row = measure("supervised", backbone, data, evaluation_view, device=device, seed=seed, progress=progress, **options)
-    head = _head_accuracy(network, data, evaluation_view, device, progress)
-    return replace(row, head=head, seconds=time.perf_counter() - began)
-
-
-def _timed(make: Callable[[], Row]) -> Row:
-    began = time.perf_counter()
-    return replace(make(), seconds=time.perf_counter() - began)
+    logits, labels = extract_features(network, data, "test", evaluation_view, device=device, progress=progress)
+    known = labels >= 0
+    return 100 * (logits.argmax(1) == labels)[known].double().mean().item()
 
 
 def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
-    """A linear layer that starts at zero: no chance is needed where the problem is convex."""
-    with torch.random.fork_rng(devices=[]):  # its usual weights would take numbers from the caller's chance
-        layer = nn.Linear(dim, num_classes)
+    """A linear layer that starts at zero, without a random number: the problem is convex in its weights."""
+    layer = nn.utils.skip_init(nn.Linear, dim, num_classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def _dim(backbone: nn.Module, view: View, device: torch.device) -> int:
-    """The number of features, tried out on one blank image where the module does not say."""
+    """The number of features, of one blank image where the module does not say."""
     if isinstance(dim := getattr(backbone, "dim", None), int):
         return dim
     with frozen(backbone.to(device)):
@@ -149,17 +125,13 @@ def _dim(backbone: nn.Module, view: View, device: torch.device) -> int:
 def _labeled(
     data: Data, view: View, steps: int, batch_size: int, seed: int, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Exactly `steps` batches, epoch after epoch."""
+    """Exactly `steps` batches that hold a label, epoch after epoch."""
     step, epoch = 0, 0
     while step < steps:
-        before = step
         for batch in data.batches((view,), batch_size, seed=seed, epoch=epoch, device=device):
-            if step == steps:
-                return
-            yield batch.views[0], batch.label.to(device)
-            step += 1
-        if step == before:
-            raise UserError(f"no batch of {batch_size} labeled images; lower the batch size")
+            if step < steps and bool((batch.label >= 0).any()):
+                yield batch.views[0], batch.label.to(device)
+                step += 1
         epoch += 1
 
 
@@ -168,9 +140,3 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def _head_accuracy(network: nn.Module, data: Data, view: View, device: torch.device, progress: bool) -> float:
-    logits, labels = extract_features(network, data, "test", view, device=device, progress=progress)
-    known = labels >= 0
-    return 100 * (logits.argmax(1) == labels)[known].double().mean().item()

@@ -1,8 +1,8 @@
-"""Features of a whole split: what every protocol of this folder starts from."""
+"""Features of a whole split, from a frozen backbone: what protocols start from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,18 @@ from tqdm.auto import tqdm
 from sslbook.data.loader import Data
 from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from sslbook.errors import UserError
+
+Split = Literal["train", "test"]
+
+
+class Features(NamedTuple):
+    """Of every readable image of a split, in order, on the CPU."""
+
+    x: Float[Tensor, "images dim"]
+    y: Int[Tensor, "images"]
+    """labels, -1 where unlabeled"""
+    index: Int[Tensor, "images"]
+    """positions in the split, in which unreadable images leave gaps"""
 
 
 @contextmanager
@@ -29,9 +41,7 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the module computes: the device of its first parameter or buffer, the CPU if it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def center_view(
@@ -41,26 +51,35 @@ def center_view(
     *,
     resize: int | None = None,
 ) -> View:
-    """The field's view for evaluation: the center, of an image whose shorter side is first brought to 8/7 of it.
-
-    Small images (below 128 pixels) are seen whole.
-    """
+    """The view for evaluation: the center of an image whose shorter side was resized to 8/7 of `size` (below 128: 1)."""
     if resize is None:
         resize = round(size * 8 / 7) if size >= 128 else size
     return View.center(size, resize=resize, mean=mean, std=std)
 
 
+def evaluation_view(view: View) -> View:
+    """The view for evaluation of a network that is trained with `view`."""
+    return center_view(view.size, view.mean, view.std)
+
+
 def extract_features(
+    backbone: nn.Module, data: Data, split: Split, view: View, **options
+) -> tuple[Float[Tensor, "images dim"], Int[Tensor, "images"]]:
+    """Features and labels alone; see `extract_with_index`, which takes the options."""
+    return extract_with_index(backbone, data, split, view, **options)[:2]
+
+
+def extract_with_index(
     backbone: nn.Module,
     data: Data,
-    split: Literal["train", "test"],
+    split: Split,
     view: View,
     *,
     device: torch.device | str | None = None,
     batch_size: int = 256,
     progress: bool = True,
-) -> tuple[Float[Tensor, "images dim"], Int[Tensor, "images"]]:
-    """Features and labels of every readable image of a split, in order, on the CPU.
+) -> Features:
+    """Features, labels and positions of every readable image of a split, in order, on the CPU.
 
     Labels come with the images: one that cannot be read leaves neither a feature nor a label behind.
 
@@ -68,7 +87,7 @@ def extract_features(
         backbone: maps images to one vector each; it is left in the mode it came in.
         data: where the images come from.
         split: `train` or `test`.
-        view: what becomes of an image; use `View.center` for a view without chance.
+        view: what becomes of an image, without randomness (`View.center`).
         device: where to compute; by default where the backbone is. The backbone is moved there.
         batch_size: images at a time.
         progress: show a bar.
@@ -76,23 +95,6 @@ def extract_features(
     Raises:
         UserError: the backbone returns something else than one finite vector per image, or no image is readable.
     """
-    features, labels, _ = extract_with_index(
-        backbone, data, split, view, device=device, batch_size=batch_size, progress=progress
-    )
-    return features, labels
-
-
-def extract_with_index(
-    backbone: nn.Module,
-    data: Data,
-    split: Literal["train", "test"],
-    view: View,
-    *,
-    device: torch.device | str | None = None,
-    batch_size: int = 256,
-    progress: bool = True,
-) -> tuple[Float[Tensor, "images dim"], Int[Tensor, "images"], Int[Tensor, "images"]]:
-    """`extract_features`, and the place of each image in the split."""
     device = device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
     total = len(data.labels(split))
@@ -112,7 +114,7 @@ def extract_with_index(
             bar.update(len(output))
     if features is None:
         raise UserError(f"no readable image in the {split} split; check the folder and its files")
-    return features[:done], torch.cat(labels), torch.cat(indices)
+    return Features(features[:done], torch.cat(labels), torch.cat(indices))
 
 
 def _check(output: object, images: int) -> None:

@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from sklearn.linear_model import Ridge
-from sklearn.metrics import r2_score
 
 from sslbook.errors import UserError
-from sslbook.evaluation import factors
+from sslbook.evaluation.protocols import factors
 
 
 def made_up(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -20,7 +18,7 @@ def made_up(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         "y": torch.rand(n, generator=g),
         "orientation": 720 * torch.rand(n, generator=g) - 360,
         "background": torch.randint(2, (n,), generator=g),
-        "scale": torch.full((n,), 0.5),  # its knob is off
+        "scale": torch.full((n,), 0.5),  # constant
     }
     angle = known["orientation"] * math.pi / 180
     hot = torch.nn.functional.one_hot(known["shape"], 3).float()
@@ -52,17 +50,17 @@ def test_an_angle_is_not_a_number() -> None:
     assert factors.probe(train_x, train_f, test_x, test_f)["height"] < 80
 
 
-def test_ridge_is_that_of_scikit_learn() -> None:
+def test_r2_is_of_standardized_features_and_a_penalty_per_image() -> None:
     train_x, train_f = made_up(200, seed=3)
     test_x, test_f = made_up(100, seed=4)
-    mean, deviation = train_x.mean(0), train_x.std(0, correction=0)
-    target = train_f["x"].double()[:, None]
-    fits = factors._solve(train_x, target, (0.1,))
-    theirs = Ridge(alpha=0.1 * 200).fit(((train_x - mean) / deviation).double(), target[:, 0])
-    expected = r2_score(test_f["x"], theirs.predict(((test_x - mean) / deviation).double()))
-    assert factors._scores(test_x, test_f["x"].double()[:, None], ["x"], fits[0.1])["x"] == pytest.approx(
-        expected, abs=1e-5
-    )
+    mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
+    z, target = (train_x - mean) / std, train_f["x"].double()
+    weight = torch.linalg.solve(z.T @ z / 200 + 0.1 * torch.eye(10), z.T @ (target - target.mean()) / 200)
+    predicted = (test_x - mean) / std @ weight + target.mean()
+    truth = test_f["x"].double()
+    expected = 1 - (predicted - truth).square().sum() / (truth - truth.mean()).square().sum()
+    found = factors._r2(train_x, {"x": target[:, None]}, test_x, {"x": truth[:, None]}, 0.1)["x"]
+    assert found == pytest.approx(expected.item(), abs=1e-5)
     assert expected < 0.99  # the penalty is felt
 
 

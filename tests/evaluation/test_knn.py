@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
 
 from sslbook.errors import UserError
-from sslbook.evaluation import knn
+from sslbook.evaluation.protocols import knn
 
 
 def literal_predict(train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int, temperature: float) -> list[int]:
@@ -36,17 +36,17 @@ def clusters(n: int, seed: int, dim: int = 16, classes: int = 5) -> tuple[Tensor
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 1.0), (300, 0.5)])
-def test_prediction_is_the_literal_protocol(k: int, temperature: float) -> None:
+def test_prediction_equals_the_literal_protocol(k: int, temperature: float) -> None:
     train_x, train_y = clusters(300, seed=1)
     test_x, test_y = clusters(80, seed=2)
     expected = torch.tensor(literal_predict(train_x, train_y, test_x, k, temperature))
     assert torch.equal(knn.predict(train_x, train_y, test_x, k, temperature), expected)
     accuracy = knn.accuracy(train_x, train_y, test_x, test_y, k, temperature)
     assert accuracy == pytest.approx(100 * (expected == test_y).double().mean().item())
-    assert 25 < accuracy < 100  # neither chance nor trivial: the comparison means something
+    assert 25 < accuracy < 100  # above chance and not trivial: the comparison means something
 
 
-def test_neighbors_and_votes_are_those_of_scikit_learn() -> None:
+def test_neighbors_and_accuracy_equal_scikit_learn() -> None:
     train_x, train_y = clusters(500, seed=3)
     test_x, test_y = clusters(120, seed=4)
     distances, expected = (
@@ -73,7 +73,7 @@ def test_chunks_change_nothing(query_chunk: int, bank_chunk: int) -> None:
 
 
 @pytest.mark.parametrize("bank_chunk", [1, 4, 10, 100])
-def test_of_equals_the_first_come_first(bank_chunk: int) -> None:
+def test_ties_go_to_the_lower_index(bank_chunk: int) -> None:
     """Forty copies of three images: the nearest are the first copies, in order, however the bank is cut."""
     train_x = torch.eye(3).repeat(40, 1)
     similarities, indices = knn.neighbors(train_x, torch.eye(3), 5, bank_chunk=bank_chunk)
@@ -95,13 +95,13 @@ def test_negative_similarities_keep_their_order() -> None:
 def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No table of similarities is larger than one query chunk by one bank chunk."""
     seen = []
-    original = knn._best
-    monkeypatch.setattr(knn, "_best", lambda s, k, start: seen.append(tuple(s.shape)) or original(s, k, start))
+    original = knn._largest
+    monkeypatch.setattr(knn, "_largest", lambda s, k: seen.append(tuple(s.shape)) or original(s, k))
     x = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
     _, indices = knn.neighbors(x, x, 3, query_chunk=100, bank_chunk=700)
     assert max(rows for rows, _ in seen) == 100
     assert max(columns for _, columns in seen) == 700
-    assert torch.equal(indices[:, 0], torch.arange(5000))  # everybody's nearest neighbor is itself
+    assert torch.equal(indices[:, 0], torch.arange(5000))  # the nearest neighbor of each is itself
 
 
 def test_small_and_awkward_data() -> None:
@@ -112,19 +112,23 @@ def test_small_and_awkward_data() -> None:
     assert knn.predict(x, y, torch.zeros(1, 2), k=20).tolist() == [3]
     # One class only.
     assert knn.accuracy(x, torch.zeros(3, dtype=torch.int64), x, torch.zeros(3, dtype=torch.int64)) == 100
-    # A temperature near 0 asks the nearest alone; nothing overflows.
+    # At a temperature near 0 only the nearest counts; nothing overflows.
     assert knn.predict(x, y, torch.tensor([[1.0, 0.9]]), k=3, temperature=1e-6).tolist() == [7]
     # Equal votes: the lower label.
     assert knn.predict(x[:2], y[:2], torch.tensor([[1.0, 1.0]]), k=2).tolist() == [3]
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_rejects_empty_splits_and_invalid_options() -> None:
     x, y = torch.eye(3), torch.arange(3)
-    with pytest.raises(UserError, match="label"):
-        knn.accuracy(x, torch.tensor([0, -1, 1]), x, y)
-    with pytest.raises(UserError, match="test split is empty"):
+    with pytest.raises(UserError, match="needs both splits"):
         knn.accuracy(x, y, x[:0], y[:0])
-    with pytest.raises(UserError, match="k >= 1"):
-        knn.neighbors(x, x, 0)
-    with pytest.raises(UserError, match="temperature"):
-        knn.predict(x, y, x, temperature=0.0)
+    with pytest.raises(UserError, match="needs both splits"):
+        knn.accuracy(x[:0], y[:0], x, y)
+    with pytest.raises(UserError, match="k is 0"):
+        knn.KNN(k=0)
+    with pytest.raises(UserError, match="temperature is 0"):
+        knn.KNN(temperature=0.0)
+
+
+def test_majority_ignores_images_without_a_label() -> None:
+    assert knn.majority(torch.tensor([-1, -1, -1, 2, 2, 5]), torch.tensor([2, 5, 5, 5, -1])) == 25

@@ -1,0 +1,1 @@
+"""Evaluation protocols: one class in one file, found by the file's name."""
