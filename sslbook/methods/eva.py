@@ -28,6 +28,7 @@ from sslbook.data.views import MAE_CROP, View
 from sslbook.methods.base import Method
 from sslbook.nn.vit import VisionTransformer, patch_grid, require_transformer
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 from sslbook.weights.teachers import open_teacher
 
 
@@ -63,7 +64,7 @@ class EVA(Method):
         view: View = MAE_CROP,
         mask_ratio: float = 0.41,
         min_block: int = 16,
-        teacher_size: int | None = None,
+        teacher_size: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.backbone = require_transformer(backbone, "EVA")

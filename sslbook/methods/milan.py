@@ -40,6 +40,7 @@ from sslbook.nn.vit import (
     sincos_positions,
 )
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 from sslbook.weights.teachers import open_teacher
 
 
@@ -145,10 +146,10 @@ class MILAN(Method):
         teacher: nn.Module | str | None = None,
         view: View = MAE_CROP,
         mask_ratio: float = 0.75,
-        decoder_dim: int = 512,
+        decoder_dim: PositiveInt = 512,
         decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        teacher_size: int | None = None,
+        decoder_num_heads: PositiveInt = 16,
+        teacher_size: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.backbone = require_transformer(backbone, "MILAN", drops_patches=True)

@@ -33,6 +33,7 @@ from sslbook.nn.precision import full_precision
 from sslbook.nn.tokenizers import VQTokenizer
 from sslbook.nn.vit import Block, init_transformer, sincos_positions
 from sslbook.schedules import Clock
+from sslbook.types import PositiveInt
 from sslbook.weights.teachers import open_teacher
 
 
@@ -106,10 +107,10 @@ class VQKD(Method):
         momentum: float = 0.99,
         commitment_weight: float = 1.0,
         dead_below: float = 0.03,
-        decoder_dim: int = 768,
+        decoder_dim: PositiveInt = 768,
         decoder_depth: int = 3,
-        decoder_num_heads: int = 12,
-        teacher_size: int | None = None,
+        decoder_num_heads: PositiveInt = 12,
+        teacher_size: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, VQTokenizer):

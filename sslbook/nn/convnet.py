@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sslbook.types import PositiveInt
+
 
 class ConvNet(nn.Module):
     """Four convolutions with batch norm, the first and the third of stride 2, then average pooling.
@@ -12,7 +14,7 @@ class ConvNet(nn.Module):
         width: channels of the first layer; the last has four times as many, which are the features.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: PositiveInt = 32) -> None:
         super().__init__()
         self.init_args = {"width": width}
         self.dim = 4 * width

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from sslbook.errors import UserError
+from sslbook.types import PositiveInt
 
 _BLOCKS = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -48,10 +49,10 @@ class ResNet(nn.Module):
     def __init__(
         self,
         depth: int = 50,
-        width: int = 64,
+        width: PositiveInt = 64,
         stem: Literal["imagenet", "small"] = "imagenet",
         zero_init_residual: bool = False,
-        inner_width: int = 1,
+        inner_width: PositiveInt = 1,
     ) -> None:
         init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -116,7 +117,7 @@ def _named(name: str, size: str, depth: int, inner_width: int = 1) -> Callable[.
     """A function that makes a network of a known size; the command line reads its options from the signature."""
 
     def make(
-        width: int = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+        width: PositiveInt = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
     ) -> ResNet:
         return ResNet(depth, width, stem, zero_init_residual, inner_width)
 

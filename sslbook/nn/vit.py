@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sslbook.errors import UserError
+from sslbook.types import PositiveInt
 
 
 def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "tokens dim"]:
@@ -279,11 +280,11 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 224,
-        patch_size: int = 16,
-        dim: int = 768,
+        image_size: PositiveInt = 224,
+        patch_size: PositiveInt = 16,
+        dim: PositiveInt = 768,
         depth: int = 12,
-        num_heads: int = 12,
+        num_heads: PositiveInt = 12,
         mlp_ratio: float = 4.0,
         positions: Literal["sincos", "learned", "relative"] = "sincos",
         pool: Literal["cls", "mean"] = "cls",
@@ -408,8 +409,8 @@ def _named(
     """A function that makes a transformer of a known size; the command line reads its options from the signature."""
 
     def make(
-        image_size: int = 224,
-        patch_size: int = patch,
+        image_size: PositiveInt = 224,
+        patch_size: PositiveInt = patch,
         positions: Literal["sincos", "learned", "relative"] = "sincos",
         pool: Literal["cls", "mean"] = "cls",
         drop_path: float = 0.0,

@@ -6,6 +6,7 @@ import torch
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.nn import DiscreteEncoder, ResNet, VQTokenizer
+from sslbook.nn.backbones import build, describe
 from sslbook.nn.tokenizers import DiscreteDecoder, Tokenizer
 from sslbook.weights.backbone import export_backbone
 from sslbook.weights.tokenizers import open_tokenizer
@@ -51,6 +52,12 @@ def test_open_tokenizer_from_run_file_or_module(tmp_path: Path) -> None:
     of_module = open_tokenizer(encoder, DiscreteEncoder, "dvae", VIEW, 4)(images)
     assert torch.equal(of_module, encoder.tokens(images))
     assert not torch.equal(of_module, expected)
+
+
+def test_descriptions_of_earlier_exports_are_built() -> None:
+    init_args = {"patch_size": 4, "num_codes": 16, "dim": 8, "depth": 1}
+    for path in ("sslbook.nn.tokenizers.DiscreteEncoder", describe(DiscreteEncoder(4))["class_path"]):
+        assert build({"class_path": path, "init_args": init_args}).num_codes == 16
 
 
 def test_open_tokenizer_rejects_what_is_none(tmp_path: Path) -> None:

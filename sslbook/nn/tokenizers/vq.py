@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sslbook.errors import UserError
 from sslbook.nn.vit import VisionTransformer
+from sslbook.types import PositiveInt
 
 
 class VQTokenizer(nn.Module):
@@ -33,13 +34,13 @@ class VQTokenizer(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 224,
-        patch_size: int = 16,
-        dim: int = 768,
+        image_size: PositiveInt = 224,
+        patch_size: PositiveInt = 16,
+        dim: PositiveInt = 768,
         depth: int = 12,
-        num_heads: int = 12,
+        num_heads: PositiveInt = 12,
         num_codes: int = 8192,
-        code_dim: int = 32,
+        code_dim: PositiveInt = 32,
     ) -> None:
         init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
