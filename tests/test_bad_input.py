@@ -59,7 +59,7 @@ def refusal(*words: str) -> str:
         (["simclr", "--data.name=cifra10"], "did you mean cifar10?"),
         (["simclr", "--data.folder=nowhere"], "nowhere"),
         (["simclr", "--data.shapes.size=8"], "16 to 96"),
-        (["simclr", "--data.shapes.num_train=12", "--batch_size=16"], "give 1 to 12"),
+        (["simclr", "--data.shapes.num_train=12", "--batch_size=16"], "use a smaller one"),
         (["simclr", "--batch_size=10", "--grad_accum_steps=3"], "multiple of 3"),
         (["simclr", '--hooks=[{"class_path": "Plots", "init_args": {"every": 0}}]'], "every is 0"),
         (["simclr", "--device=tpu"], "use cpu, cuda"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from sslbook import tools
 from sslbook.cli.recipes import RECIPES, method_class, resolve, train_parser
 from sslbook.cli.renamed import RENAMED, RENAMED_CLASSES
 from sslbook.engine.loop import pretrain
@@ -73,6 +74,14 @@ def printed(capsys, *words: str) -> str:
         (["simclr", "--config=nowhere.yaml"], "cannot be read"),
         (["simclr", "--resume=nowhere"], "no such run folder"),
         (["simclr", "--seed=99999999999999999999"], "64 bits"),
+        (["simclr", "--keep_last=-1"], "--keep_last is -1: give 0 or more"),
+        (["simclr", "--log_every=0"], "--log_every is 0: give 1 or more"),
+        (["simclr", "--clip_grad_norm=0"], "--clip_grad_norm is 0.0: give more than 0"),
+        (["simclr", "--layer_decay=-1"], "--layer_decay is -1.0: give more than 0"),
+        (["simclr", "--method.temperature=0"], "--method.temperature is 0.0: give more than 0"),
+        (["mae", "--method.decoder_num_heads=0"], "--method.decoder_num_heads is 0: give 1 or more"),
+        (["interclr", "--method.centroids_every=0"], "--method.centroids_every is 0: give 1 or more"),
+        (["simclr", "--method.backbone=ResNet", "--method.backbone.width=0"], "backbone.width is 0: give 1 or more"),
         (["dino", "--method.num_local=-1"], "--method.num_local is -1: give 0 or more"),
         (["mae", "--method.decoder_depth=-2"], "--method.decoder_depth is -2: give 0 or more"),
         (["mae", "--method.mask_ratio=.nan"], "--method.mask_ratio is nan: give a number"),
@@ -280,3 +289,19 @@ def test_a_backbone_outside_the_package() -> None:
         "init_args": {"width": 8},
     }
     assert parser.construct(config).method.backbone.width == 8
+
+
+def main(argv: list[str]) -> None:
+    """A tool outside the package."""
+    print("words", *argv)
+
+
+def test_a_tool_is_found_by_its_name_or_import_path(capsys) -> None:
+    tools.main([])
+    assert "  replay " in capsys.readouterr().out
+    tools.main(["tests.test_cli", "a", "--b"])
+    assert capsys.readouterr().out == "words a --b\n"
+    with pytest.raises(UserError, match="no tool replya; did you mean replay?"):
+        tools.main(["replya"])
+    with pytest.raises(UserError, match="cannot be imported"):
+        tools.main(["nowhere.tool"])

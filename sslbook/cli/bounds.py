@@ -36,7 +36,7 @@ def _numbers(prefix: str, values: dict[str, Any], owner: Callable | None) -> Ite
     for maker in reversed(inspect.getmro(owner)) if inspect.isclass(owner) else [owner] if owner is not None else []:
         if maker is not object:  # parents too: a variant passes their options on as **kwargs
             parameters |= inspect.signature(maker).parameters
-    counts = bool(prefix) and owner is not None and owner.__module__.startswith("sslbook.")  # our integers are counts
+    counts = owner is not None and owner.__module__.startswith("sslbook.")  # our integers are counts
     for key, value in values.items():
         name = f"{prefix}{key}"
         annotation = parameters[key].annotation if key in parameters else None
