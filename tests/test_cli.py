@@ -301,7 +301,7 @@ def test_a_tool_is_found_by_its_name_or_import_path(capsys) -> None:
     assert "  replay " in capsys.readouterr().out
     tools.main(["tests.test_cli", "a", "--b"])
     assert capsys.readouterr().out == "words a --b\n"
-    with pytest.raises(UserError, match="no tool replya; did you mean replay?"):
+    with pytest.raises(UserError, match=r"no tool replya; did you mean replay\?"):
         tools.main(["replya"])
     with pytest.raises(UserError, match="cannot be imported"):
         tools.main(["nowhere.tool"])

@@ -199,12 +199,8 @@ def _one_line(message: str, error: BaseException | None) -> str:
         reason, error = str(error), error.__cause__ or error.__context__
     for word in ("<class '", "'>", "typing."):
         reason = reason.replace(word, "")
-    options += [reason.removeprefix("--")] if reason.startswith("--") else []
-    text = (
-        f"--{'.'.join(options)}"
-        if reason.startswith("--")
-        else f"--{'.'.join(options)}: {reason}"
-        if options
-        else reason
-    )
-    return " ".join(text.split())[:400]
+    if reason.startswith("--"):
+        reason = f"--{'.'.join([*options, reason.removeprefix('--')])}"
+    elif options:
+        reason = f"--{'.'.join(options)}: {reason}"
+    return " ".join(reason.split())[:400]

@@ -28,6 +28,7 @@ from sslbook.methods.base import Method
 from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
+from sslbook.types import PositiveFloat, PositiveInt
 from sslbook.weights.backbone import export_backbone
 from sslbook.weights.load import load_weights
 
@@ -39,14 +40,14 @@ def pretrain(
     schedule: Schedule = Constant(),
     weight_decay_schedule: Schedule | None = None,
     rules: list[ParamRule] | None = None,
-    base_batch_size: int | None = None,
+    base_batch_size: PositiveInt | None = None,
     decay_bias_and_norm: bool = False,
-    layer_decay: float | None = None,
+    layer_decay: PositiveFloat | None = None,
     batch_size: int = 256,
     epochs: float = 100,
     steps: int | None = None,
     grad_accum_steps: int = 1,
-    clip_grad_norm: float | None = None,
+    clip_grad_norm: PositiveFloat | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
     compile: bool = False,
@@ -58,7 +59,7 @@ def pretrain(
     checkpoint_every: Duration = 1,
     keep_last: int = 1,
     monitor: str | None = None,
-    log_every: int = 10,
+    log_every: PositiveInt = 10,
     progress: bool = True,
     hooks: list[Hook] | None = None,
     config: dict[str, Any] | None = None,

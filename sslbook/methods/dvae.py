@@ -28,6 +28,7 @@ from sslbook.methods.base import Method
 from sslbook.nn.tokenizers import DiscreteDecoder, DiscreteEncoder
 from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine
+from sslbook.types import PositiveFloat
 
 VIEW = View(size=256, crop=(0.25, 1.0), interpolation="bicubic")
 STREAM = rng.METHOD + 900  # the row of random numbers of the Gumbel noise
@@ -83,8 +84,8 @@ class DVAE(Method):
         backbone: nn.Module,
         view: View = VIEW,
         kl_weight: float = 0.001,
-        temperature: float = 1.0,
-        last_temperature: float = 1 / 16,
+        temperature: PositiveFloat = 1.0,
+        last_temperature: PositiveFloat = 1 / 16,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, DiscreteEncoder):

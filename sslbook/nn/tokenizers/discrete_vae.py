@@ -38,7 +38,9 @@ class DiscreteEncoder(nn.Module):
         UserError: the patch size is no power of two, or there is only one code.
     """
 
-    def __init__(self, patch_size: int = 8, num_codes: int = 8192, dim: PositiveInt = 256, depth: int = 2) -> None:
+    def __init__(
+        self, patch_size: PositiveInt = 8, num_codes: int = 8192, dim: PositiveInt = 256, depth: int = 2
+    ) -> None:
         super().__init__()
         if patch_size < 2 or patch_size & (patch_size - 1):
             near = 2 ** max(1, round(math.log2(max(2, patch_size))))
