@@ -13,7 +13,8 @@ import torch
 from timing import table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslbook import configuration, results
+from sslbook import results
+from sslbook.cli.recipes import resolve
 from sslbook.data.executors import apply_batch
 from sslbook.data.loader import Batch
 from sslbook.methods.base import Method
@@ -25,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 def build(method: str) -> Method:
     """The method of a recipe for ImageNet; the data, which are not needed, stay undrawn."""
-    parser, config, _ = configuration.resolve([method, "--recipe", "imagenet", "--data.name", "shapes"], pretrain)
+    parser, config, _ = resolve([method, "--recipe", "imagenet", "--data.name", "shapes"], pretrain)
     return parser.construct(config).method
 
 

@@ -1,4 +1,4 @@
-"""The one way in which these benchmarks measure: sides take turns, medians are compared."""
+"""How all benchmarks measure: the sides alternate, and their medians are compared."""
 
 import statistics
 import time

@@ -7,10 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD
 from sslbook.notebook import style
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def denormalize(

@@ -1,4 +1,4 @@
-"""Probes per factor: what is there is found, what is not is at the level of chance."""
+"""Probes per factor: factors in the features are predicted, others score at the level of chance."""
 
 import math
 
@@ -27,7 +27,7 @@ def made_up(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return columns @ mixing + 0.01 * torch.randn(n, 10, generator=g), known
 
 
-def test_what_is_in_the_features_is_found() -> None:
+def test_factors_in_the_features_are_predicted_and_others_are_not() -> None:
     train_x, train_f = made_up(600, seed=1)
     test_x, test_f = made_up(400, seed=2)
     scores = factors.probe(train_x, train_f, test_x, test_f)
@@ -41,7 +41,7 @@ def test_what_is_in_the_features_is_found() -> None:
     assert scores["background"] == pytest.approx(chance["background"], abs=8)
 
 
-def test_an_angle_is_not_a_number() -> None:
+def test_an_angle_needs_sine_and_cosine() -> None:
     """The same features, the same angles: without sine and cosine the jump from 359 to 0 degrees costs dearly."""
     train_x, train_f = made_up(600, seed=1)
     test_x, test_f = made_up(400, seed=2)
@@ -64,7 +64,7 @@ def test_r2_is_of_standardized_features_and_a_penalty_per_image() -> None:
     assert expected < 0.99  # the penalty is felt
 
 
-def test_features_and_factors_of_different_images_are_refused() -> None:
+def test_rejects_factors_of_other_images() -> None:
     train_x, train_f = made_up(50, seed=1)
     with pytest.raises(UserError, match="50 values for 49 images"):
         factors.probe(train_x[:49], train_f, train_x, train_f)

@@ -37,9 +37,9 @@ def test_in_order_and_independent_of_the_batch(batch_size: int) -> None:
     assert not features.requires_grad
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_the_network_is_left_unchanged() -> None:
     backbone = network().train()
-    backbone[0][1].eval()  # a batch norm that somebody froze
+    backbone[0][1].eval()  # a frozen batch norm
     modes = [part.training for part in backbone.modules()]
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     extract_features(backbone, Data(shapes=TINY), "test", VIEW, progress=False)
@@ -79,18 +79,18 @@ def split_of(i: int) -> str:
 
 
 class Broken(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, output: str) -> None:
         super().__init__()
-        self.kind = kind
+        self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        return {"map": x, "scalar": x.mean(), "nan": x.flatten(1) * float("nan")}[self.kind]
+        return {"map": x, "scalar": x.mean(), "nan": x.flatten(1) * float("nan")}[self.output]
 
 
-@pytest.mark.parametrize(("kind", "message"), [("map", "must return"), ("scalar", "must return"), ("nan", "NaN")])
-def test_useless_features_are_refused(kind: str, message: str) -> None:
+@pytest.mark.parametrize(("output", "message"), [("map", "must return"), ("scalar", "must return"), ("nan", "NaN")])
+def test_rejects_features_of_other_shapes_and_nan(output: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        extract_features(Broken(kind), Data(shapes=TINY), "test", VIEW, progress=False)
+        extract_features(Broken(output), Data(shapes=TINY), "test", VIEW, progress=False)
 
 
 def test_center_view() -> None:

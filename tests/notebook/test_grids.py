@@ -60,7 +60,7 @@ def test_grid_shows_each_image_under_its_title():
 
 
 @pytest.mark.parametrize("as_uint8", [True, False])
-def test_grid_shows_the_right_colors(as_uint8):
+def test_grid_shows_the_colors(as_uint8):
     red = torch.tensor([1.0, 0, 0])[None, :, None, None].expand(1, 3, 8, 8)
     image = pixels(plots.grid((red * 255).to(torch.uint8) if as_uint8 else red, alt="red"))
     middle = image[image.shape[0] // 2, image.shape[1] // 2]
@@ -73,7 +73,7 @@ def test_gray_images_are_shown():
     assert image[image.shape[0] // 2, image.shape[1] // 2].tolist() == [255, 255, 255, 255]
 
 
-def test_neighbors_frame_right_and_wrong_differently():
+def test_neighbors_of_other_classes_have_other_frames():
     same = torch.tensor([[True, False]])
     figure = plots.neighbors(torch.rand(1, 3, 4, 4), torch.rand(1, 2, 3, 4, 4), same, alt="x")
     frames = [next(iter(ax.spines.values())) for ax in figure.axes[2:]]
@@ -81,16 +81,27 @@ def test_neighbors_frame_right_and_wrong_differently():
     assert frames[0].get_linestyle() != frames[1].get_linestyle()  # not by color alone
 
 
-def test_curves_are_named_at_their_ends():
+def test_curves_are_labeled_at_their_ends():
     figure = plots.curves({"a": ([1, 2], [4, 3]), "b": ([1, 5], [1, 2])}, alt="x", xlabel="step", ylabel="loss")
     ax = figure.axes[0]
     assert [(t.get_text().strip(), tuple(t.xy)) for t in ax.texts] == [("a", (2, 3)), ("b", (5, 2))]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss")
 
 
-def test_map_names_each_class_on_one_of_its_points():
+def test_map_labels_each_class_at_one_of_its_points():
     points = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [5.1, 5.0]])
     figure = plots.scatter(points, torch.tensor([0, 0, 2, 2]), ["disk", "ring", "star"], alt="x")
-    named = {t.get_text(): t.xy for t in figure.axes[0].texts}
-    assert set(named) == {"disk", "star"}
-    assert named["star"][0] >= 5
+    labels = {t.get_text(): t.xy for t in figure.axes[0].texts}
+    assert set(labels) == {"disk", "star"}
+    assert labels["star"][0] >= 5
+
+
+def test_labels_of_a_map_do_not_overlap():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(400, 2, generator=generator)  # ten classes with nearly the same median
+    figure = plots.scatter(points, torch.arange(400) % 10, [f"class {i}" for i in range(10)], alt="x", title="a map")
+    figure.canvas.draw()
+    boxes = [text.get_bbox_patch().get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 10
+    assert not [(i, j) for i in range(10) for j in range(i) if boxes[i].overlaps(boxes[j])]
+    assert figure.axes[0].get_title() == "a map"
