@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
 
 FORMAT = "sslbook checkpoint 2"
 OLD_FORMAT = "sslbook checkpoint 1"  # its weights can be used, its runs not resumed: options had other names
@@ -50,24 +50,21 @@ def read(path: Path) -> Any:
     Raises:
         UserError: the file is missing, truncated or damaged, or would execute code.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not compare the checksums that it writes
-            if damaged is not None:
-                raise UserError(f"{path}: damaged ({damaged} is not what was saved); take an older one")
+                if (damaged := archive.testzip()) is not None:  # torch does not compare the checksums that it writes
+                    raise zipfile.BadZipFile(f"{damaged} is not what was saved")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are refused in the next line
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors and could execute code; it was not loaded") from None
-    except UserError:
-        raise
+        reason = "holds more than tensors and could execute code; it was not loaded"
+    except FileNotFoundError:
+        reason = "no such file"
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path}: truncated or not a checkpoint ({reason}); take an older one") from None
+        reason = f"truncated or not a checkpoint ({first_line(error)[:120]}); take an older one"
+    raise UserError(f"{path}: {reason}")
 
 
 def load(path: Path, *needs: str) -> dict[str, Any]:
@@ -81,14 +78,14 @@ def load(path: Path, *needs: str) -> dict[str, Any]:
     state = read(path)
     found = state.get("format") if isinstance(state, dict) else None
     if found == OLD_FORMAT and "optimizer" in needs:
-        raise UserError(
-            f"{path}: written by sslbook 0.1, whose runs cannot be resumed; start anew with --init_from {path}"
-        )
-    if found not in (FORMAT, OLD_FORMAT):
-        raise UserError(f"{path}: not a checkpoint of sslbook; to start from its weights use --init_from")
-    if absent := [name for name in needs if name not in state]:
-        raise UserError(f"{path}: holds no {', '.join(absent)}; take another checkpoint")
-    return state
+        reason = f"written by sslbook 0.1, whose runs cannot be resumed; start anew with --init_from {path}"
+    elif found not in (FORMAT, OLD_FORMAT):
+        reason = "not a checkpoint of sslbook; to start from its weights use --init_from"
+    elif absent := [name for name in needs if name not in state]:
+        reason = f"holds no {', '.join(absent)}; take another checkpoint"
+    else:
+        return state
+    raise UserError(f"{path}: {reason}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,10 +95,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The newest checkpoint of a run folder, or the file itself."""
-    if path.is_dir():
-        found = checkpoints(path)
-        if not found:
-            raise UserError(f"{path}: holds no checkpoint to go on from")
-        return found[-1]
-    return path
+    """The newest checkpoint of a run folder, or the file itself.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    if not path.is_dir():
+        return path
+    if not (found := checkpoints(path)):
+        raise UserError(f"{path}: holds no checkpoint to go on from")
+    return found[-1]

@@ -22,7 +22,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -178,12 +178,11 @@ def setup(device: str | None = None) -> torch.device:
     cuda = torch.cuda.is_available()
     try:
         kind = torch.device(device).type if device else "cuda" if cuda else "cpu"
-        torch.empty(0, device="cpu" if kind == "cuda" else kind)
+        if kind != "cuda" or not cuda:  # a tensor on a GPU would take memory there
+            torch.empty(0, device=kind)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:80]
+        reason = first_line(error)[:80]
         raise UserError(f"device {device} cannot be used ({reason}): use cpu, cuda or cuda:0") from None
-    if kind == "cuda" and not cuda:
-        raise UserError(f"device {device} needs an NVIDIA GPU and torch finds none: use device cpu")
     if initialized() and kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" not in os.environ or initialized():
@@ -193,10 +192,8 @@ def setup(device: str | None = None) -> torch.device:
     chosen = torch.device("cpu")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU of its own: "
-                f"start at most {torch.cuda.device_count()} processes (--nproc-per-node)"
-            )
+            most = f"start at most {torch.cuda.device_count()} processes (--nproc-per-node)"
+            raise UserError(f"process {local_rank} of this machine has no GPU of its own: {most}")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"

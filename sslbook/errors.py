@@ -18,8 +18,17 @@ def nearest(word: str, words: list[str]) -> str:
     return f"; did you mean {by_lower[found[0]]}?" if found else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def at_least_one(**counts: int) -> None:
-    """Refuse a count below 1, by its name."""
+    """Refuse a count below 1, by its name.
+
+    Raises:
+        UserError: one of them is below 1.
+    """
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"{name} is {count}: give 1 or more")

@@ -4,7 +4,6 @@ The plan of the groups stands beside the optimizer and not in it: loading an opt
 resumed run would otherwise go on with the rates of the moment it was saved.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,14 +40,8 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float = 0.001,
         adapt: bool = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "adapt": adapt,
-        }
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient, "adapt": adapt})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore
@@ -152,36 +145,36 @@ def parameter_groups(
         decay_bias_and_norm: apply weight decay (and LARS' trust ratio) also to biases and normalizations.
         layer_decay: multiply the rate by this for every layer between a backbone's parameter and its end.
         lr_factor: factor of every rate, such as batch size / 256.
+
+    Raises:
+        UserError: a rule's pattern is no regular expression or matches nothing; the optimizer refuses its options.
     """
     names = [name for name, p in method.named_parameters() if p.requires_grad]
     for rule in rules:
         try:
-            matched = any(re.search(rule.pattern, name) for name in names)
+            why = "" if any(re.search(rule.pattern, name) for name in names) else "matches no parameter"
         except re.error as error:
-            raise UserError(f"rules: {rule.pattern!r} is not a regular expression ({error})") from None
-        if not matched:
-            raise UserError(f"rules: {rule.pattern!r} matches no parameter{nearest(rule.pattern, names)}")
-    blocks = blocks_of([name for name in names if name.startswith("backbone.")])
-    depth = max((layer_of(name, 0, blocks) for name in names if name.startswith("backbone.")), default=0)
+            why = f"is not a regular expression ({error})"
+        if why:
+            raise UserError(f"rules: {rule.pattern!r} {why}{nearest(rule.pattern, names)}")
+    in_backbone = [name for name in names if name.startswith("backbone.")]
+    blocks = blocks_of(in_backbone)
+    depth = max((layer_of(name, 0, blocks) for name in in_backbone), default=0)
 
-    members: dict[tuple, list[Tensor]] = {}
+    rules = [*rules, ParamRule("")]  # for all that no rule matches
+    members: dict[tuple[int, bool, float], list[Tensor]] = {}
     for name, p in method.named_parameters():
         if not p.requires_grad:
             continue
-        which = next((i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None)
-        if which is not None and rules[which].frozen:
+        which = next(i for i, rule in enumerate(rules) if re.search(rule.pattern, name))
+        if rules[which].frozen:
             p.requires_grad_(False)
             continue
         scale = 1.0
         if layer_decay is not None and name.startswith("backbone."):
             scale = layer_decay ** (depth + 1 - min(layer_of(name, depth, blocks), depth + 1))
         members.setdefault((which, p.ndim <= 1, scale), []).append(p)
-    if not members:
-        raise UserError("nothing is left to train: every parameter is frozen")
-
-    groups = []
-    for (which, _, _), params in members.items():
-        groups.append({"params": params, **((rules[which].options or {}) if which is not None else {})})
+    groups = [{"params": params, **(rules[which].options or {})} for (which, _, _), params in members.items()]
     try:
         optimizer = make_optimizer(groups)
     except (TypeError, ValueError) as error:
@@ -189,21 +182,13 @@ def parameter_groups(
 
     plans = []
     for (which, vector, scale), group in zip(members, optimizer.param_groups):
-        rule = rules[which] if which is not None else ParamRule("")
-        decay = group.get("weight_decay", 0.0)
+        rule, decay = rules[which], group.get("weight_decay", 0.0)
         if vector and not decay_bias_and_norm:
             decay = 0.0
             if "adapt" in group and "adapt" not in (rule.options or {}):
                 group["adapt"] = False
         if rule.weight_decay is not None:
             decay = rule.weight_decay
-        plan = GroupPlan(
-            lr=group["lr"] * lr_factor * scale * rule.lr_scale,
-            weight_decay=decay,
-            schedule=rule.schedule or schedule,
-            weight_decay_schedule=weight_decay_schedule or Constant(),
-        )
-        if not (math.isfinite(plan.lr) and plan.lr >= 0):
-            raise UserError(f"optimizer: a learning rate of {plan.lr} cannot be used")
-        plans.append(plan)
+        lr = group["lr"] * lr_factor * scale * rule.lr_scale
+        plans.append(GroupPlan(lr, decay, rule.schedule or schedule, weight_decay_schedule or Constant()))
     return optimizer, plans

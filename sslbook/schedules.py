@@ -12,6 +12,7 @@ Lengths are durations: a number means epochs, `"500 steps"` optimizer steps, `"1
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from sslbook.errors import UserError
@@ -59,16 +60,16 @@ def in_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
     return round(float(match[1]) * {"e": steps_per_epoch, "s": 1, "%": total_steps / 100}[unit])
 
 
-class Schedule:
+class Schedule(ABC):
     """A factor that changes over the run. Schedules compose: `Warmup(10, then=Cosine())`."""
 
     def __call__(self, clock: Clock) -> float:
         """The factor at this step."""
         return self.value(clock, 0, clock.total_steps)
 
+    @abstractmethod
     def value(self, clock: Clock, begin: int, end: int) -> float:
         """The factor at this step, for a schedule that runs from step `begin` to step `end`."""
-        raise NotImplementedError
 
 
 def _fraction_done(clock: Clock, begin: int, end: int) -> float:

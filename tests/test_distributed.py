@@ -99,8 +99,8 @@ def test_setup_in_one_process_and_its_errors(monkeypatch) -> None:
     assert not distributed.initialized()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.setup() == torch.device("cpu")
-    for device, cure in (("cuda", "use device cpu"), ("abacus", "use cpu, cuda or cuda:0")):
-        with pytest.raises(UserError, match=cure):
+    for device in ["abacus"] + ["cuda"] * (torch.cuda.device_count() == 0):
+        with pytest.raises(UserError, match="use cpu, cuda or cuda:0"):
             distributed.setup(device=device)
 
 
