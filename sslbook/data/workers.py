@@ -121,7 +121,7 @@ class CropLoader:
     def batches(self, epoch: int, positions: tuple[Tensor, ...]) -> Iterator[CroppedBatch]:
         """The batches of these images; a worker's death is the `error` of the last one."""
         self._keys[:] = [(epoch, one) for one in positions]
-        with _without_sigchld_handler():
+        with _starting_workers():
             iterator = iter(self._loader)
         for _ in positions:
             try:
@@ -129,8 +129,9 @@ class CropLoader:
             except (RuntimeError, OSError, EOFError) as error:
                 if not (self._loader.num_workers and _is_worker_death(error)):
                     raise
-                cause = "often for want of memory, or of /dev/shm"
-                batch = CroppedBatch(error=f"a loader worker died ({cause}): try a lower --data.workers, or 0")
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+                cure = "often for want of memory, or of /dev/shm: try a lower --data.workers, or 0"
+                batch = CroppedBatch(error=f"a loader worker died ({reason}), {cure}")
             if batch.error:
                 del iterator, self._loader  # ends the other workers
                 yield batch
@@ -149,19 +150,21 @@ def _is_worker_death(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _without_sigchld_handler() -> Iterator[None]:
-    """Around the start of workers: keep this process's handler of SIGCHLD.
+def _starting_workers() -> Iterator[None]:
+    """Block SIGTERM, since a forked worker's first threads inherit that, and keep the handler of SIGCHLD.
 
     torch's handler raises wherever this process happens to be, in a training step or while a checkpoint is written.
     Without it, `next` notices a dead worker by itself, within five seconds.
     """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+    if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGCHLD, handler)
 
 
