@@ -9,7 +9,6 @@ Wang, Zhang, Shen, Kong and Li, 2021, "Dense contrastive learning for self-super
 receives one vector per image, the mean of its dense keys, and each position of the query is matched to one of the key.
 
 What differs from the authors' code:
-
 - The key encoder is updated after each optimizer step instead of before each forward pass.
 - Batch norm's groups, over which keys are shuffled, are an option instead of the number of GPUs, and the permutation is
   a function of image and epoch, as in our MoCo.
@@ -20,6 +19,7 @@ What differs from the authors' code:
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from sslbook.nn.feature_map import feature_map
 from sslbook.nn.precision import full_precision
 from sslbook.nn.shuffle import encode_shuffled
 from sslbook.schedules import Clock
-from sslbook.types import PositiveFloat, PositiveInt
+from sslbook.types import PositiveInt
 
 
 def correspondence(f_q: Float[Tensor, "n s dim"], f_k: Float[Tensor, "n s dim"]) -> Int[Tensor, "n s"]:
@@ -54,13 +54,10 @@ class DenseCL(MoCo):
     Args:
         backbone: the network to train, with a feature map; its batch norm becomes that of `sslbook.nn.BatchNorm`.
         view: the augmentation of both views, sampled twice independently.
-        projector_dim: width of queries and keys.
+        projector_dim: width of queries and keys, global and dense.
         dense_weight: weight lambda of the dense loss; the global loss has weight 1 - lambda.
-        temperature: divides the cosine similarities.
-        momentum: EMA momentum of the key encoder.
         queue_size: keys in each of the two queues, the negatives.
-        batch_norm_groups: groups of the global batch that batch norm normalizes separately, 8 for the authors' 8 GPUs;
-            the keys are shuffled over them. With 1, all images share their statistics and nothing is shuffled.
+        moco_options: the other options of MoCo.
 
     Raises:
         UserError: the backbone has no feature map.
@@ -72,14 +69,11 @@ class DenseCL(MoCo):
         view: View = MOCO_V2,
         projector_dim: PositiveInt = 128,
         dense_weight: float = 0.5,
-        temperature: PositiveFloat = 0.2,
-        momentum: float = 0.999,
         queue_size: PositiveInt = 65536,
-        batch_norm_groups: PositiveInt = 8,
+        **moco_options: Any,
     ) -> None:
         require(backbone, "forward_map", "DenseCL")
-        # MoCo v2: the projector is an MLP.
-        super().__init__(backbone, view, True, projector_dim, temperature, momentum, queue_size, batch_norm_groups)
+        super().__init__(backbone, view, projector_dim=projector_dim, queue_size=queue_size, **moco_options)
         self.dense_weight = dense_weight
         dim = backbone_dim(backbone)
         self.dense_projector = MLP(dim, dim, projector_dim, batch_norm=False)  # the authors' 1x1 convolutions

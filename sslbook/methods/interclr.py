@@ -9,14 +9,17 @@ Xie, Zhan, Liu, Ong and Loy, 2020, "Delving into inter-image invariance for unsu
 (arXiv:2008.11702), sections 3.2 to 3.4. Values and order of events are those of the authors' code (MMSelfSup's
 InterCLR-MoCo): an image belongs to the cluster whose mean feature has the greatest inner product with its own,
 positives are sampled from the whole cluster, and the margin of -0.5 is subtracted from the positive's cosine before the
-temperature divides. What differs:
+temperature divides.
 
+What differs from the authors' code:
 - Negatives are sampled with replacement. Those of the own cluster are left out of the softmax, where the authors sample
   others instead.
 - An epoch shows every image once; the authors' sampler chooses images with replacement, so that an epoch shows 63 % of
   them.
 - What differs in `sslbook.methods.moco`, whose keys, queue and EMA update these are.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,7 @@ from sslbook.methods.odc import OnlineClusters
 from sslbook.nn.kmeans import embed
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
-from sslbook.types import PositiveFloat, PositiveInt
+from sslbook.types import PositiveInt
 
 
 def info_nce(
@@ -90,10 +93,6 @@ class InterCLR(MoCo):
         cluster_resize: for the first clustering, the shorter side of an image is resized to this length and a center
             crop of the view's size is taken, in pixels.
         projector_dim: width of queries and keys.
-        temperature: divides the cosine similarities.
-        momentum: EMA momentum of the key encoder.
-        queue_size: keys in the queue, the negatives of the intra-image loss.
-        batch_norm_groups: groups of the global batch that batch norm normalizes separately (see MoCo).
         num_clusters: number of clusters.
         margin: subtracted from the cosine similarity of the inter-image positive.
         intra_weight: weight of the intra-image loss.
@@ -103,6 +102,7 @@ class InterCLR(MoCo):
         memory_momentum: momentum of the memory bank: a row becomes momentum times itself plus the rest of the new key.
         min_cluster: clusters with fewer images are dissolved.
         centroids_every: steps between updates of all centroids.
+        moco_options: the other options of MoCo.
 
     Raises:
         UserError: in `setup`, if there are fewer images than `pool_size` or than the clusters need.
@@ -114,10 +114,6 @@ class InterCLR(MoCo):
         view: View = MOCO_V2,
         cluster_resize: PositiveInt = 256,
         projector_dim: PositiveInt = 128,
-        temperature: PositiveFloat = 0.2,
-        momentum: float = 0.999,
-        queue_size: PositiveInt = 65536,
-        batch_norm_groups: PositiveInt = 8,
         num_clusters: PositiveInt = 10000,
         margin: float = -0.5,
         intra_weight: float = 0.75,
@@ -127,9 +123,9 @@ class InterCLR(MoCo):
         memory_momentum: float = 0.0,
         min_cluster: int = 20,
         centroids_every: PositiveInt = 10,
+        **moco_options: Any,
     ) -> None:
-        # MoCo v2: the projector is an MLP.
-        super().__init__(backbone, view, True, projector_dim, temperature, momentum, queue_size, batch_norm_groups)
+        super().__init__(backbone, view, projector_dim=projector_dim, **moco_options)
         self.cluster_view = View.center(view.size, max(cluster_resize, view.size), view.mean, view.std)
         self.margin, self.intra_weight, self.inter_weight = margin, intra_weight, inter_weight
         self.num_negatives, self.pool_size, self.centroids_every = num_negatives, pool_size, centroids_every

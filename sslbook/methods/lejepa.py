@@ -8,8 +8,9 @@ two; there is no teacher, no stop-gradient and no predictor.
 Balestriero and LeCun, 2025, "LeJEPA: provable and scalable self-supervised learning without the heuristics"
 (arXiv:2511.08544), the SIGReg and LeJEPA losses (algorithms 1 and 2). The defaults are those of the authors' README and
 package (rbalestr-lab/lejepa): 1,024 directions, 17 knots on [0, 3] (paper: on [-5, 5]), views of 224 and 98 pixels;
-lambda is the paper's. What differs:
+lambda is the paper's.
 
+What differs from the authors' code:
 - The directions are random numbers of the seed and the step, so that all processes have the same.
 - The statistic is that of the global batch, of each view by itself, averaged over views.
 """
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import BYOL_1, View
-from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MLP, backbone_dim
 from sslbook.nn.metrics import feature_std
@@ -87,9 +87,6 @@ class LeJEPA(Method):
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projections.
         projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
-
-    Raises:
-        UserError: there are no global views or fewer than two views, or the weight is not from 0 to 1.
     """
 
     def __init__(
@@ -97,7 +94,7 @@ class LeJEPA(Method):
         backbone: nn.Module,
         global_view: View = GLOBAL_VIEW,
         local_view: View = LOCAL_VIEW,
-        num_global: int = 2,
+        num_global: PositiveInt = 2,
         num_local: int = 6,
         lambda_: float = 0.05,
         num_slices: PositiveInt = 1024,
@@ -106,13 +103,6 @@ class LeJEPA(Method):
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if num_global < 1 or num_global + num_local < 2:
-            raise UserError(
-                f"LeJEPA predicts the mean of the global views and has {num_global} of them and {num_local} local ones: "
-                "use num_global=2"
-            )
-        if not 0 <= lambda_ <= 1:
-            raise UserError(f"lambda_ = {lambda_} shares the loss between two terms: use a number from 0 to 1")
         self.global_view, self.local_view = global_view, local_view
         self.num_global, self.num_local = num_global, num_local
         self.lambda_, self.num_slices, self.projector_dim = lambda_, num_slices, projector_dim

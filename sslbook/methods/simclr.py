@@ -5,14 +5,13 @@ A softmax over cosine similarities must select the positive, so features keep wh
 augmentation changes. Similarities are measured behind a projector, which is discarded after training.
 
 Chen, Kornblith, Norouzi and Hinton, 2020, "A simple framework for contrastive learning of visual representations"
-(arXiv:2002.05709), equation 1 and algorithm 1. The defaults are those of the authors' code, which differs from the
-paper:
+(arXiv:2002.05709), equation 1 and algorithm 1. The defaults are those of the authors' code.
 
-- its loss is the mean over images of the SUM of both views' terms, twice the paper's mean over all views;
-- its projector has three layers with batch norm after each, the last without shift (paper: two layers, no batch norm).
+What differs in the authors' code from the paper:
+- The loss is the mean over images of the SUM of both views' terms, twice the paper's mean over all views.
+- The projector has three layers with batch norm after each, the last without shift (paper: two layers, no batch norm).
 
 What differs from the authors' code:
-
 - Images are normalized by ImageNet's mean and standard deviation; the authors leave them between 0 and 1.
 """
 
@@ -83,16 +82,13 @@ class SimCLR(Method):
         self.view, self.temperature = view, temperature
         self.backbone = backbone
         dim = backbone_dim(backbone)
-        self.projector = projector or MLP(
-            dim, dim, projector_dim, num_layers=projector_num_layers, last_batch_norm="scale"
-        )
+        self.projector = projector or MLP(dim, dim, projector_dim, projector_num_layers, last_batch_norm="scale")
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        # h = f(x), z = g(h) (section 2.1). One pass over both views, so that batch norm's statistics are over both
-        # of them, as in the authors' code.
+        # h = f(x), z = g(h) (section 2.1). One pass: batch norm's statistics are over both views, as in the authors' code.
         z = self.projector(self.backbone(torch.cat(batch.views)))  # (2n, dim)
         with full_precision(z):  # a temperature of 0.1 amplifies rounding errors tenfold
             z_1, z_2 = z.float().chunk(2)

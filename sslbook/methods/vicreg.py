@@ -7,8 +7,9 @@ which rules out that all encode the same. There are no negatives, no teacher and
 Bardes, Ponce and LeCun, 2022, "VICReg: variance-invariance-covariance regularization for self-supervised learning"
 (arXiv:2105.04906), equations 1 to 6, algorithm 1. The defaults are those of the authors' code (facebookresearch/vicreg).
 As there, and unlike in the paper, the invariance is divided by the dimension too, and the variance terms of the two
-views are halved while their covariance terms are not. Variance and covariance are of the global batch. What differs:
+views are halved while their covariance terms are not. Variance and covariance are of the global batch.
 
+What differs from the authors' code:
 - The hidden linear layers of the expander have no bias: batch norm follows and cancels it.
 """
 
@@ -94,13 +95,9 @@ class VICReg(Method):
             z_1, z_2 = distributed.all_gather_with_grad(z_1), distributed.all_gather_with_grad(z_2)
             variance = variance_loss(z_1) / 2 + variance_loss(z_2) / 2  # v of equation 1
             covariance = covariance_loss(z_1) + covariance_loss(z_2)  # c of equation 4
-            loss = (  # equation 6
-                self.invariance_weight * invariance
-                + self.variance_weight * variance
-                + self.covariance_weight * covariance
-            )
+            loss = self.invariance_weight * invariance + self.variance_weight * variance
             return {
-                "loss": loss,
+                "loss": loss + self.covariance_weight * covariance,  # equation 6
                 "invariance": invariance.detach(),
                 "variance": variance.detach(),
                 "covariance": covariance.detach(),

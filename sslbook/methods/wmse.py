@@ -7,8 +7,9 @@ the batch is cut into random slices, several times, and each slice of each view 
 
 Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised representation learning"
 (arXiv:2007.06346), section 3. The defaults are those of the authors' code (htdt/self-supervised) for STL-10 and Tiny
-ImageNet, with four permutations; its README also has a command for ImageNet-100, with one. What differs:
+ImageNet, with four permutations; its README also has a command for ImageNet-100, with one.
 
+What differs from the authors' code:
 - The slices are cut from the global batch.
 - Which images share a slice is a random number of the image and the epoch, instead of a running generator's.
 - Color jitter comes after the crop; in the authors' code before it, so that its contrast is that of the whole image.
@@ -53,18 +54,15 @@ def whiten(x: Float[Tensor, "*slices size dim"], epsilon: float = 0.0) -> Float[
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     factor, info = torch.linalg.cholesky_ex((1 - epsilon) * covariance + epsilon * identity)
     if bool(info.any()):
-        raise UserError("the projections of a slice vary in too few directions to be whitened: set method.epsilon=0.01")
+        raise UserError(
+            f"the projections of a slice of {x.shape[-2]} images vary in too few of {x.shape[-1]} directions to be whitened: "
+            "set method.slice_size to twice method.projector_dim, or method.epsilon=0.01"
+        )
     return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
 
 
 def slices(index: Int[Tensor, "batch"], size: int, stream: int, clock: Clock) -> Int[Tensor, "slices {size}"]:
-    """The rows of a batch in random order, cut into slices.
-
-    Args:
-        index: which images are in the batch.
-        size: images in a slice.
-        stream: of the random numbers; another one for each permutation.
-        clock: gives seed and epoch.
+    """The rows of a batch of images in random order, cut into slices of `size`; every permutation has its `stream`.
 
     Raises:
         UserError: the batch is not a multiple of the slice.
@@ -91,16 +89,14 @@ class WMSE(Method):
     Args:
         backbone: the network to train.
         view: the view, of which there are `num_views`, augmented independently.
-        num_views: views of an image; 2 and 4 in the paper (W-MSE 2, W-MSE 4).
+        num_views: views of an image, at least 2; 2 and 4 in the paper (W-MSE 2, W-MSE 4).
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection that is whitened.
-        slice_size: images whitened together, twice `projector_dim` in the paper; the batch must be a multiple.
+        slice_size: images whitened together, more than `projector_dim`: twice as many in the paper. The batch must be a
+            multiple.
         num_permutations: how many times the batch is permuted and cut into slices.
         epsilon: weight of the identity that is mixed into the covariance.
         projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
-
-    Raises:
-        UserError: there are fewer than two views, or not more images in a slice than dimensions.
     """
 
     def __init__(
@@ -116,13 +112,6 @@ class WMSE(Method):
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if num_views < 2:
-            raise UserError(f"W-MSE compares views of an image and cannot do with {num_views}: set num_views=2")
-        if slice_size <= projector_dim:
-            raise UserError(
-                f"{slice_size} images cannot determine the covariance of {projector_dim} dimensions: "
-                f"use a slice_size of {2 * projector_dim}"
-            )
         self.view, self.num_views, self.slice_size = view, num_views, slice_size
         self.num_permutations, self.epsilon = num_permutations, epsilon
         self.backbone = backbone

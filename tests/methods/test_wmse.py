@@ -145,14 +145,12 @@ def test_without_whitening_it_collapses() -> None:
 
 
 def test_rejects_invalid_options() -> None:
-    with pytest.raises(UserError, match="use a slice_size of 16"):
-        make("wmse", projector_dim=8, slice_size=8)
-    with pytest.raises(UserError, match="cannot do with 1: set num_views=2"):
-        make("wmse", num_views=1)
     method = make("wmse", slice_size=4)
     with pytest.raises(UserError, match=r"slices of 4: use a batch_size of 8, or another method\.slice_size"):
         method(make_batch(method, 10), Clock())
-    with pytest.raises(UserError, match=r"too few directions to be whitened: set method\.epsilon"):
+    with pytest.raises(
+        UserError, match=r"slice of 8 images vary in too few of 3 directions .*: set method\.slice_size"
+    ):
         whiten(torch.ones(8, 3))
 
 
