@@ -547,7 +547,7 @@ def test_dataset_without_a_readable_image_raises_one_line(module) -> None:
     ("name", "match"),
     [
         ("Captioned", "yields the label 'a cat': number the classes"),
-        ("Uneven", "2 labels for 6 images: give one for each"),
+        ("Uneven", "2 labels for 6 images.*: give each image one"),
         ("Paired", "labels that are no classes: give each image one"),
     ],
 )

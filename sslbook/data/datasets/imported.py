@@ -74,10 +74,10 @@ def _labels(dataset: Any) -> list[Any]:
 def _source(dataset: Any, labels: list[Any], numbers: dict[str, int]) -> DatasetSource:
     """The dataset with its labels as numbers; `numbers` are those of its classes if the labels are names."""
     name = type(dataset).__name__
-    if len(labels) != len(dataset):
-        raise UserError(f"{name} has {len(labels)} labels for {len(dataset)} images: give one for each image")
     try:
-        values = [-1 if label is None else numbers[label] if numbers else int(label) for label in labels]
+        pairs = zip(range(len(dataset)), labels, strict=True)
+        values = [-1 if label is None else numbers[label] if numbers else int(label) for _, label in pairs]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} has labels that are no classes: give each image one number, name or None") from error
+        what = f"{len(labels)} labels for {len(dataset)} images, or labels that are no classes"
+        raise UserError(f"{name} has {what}: give each image one number, name or None") from error
     return DatasetSource(dataset, torch.tensor(values, dtype=torch.int64), torch.arange(len(dataset)))
