@@ -185,7 +185,7 @@ def command_line(argv: list[str]) -> list[str]:
     run = next((word.partition("=")[2] for word in argv if word.startswith("--run=")), None)
     if run is None and "--run" in argv[:-1]:
         run = argv[argv.index("--run") + 1]
-    if any(word in ("-h", "--help") or word.startswith("--config") for word in argv):
+    if any(word == "-h" or word.endswith("help") or ".help=" in word or word.startswith("--config") for word in argv):
         return argv
     if run is None:
         raise UserError("which run? Name its folder first, an exported backbone.safetensors, or a checkpoint")

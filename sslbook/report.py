@@ -130,7 +130,8 @@ def _print_more(run: Run, measured: Sequence[base.Protocol], supervised: bool) -
         if new and protocol.lacks(run.method.backbone, run.data) is None:
             lines.append(f"  python -m sslbook.evaluate {run.folder} --protocols {protocol.name}   ({protocol.cost})")
     if not supervised:
-        lines.append(f"  --report full: also a network trained with labels   (about {run.seconds:,.0f} s)")
+        again = f"python -m sslbook.train --resume {run.folder} --report full"
+        lines.append(f"  {again}   (also a network trained with labels, about {max(1, run.seconds):,.0f} s)")
     if lines:
         print("\n".join(["More can be measured:", *lines]))
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, get_args
@@ -55,6 +56,11 @@ class Parser(ArgumentParser):
     def plain(self, config: Namespace) -> dict[str, Any]:
         """The parsed options as values that YAML can hold, nulls included: a default may be something else."""
         return yaml.safe_load(self.dump(config, skip_validation=True, skip_unset=False))
+
+    def format_help(self) -> str:  # pyrefly: ignore
+        """The help, without lists of classes that are longer than a screen: of torch's modules."""
+        text = super().format_help()
+        return re.sub(r",\s+known\s+subclasses:(?:[^,)]*,){20,}[^)]*\)", ")", text)
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
