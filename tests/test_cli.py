@@ -80,6 +80,7 @@ def printed(capsys, *words: str) -> str:
         (["simclr", "--layer_decay=-1"], "--layer_decay is -1.0: give more than 0"),
         (["simclr", "--method.temperature=0"], "--method.temperature is 0.0: give more than 0"),
         (["mae", "--method.decoder_num_heads=0"], "--method.decoder_num_heads is 0: give 1 or more"),
+        (["densecl", "--method.temperature=0"], "--method.temperature is 0.0: give more than 0"),  # an option of MoCo
         (["interclr", "--method.centroids_every=0"], "--method.centroids_every is 0: give 1 or more"),
         (["simclr", "--method.backbone=ResNet", "--method.backbone.width=0"], "backbone.width is 0: give 1 or more"),
         (["dino", "--method.num_local=-1"], "--method.num_local is -1: give 0 or more"),

@@ -3,12 +3,12 @@
 import difflib
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, get_args
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from sslbook.cli.renamed import GONE, RENAMED, RENAMED_CLASSES, VIEW_SIZE
@@ -55,7 +55,7 @@ class Parser(ArgumentParser):
 
     def plain(self, config: Namespace) -> dict[str, Any]:
         """The parsed options as values that YAML can hold, nulls included: a default may be something else."""
-        return yaml.safe_load(self.dump(config, skip_validation=True, skip_unset=False))
+        return json.loads(self.dump(config, format="json", skip_validation=True, skip_unset=False))
 
     def format_help(self) -> str:  # pyrefly: ignore
         """The help, without lists of classes that are longer than a screen: of torch's modules."""

@@ -9,6 +9,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -89,6 +90,7 @@ def read_recipe(path: Path, accepted: set[str], shared: bool = False) -> Values:
     return merge(read_recipe(named if named.is_file() else path.parent / base, accepted, shared=True), values)
 
 
+@cache
 def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
     """The parser of `python -m sslbook.train METHOD`."""
     parser = Parser(prog=prog, usage=f"{prog} [--recipe NAME] [--config FILE ...] [--OPTION VALUE ...]")
