@@ -1,6 +1,6 @@
-"""Plots: grids of images, nearest neighbors, curves, maps of features. Each returns a figure with its alt text."""
+"""Plots: grids of images, nearest neighbors, maps of features. Each returns a figure with its alt text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -74,28 +74,6 @@ def neighbors(
                     color, line = (style.GREEN, "-") if same[row, column] else (style.ORANGE, ":")
                     spine.set(color=color, linestyle=line, linewidth=2)
     fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)  # pyrefly: ignore
-    return fig
-
-
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    alt: str,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
-    width: float = 5.2,
-    height: float = 3.0,
-) -> style.Figure:
-    """Lines `{name: (x, y)}`, each labeled at its right end instead of in a legend."""
-    fig, ax = style.figure(alt, width=width, height=height)
-    for i, (name, (x, y)) in enumerate(series.items()):
-        color = style.COLORS[i % len(style.COLORS)]
-        dashes = ("-", "--", ":", "-.")[i // len(style.COLORS) % 4]
-        ax.plot(x, y, color=color, linestyle=dashes)
-        if len(x):
-            ax.annotate(f" {name}", (x[-1], y[-1]), color=color, va="center", annotation_clip=False)
-    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     return fig
 
 

@@ -10,6 +10,7 @@ scripts (GitHub's preview) the default frame stands there as an ordinary image.
 import html
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -130,14 +131,10 @@ def sweep(
         labels: what stands beside a slider instead of the parameter's name.
         values: the values of each parameter, at most 24 combinations.
     """
-    if not 1 <= len(values) <= 2:
-        raise UserError(f"a sweep has one or two parameters, not {len(values)}: give values as in tau=[0.1, 0.5]")
     listed = {name: [v.item() if hasattr(v, "item") else v for v in given] for name, given in values.items()}
-    count = 1
-    for name, given in listed.items():
-        if not given:
-            raise UserError(f"no values for {name}: give at least one")
-        count *= len(given)
+    count = math.prod(map(len, listed.values()))
+    if len(values) not in (1, 2) or not count:
+        raise UserError(f"a sweep has one or two parameters with values, not {listed}: write tau=[0.1, 0.5]")
     if count > FRAMES:
         raise UserError(f"{count} frames are more than {FRAMES}: thin out the values of {' or '.join(listed)}")
     if default is None:
@@ -155,12 +152,9 @@ def _text(value: Any) -> str:
 
 
 def _alt(alt: str | Callable[..., str] | None, given: dict[str, Any], figure: matplotlib.figure.Figure) -> str:
-    if callable(alt):
-        text = alt(**given)
-    elif alt is not None:
-        text = alt.format(**{name: _text(v) for name, v in given.items()})
-    else:
-        text = getattr(figure, "alt", "")
+    if isinstance(alt, str):
+        alt = alt.format(**{name: _text(v) for name, v in given.items()})
+    text = alt(**given) if callable(alt) else getattr(figure, "alt", "") if alt is None else alt
     if not text:
         raise UserError("a slider's frames need alt text: pass alt=..., or make them with style.figure(alt=...)")
     return text

@@ -81,13 +81,6 @@ def test_neighbors_of_other_classes_have_other_frames():
     assert frames[0].get_linestyle() != frames[1].get_linestyle()  # not by color alone
 
 
-def test_curves_are_labeled_at_their_ends():
-    figure = plots.curves({"a": ([1, 2], [4, 3]), "b": ([1, 5], [1, 2])}, alt="x", xlabel="step", ylabel="loss")
-    ax = figure.axes[0]
-    assert [(t.get_text().strip(), tuple(t.xy)) for t in ax.texts] == [("a", (2, 3)), ("b", (5, 2))]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss")
-
-
 def test_map_labels_each_class_at_one_of_its_points():
     points = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [5.1, 5.0]])
     figure = plots.scatter(points, torch.tensor([0, 0, 2, 2]), ["disk", "ring", "star"], alt="x")
