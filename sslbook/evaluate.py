@@ -23,7 +23,7 @@ from sslbook import checkpoint, results
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one
-from sslbook.evaluation.base import SUMMARY, Protocol, Representation, chosen, find, format_tables, measure
+from sslbook.evaluation.base import DEFAULT, SUMMARY, Protocol, Representation, chosen, find, format_tables, measure
 from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view
 from sslbook.nn.backbones import build
@@ -79,10 +79,8 @@ def evaluate(
         models["pixels"] = pixels(data, view, **options)
         if (start := _start(run, facts, seed, backbone)) is not None:
             models["random weights"] = Representation(start, data, view, **options)
-    if protocols is None:
-        protocols = chosen(None, module, data)
-    if not protocols:  # say what is missing
-        protocols = chosen(["knn"], module, data)
+    if protocols is None:  # where the data allow none, the first says what is missing
+        protocols = chosen(None, module, data) or chosen(DEFAULT[:1], module, data)
     with quiet_about_skipped():
         tables = measure(models, protocols)
     print(f"\n{format_tables(tables, protocols, data)}")

@@ -84,7 +84,7 @@ class Protocol:
     """what it takes beyond extracting features, for who is to decide"""
 
     def run(self, model: Representation, data: Data) -> Metrics:
-        """The metrics by name: percentages, unless the name says what else."""
+        """The metrics by name: percentages, unless the name says what else. The backbone is left as it was."""
         raise NotImplementedError
 
     def chance(self, data: Data) -> Metrics:
@@ -201,7 +201,10 @@ def format_tables(tables: Tables, protocols: Sequence[Protocol], data: Data) -> 
     parts = []
     for name, rows in tables.items():
         if title := titles[name]:
-            lines = {metric: {row: rows[row][metric] for row in rows} for metric in next(iter(rows.values()))}
+            lines = {
+                metric: {row: m[metric] for row, m in rows.items() if metric in m}
+                for metric in next(iter(rows.values()))
+            }
             parts.append(f"{title}\n{Table(lines)}")
         else:
             parts.append(f"Metrics in %, on {data.num_test:,} test images\n{Table(rows)}")
