@@ -180,6 +180,7 @@ def test_hooks_see_every_event_and_change_nothing(tmp_path: Path) -> None:
 
 def test_monitor_and_keep_last(tmp_path: Path) -> None:
     class Score(Hook):
+        measures = ("score",)
         values = iter([10.0, 30.0, 20.0])
 
         def epoch(self, run) -> None:
@@ -189,7 +190,6 @@ def test_monitor_and_keep_last(tmp_path: Path) -> None:
     pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path), hooks=[Score()], **options)
     assert [path.stem for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000009"]
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 6
-    Score.values = iter([1.0])
     options = {**options, "monitor": "scor"}
     with pytest.raises(UserError, match="did you mean score"):
         pretrain(simclr(), Data(shapes=TINY_SHAPES), SGD, out_dir=str(tmp_path / "x"), hooks=[Score()], **options)
@@ -235,6 +235,25 @@ def test_nan_loss_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -
     output = capsys.readouterr().out
     assert "0 parameters hold NaN" in output
     assert "the loss itself is nan" in output
+
+
+def test_a_finished_run_says_so(tmp_path: Path, capsys) -> None:
+    start("rotation", tmp_path, steps=2)
+    before = weights(tmp_path)
+    train.main([f"--resume={tmp_path}", "--report=none", "--progress=false"])
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
+    assert_same_bits(weights(tmp_path), before)
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in command("rotation", None, steps=1) if not word.startswith("--batch_size")]
+    (tmp_path / "runs" / "rotation-shapes").mkdir(parents=True)  # an empty folder is used again
+    with pytest.raises(UserError, match="matches no parameter"):
+        train.main([*words, "--batch_size=8", '--rules=[{"pattern": "nothing"}]'])
+    assert not (tmp_path / "runs" / "rotation-shapes").exists()
+    train.main([*words, "--batch_size=8"])
+    assert (tmp_path / "runs" / "rotation-shapes" / "config.yaml").exists()
 
 
 def test_the_four_ways_to_start(tmp_path: Path) -> None:
