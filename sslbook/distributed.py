@@ -133,23 +133,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return all_reduce_sum(grads[0])[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
+        return all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
+        return all_reduce_sum(grads[0])
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -159,9 +153,9 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
     """
     for buffer in module.buffers():
         buffer.copy_(broadcast(buffer))
-    accepted = inspect.signature(DistributedDataParallel).parameters
     # The newer name came with torch 2.15, which warns of the older.
-    once = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+    names = ("forward_sync_buffers", "broadcast_buffers")
+    once = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
     options: dict[str, Any] = {"device_ids": [device.index] if device.type == "cuda" else None, once: False}
     return DistributedDataParallel(module, **options)
 

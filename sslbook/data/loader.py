@@ -205,7 +205,7 @@ class Data:
 
         Args:
             views: what each image becomes.
-            batch_size: images in a batch over all processes.
+            batch_size: images in a batch over all processes, a multiple of their number.
             seed: of the order and of the views.
             epoch: of the order and of the views.
             start: number of batches to skip, after a restart.
@@ -216,11 +216,9 @@ class Data:
             order: which images to show, in order, at least as many as fill the epoch; by default each once, shuffled.
 
         Raises:
-            UserError: no batch can be filled, its images do not divide among the processes, or they cannot be read.
+            UserError: no batch can be filled, or its images cannot be read.
         """
         steps = self.steps_per_epoch(batch_size)
-        if batch_size % world_size:
-            raise UserError(f"a batch of {batch_size} does not divide among {world_size} processes: use a multiple")
         order = permutation(seed, epoch, self.num_train) if order is None else order.cpu()
         positions = order[: steps * batch_size].view(steps, world_size, -1)[start:stop, rank].unbind()
         return self._load(self._splits.pretrain, views, positions, seed, epoch, torch.device(device), training=True)

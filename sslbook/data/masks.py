@@ -145,8 +145,6 @@ def multi_block_mask(
         UserError: the targets of some image leave no context.
     """
     rows, columns = grid
-    if min(grid) < 2:
-        raise UserError(f"blocks need a grid of at least 2x2 patches, not {rows}x{columns}: use smaller patches")
     step = torch.tensor([clock.step], device=index.device)
     sizes = rng.uniform(clock.seed, clock.epoch, step, stream, 2)[0].tolist()
     height, width = block_size(sizes[0], grid, target_scale, target_aspect)

@@ -50,12 +50,7 @@ class BatchNorm(_BatchNorm):
         processes = distributed.world_size()
         if (not self.training and self.running_mean is not None) or (self.groups == 1 and processes == 1):
             return super().forward(x)
-        if x.numel() // x.shape[1] * processes <= self.groups:
-            raise UserError("batch norm needs more than one value per channel and group: use a larger batch")
-        if self.groups == 1:
-            y, mean, variance = self._across_processes(x)
-        else:
-            y, mean, variance = self._in_chunks(x)
+        y, mean, variance = self._across_processes(x) if self.groups == 1 else self._in_chunks(x)
         if self.training and self.running_mean is not None:
             self._track(mean, variance)
         return y
@@ -63,13 +58,15 @@ class BatchNorm(_BatchNorm):
     def _in_chunks(
         self, x: Float[Tensor, "batch channels *space"]
     ) -> tuple[Float[Tensor, "batch channels *space"], Float[Tensor, "channels"], Float[Tensor, "channels"]]:
-        """Every group lies within one process: torch's kernel on each, whose momentum of 1 returns the statistics."""
+        """Every group lies within one process: torch's kernel on each, whose momentum of 1 returns the statistics.
+
+        Raises:
+            UserError: the batch, or the groups over processes, cannot be divided evenly.
+        """
         processes = distributed.world_size()
         if self.groups % processes or (len(x) * processes) % self.groups:
-            raise UserError(
-                f"batch norm cannot split a batch of {len(x) * processes} on {processes} processes into {self.groups} "
-                "groups: both the batch and the groups must be divisible (set batch_norm_groups, batch_size)"
-            )
+            what = f"a batch of {len(x) * processes} on {processes} processes into {self.groups} groups"
+            raise UserError(f"batch norm cannot split {what}: set batch_size and batch_norm_groups to multiples")
         chunks = x.chunk(self.groups // processes)
         dtype = torch.promote_types(x.dtype, torch.float32)
         means = torch.zeros(len(chunks), x.shape[1], dtype=dtype, device=x.device)
@@ -78,11 +75,8 @@ class BatchNorm(_BatchNorm):
             F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
             for chunk, mean, variance in zip(chunks, means, variances)
         ]
-        y = normalized[0] if len(chunks) == 1 else torch.cat(normalized)
-        mean, variance = torch.stack([means.mean(0), variances.mean(0)])
-        if processes > 1:
-            mean, variance = distributed.all_reduce_mean(torch.stack([mean, variance]))
-        return y, mean, variance
+        mean, variance = distributed.all_reduce_mean(torch.stack([means.mean(0), variances.mean(0)]))
+        return normalized[0] if len(chunks) == 1 else torch.cat(normalized), mean, variance
 
     def _across_processes(
         self, x: Float[Tensor, "batch channels *space"]

@@ -81,16 +81,13 @@ class DINOHead(nn.Module):
         dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [bottleneck_dim]
         modules: list[nn.Module] = []
         for i in range(num_layers):
-            normalized = batch_norm and i < num_layers - 1
-            linear = nn.Linear(dims[i], dims[i + 1], bias=not normalized)
+            last = i == num_layers - 1
+            linear = nn.Linear(dims[i], dims[i + 1], bias=last or not batch_norm)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-            modules.append(linear)
-            if normalized:
-                modules.append(nn.BatchNorm1d(dims[i + 1]))
-            if i < num_layers - 1:
-                modules.append(nn.GELU())
+            modules += [linear, *([nn.BatchNorm1d(dims[i + 1])] if batch_norm and not last else [])]
+            modules += [] if last else [nn.GELU()]
         self.mlp = nn.Sequential(*modules)
         bound = bottleneck_dim**-0.5  # torch's default for a linear layer
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim).uniform_(-bound, bound))

@@ -24,7 +24,11 @@ PERTURBATION = 1 / 1024  # relative distance between the two halves of a split c
 
 
 def check_clusters(num_clusters: int, images: int) -> None:
-    """Raises a `UserError` if there are fewer images than clusters, or no clusters."""
+    """Refuse more clusters than images.
+
+    Raises:
+        UserError: there are fewer images than clusters, or no clusters.
+    """
     at_least_one(num_clusters=num_clusters)
     if num_clusters > images:
         raise UserError(f"{num_clusters} clusters of {images} images: ask for at most {images} (num_clusters)")
@@ -48,11 +52,9 @@ def kmeans(
         spherical: normalize the centroids and compare by inner product; for unit vectors.
 
     Raises:
-        UserError: there are more clusters than rows, or rows are not finite.
+        UserError: there are more clusters than rows.
     """
     check_clusters(num_clusters, len(x))
-    if not x.isfinite().all():
-        raise UserError("the features to be clustered contain NaN or Inf: lower the learning rate")
     x = x.float()
     centroids = x.new_empty(num_clusters, x.shape[1])
     assignment = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -111,13 +113,8 @@ def split_largest(
 def pca_whiten(x: Float[Tensor, "n width"], dim: int) -> Float[Tensor, "n {dim}"]:
     """Rows projected onto their first `dim` principal components, whitened, then normalized to unit length.
 
-    DeepCluster, section 3.3, "Implementation details". Components without any variance become 0.
-
-    Raises:
-        UserError: there are fewer rows or columns than components.
+    DeepCluster, section 3.3, "Implementation details". Components without any variance become 0. `dim` is at most `width`.
     """
-    if dim > min(x.shape):
-        raise UserError(f"{dim} principal components of {len(x)} features of width {x.shape[1]}: lower method.pca_dim")
     with full_precision(x):
         parts = x.split(2**16)  # converted to float64 one after the other
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
@@ -142,9 +139,9 @@ def embed(
     All get all rows, in float32 on the network's device. Unreadable images are left out.
 
     Raises:
-        UserError: there are fewer images than processes, or none can be read.
+        UserError: no image can be read.
     """
-    rank, processes = distributed.rank(), _processes(data)
+    rank, processes = distributed.rank(), distributed.world_size()
     device = next(network.parameters()).device
     batches = data.evaluation_batches("pretrain", view, batch_size, device, rank=rank, world_size=processes)
     rows, index = _collect(network, batches, data.num_train, training=False)
@@ -160,9 +157,9 @@ def embed_views(
     is left out. Batch norm's running statistics are updated.
 
     Raises:
-        UserError: there are fewer images than processes, or none can be read.
+        UserError: no image can be read, or there are fewer than processes.
     """
-    rank, processes = distributed.rank(), _processes(data)
+    rank, processes = distributed.rank(), distributed.world_size()
     device = next(network.parameters()).device
     size = min(batch_size, data.num_train) // processes * processes
     batches = data.batches(
@@ -170,13 +167,6 @@ def embed_views(
     )
     rows, index = _collect(network, batches, data.num_train, training=True)
     return rows.transpose(0, 1), index
-
-
-def _processes(data: Data) -> int:
-    processes = distributed.world_size()
-    if data.num_train < processes:
-        raise UserError(f"{data.num_train} images for {processes} processes: start at most {data.num_train}")
-    return processes
 
 
 @torch.no_grad()

@@ -35,10 +35,10 @@ class ResNet(nn.Module):
         stem: `imagenet`: 7x7 convolution of stride 2 and max-pooling, a quarter of the resolution remains;
             `small`: 3x3 convolution of stride 1, for images of up to about 64 pixels.
         zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
-        inner_width: channels of the 3x3 convolutions of bottlenecks in units of the usual; 2 in `wide_resnet50_2`.
+        inner_width: channels of the bottlenecks' 3x3 convolutions in units of the usual; 2 in `wide_resnet50_2`.
 
     Raises:
-        UserError: there is no ResNet of this depth, or it has no bottlenecks to widen.
+        UserError: there is no ResNet of this depth.
     """
 
     layer1: nn.Sequential
@@ -59,8 +59,6 @@ class ResNet(nn.Module):
         if depth not in _BLOCKS:
             raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
         block, counts = _BLOCKS[depth]
-        if inner_width != 1 and block is BasicBlock:
-            raise UserError(f"a ResNet-{depth} has no bottlenecks to widen: use depth 50, 101 or 152, or width")
         self.init_args = init_args
         self.dim = 8 * width * block.expansion
 
@@ -91,10 +89,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)  # pyrefly: ignore[bad-argument-type]
-            elif zero_init_residual and isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)  # pyrefly: ignore[bad-argument-type]
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+                nn.init.zeros_(last.weight)  # pyrefly: ignore[bad-argument-type]
 
     def forward_stages(self, x: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """The feature maps after each of the four stages, fine to coarse."""

@@ -44,29 +44,20 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
         UserError: nothing usable is there.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run folder, exported backbone or checkpoint")
-    checkpoint = path if path.suffix == ".pt" else None
-    export = path / "backbone.safetensors" if path.is_dir() else path
-    if checkpoint is None and path.is_dir() and not export.exists():
-        checkpoint = find(path)
-    if checkpoint is not None:
-        state = load(checkpoint, "method", "description")
+    if path.is_dir():
+        path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
+    if path.suffix == ".pt":
+        state = load(path, "method", "description")
         facts = state["description"]
-        weights = {
-            name.removeprefix("backbone."): value
-            for name, value in state["method"].items()
-            if name.startswith("backbone.")
-        }
+        own = (name for name in state["method"] if name.startswith("backbone."))
+        weights = {name.removeprefix("backbone."): state["method"][name] for name in own}
     else:
-        description = export.with_suffix(".json")
-        weights = read_safetensors(export)
-        if not description.is_file():
-            raise UserError(f"{description}: missing; it says how to build the backbone")
+        weights = read_safetensors(path)
+        description = path.with_suffix(".json")
         try:
             facts = json.loads(description.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{description}: not valid JSON") from None
+        except (OSError, ValueError):
+            raise UserError(f"{description}: missing, or not valid JSON; it says how to build the backbone") from None
     module = backbone if backbone is not None else build(_current_names(facts.get("backbone", {})))
     try:
         module.load_state_dict(weights)
@@ -92,9 +83,10 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
         return load_file(path)
+    except FileNotFoundError:
+        reason = "no such run folder or file"
     except (SafetensorError, OSError, ValueError):
-        raise UserError(f"{path}: truncated, or not a safetensors file") from None
+        reason = "truncated, or not a safetensors file"
+    raise UserError(f"{path}: {reason}")

@@ -28,21 +28,21 @@ def open_teacher(teacher: nn.Module | str | None, view: View, size: int | None =
     Raises:
         UserError: there is no such teacher, or it makes no feature map.
     """
-    if teacher is None:
-        raise UserError(f"there is no teacher: set --method.teacher to {TEACHERS}")
     if isinstance(teacher, nn.Module):
         return Teacher(teacher, view, size)
-    library, _, name = teacher.partition("/")
-    if library == "timm":
-        model: Any = timm_model(name, pretrained=True)
+    if teacher is not None and teacher.startswith("timm/"):
+        model: Any = timm_model(teacher.removeprefix("timm/"), pretrained=True)
         if hasattr(model, "set_input_size"):
             side = size or view.size
             model.set_input_size(img_size=(side, side))
         normalization = (tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]))
         return Teacher(model, view, size, normalization, teacher)
-    if not Path(teacher).exists():
+    if teacher is None or not Path(teacher).exists():
+        what = (
+            "there is no teacher" if teacher is None else f"teacher {teacher}: no such run folder or exported backbone"
+        )
         known = "; `python -m sslbook.train` makes runs/simclr-shapes" if teacher == "runs/simclr-shapes" else ""
-        raise UserError(f"teacher {teacher}: no such run folder or exported backbone{known}; a teacher is {TEACHERS}")
+        raise UserError(f"{what}{known}: set --method.teacher to {TEACHERS}")
     model, description = load_backbone(teacher)
     images = {"mean": view.mean, "std": view.std, **description.get("view", {})}
     return Teacher(model, view, size, (tuple(images["mean"]), tuple(images["std"])), teacher)

@@ -25,13 +25,12 @@ def open_tokenizer(
     Raises:
         UserError: nothing usable is there, or it is no tokenizer of this kind.
     """
-    cure = f"train one with python -m sslbook.train {made_by}"
-    if tokenizer is None:
-        raise UserError(f"there is no tokenizer: {cure} and set --method.tokenizer to its run folder")
+    cure = f"train one with python -m sslbook.train {made_by} and set --method.tokenizer to its run folder"
     normalization = None
     if not isinstance(tokenizer, nn.Module):
-        if not Path(tokenizer).exists():
-            raise UserError(f"tokenizer {tokenizer}: no such run folder or file; {cure}")
+        if tokenizer is None or not Path(tokenizer).exists():
+            what = "there is no tokenizer:" if tokenizer is None else f"{tokenizer}: no such run folder or file;"
+            raise UserError(f"{what} {cure}")
         tokenizer, description = load_backbone(tokenizer)
         images = {"mean": View().mean, "std": View().std, **description.get("view", {})}
         normalization = (tuple(images["mean"]), tuple(images["std"]))

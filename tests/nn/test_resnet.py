@@ -100,5 +100,3 @@ def test_zero_init_residual_makes_blocks_the_identity(depth: int) -> None:
 def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match="use one of 18, 34, 50, 101, 152"):
         ResNet(51)
-    with pytest.raises(UserError, match="no bottlenecks to widen: use depth 50"):
-        ResNet(18, inner_width=2)
