@@ -10,14 +10,13 @@ the targets are normalized by LayerNorm without parameters, and each target bloc
 those of `sslbook.data.masks.multi_block_mask`.
 
 What differs from the authors' code:
-
-- masks are counter-based random numbers of seed, epoch, step and image; theirs come from torch's generator;
-- contexts are cut to the shortest of the global batch; theirs to the shortest of one GPU;
-- targets never overlap the context; theirs may where a context would otherwise be too short;
-- the encoder has a class token, which is not predicted; theirs has none;
-- initialization is that of MAE; theirs is a truncated normal of 0.02, rescaled at the end of every branch;
-- the EMA momentum counts the step just taken, so that it reaches 1 at the last one; theirs is one step behind;
-- learning rate and weight decay are one step behind theirs, whose schedules advance before the first step.
+- Masks are counter-based random numbers of seed, epoch, step and image; theirs come from torch's generator.
+- Contexts are cut to the shortest of the global batch; theirs to the shortest of one GPU.
+- Targets never overlap the context; theirs may where a context would otherwise be too short.
+- The encoder has a class token, which is not predicted; theirs has none.
+- Initialization is that of MAE; theirs is a truncated normal of 0.02, rescaled at the end of every branch.
+- The EMA momentum counts the step just taken, so that it reaches 1 at the last one; theirs is one step behind.
+- Learning rate and weight decay are one step behind theirs, whose schedules advance before the first step.
 """
 
 from typing import Any
@@ -35,14 +34,7 @@ from sslbook.data.views import View
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
 from sslbook.nn.mask_tokens import gather_tokens
-from sslbook.nn.vit import (
-    Block,
-    init_transformer,
-    patch_grid,
-    require_transformer,
-    resample_positions,
-    sincos_positions,
-)
+from sslbook.nn.vit import Block, init_transformer, patch_grid, require_transformer, sincos_positions
 from sslbook.schedules import Clock, Linear
 from sslbook.types import PositiveInt
 
@@ -57,21 +49,12 @@ def prediction_loss(
 
 
 class Predictor(nn.Module):
-    """A narrow transformer that predicts the features of one block's patches from those of a context.
-
-    Args:
-        encoder_dim: width of the encoder's tokens.
-        dim: width of the predictor.
-        depth: number of blocks.
-        num_heads: attention heads of a block.
-        grid: rows and columns of patches that the table of positions is made for.
-    """
+    """A narrow transformer that predicts the features of one block's patches from those of a context."""
 
     positions: Tensor
 
     def __init__(self, encoder_dim: int, dim: int, depth: int, num_heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
@@ -85,11 +68,9 @@ class Predictor(nn.Module):
         encoded: Float[Tensor, "blocks context encoder_dim"],
         context: Int[Tensor, "blocks context"],
         target: Int[Tensor, "blocks patches"],
-        grid: tuple[int, int],
     ) -> Float[Tensor, "blocks patches encoder_dim"]:
-        positions = resample_positions(self.positions, self.grid, grid)  # (grid, dim)
-        context_tokens = self.embed(encoded) + positions[context]
-        mask_tokens = self.mask_token + positions[target]  # {m_j}: only the positions distinguish the targets
+        context_tokens = self.embed(encoded) + self.positions[context]
+        mask_tokens = self.mask_token + self.positions[target]  # {m_j}: only the positions distinguish the targets
         tokens = self.blocks(torch.cat([context_tokens, mask_tokens.to(context_tokens.dtype)], dim=1))
         return self.predict(self.norm(tokens[:, -target.shape[1] :]))  # the mask tokens come last
 
@@ -132,10 +113,10 @@ class IJEPA(Method):
         backbone = require_transformer(backbone, "I-JEPA", drops_patches=True)
         self.view, self.num_targets, self.momentum = view, num_targets, momentum
         self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
-        grid = patch_grid(view.size, view.size, backbone.patch_size)
+        self.grid = patch_grid(view.size, view.size, backbone.patch_size)
         self.backbone = backbone
         self.teacher = EMA(backbone)
-        self.predictor = Predictor(backbone.dim, predictor_dim, predictor_depth, predictor_num_heads, grid)
+        self.predictor = Predictor(backbone.dim, predictor_dim, predictor_depth, predictor_num_heads, self.grid)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -149,9 +130,8 @@ class IJEPA(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        grid = patch_grid(images.shape[2], images.shape[3], self.backbone.patch_size)
         context, targets = multi_block_mask(  # B_x: (batch, context), B_i: (batch, num_targets, patches)
-            batch.index, grid, clock, self.num_targets, self.target_scale, self.target_aspect, self.context_scale
+            batch.index, self.grid, clock, self.num_targets, self.target_scale, self.target_aspect, self.context_scale
         )
         # Targets: masked in the output of the target encoder and not in its input, so that they are of a high level.
         s_y = self.teacher_targets(images)  # without gradient: (batch, grid, dim)
@@ -166,7 +146,6 @@ class IJEPA(Method):
             repeat(s_x, "batch patch dim -> (batch block) patch dim", block=self.num_targets),
             repeat(context, "batch patch -> (batch block) patch", block=self.num_targets),
             rearrange(targets, "batch block patch -> (batch block) patch"),
-            grid,
         )
         # A collapsed target encoder gives all images the same targets: their standard deviation falls to 0.
         return {"loss": prediction_loss(prediction, target), "target_std": distributed.all_reduce_std(s_y).mean()}

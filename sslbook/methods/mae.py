@@ -8,9 +8,8 @@ He, Chen, Xie, Li, Dollár and Girshick, 2022, "Masked autoencoders are scalable
 section 3. Values, positions and initialization are those of the authors' code.
 
 What differs from the authors' code:
-
-- masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator;
-- the decoder's input stays in the shuffled order, each token with its position; theirs is first put back into the
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
+- The decoder's input stays in the shuffled order, each token with its position; theirs is first put back into the
   image's order, which gives the same result.
 """
 
@@ -25,15 +24,7 @@ from sslbook.data.views import MAE_CROP, View
 from sslbook.methods.base import Method
 from sslbook.nn.mask_tokens import gather_tokens
 from sslbook.nn.patches import normalize_patches, patchify, unpatchify
-from sslbook.nn.vit import (
-    Block,
-    VisionTransformer,
-    init_transformer,
-    patch_grid,
-    require_transformer,
-    resample_positions,
-    sincos_positions,
-)
+from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, require_transformer, sincos_positions
 from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
 
@@ -69,22 +60,14 @@ def reconstruction_loss(
 
 
 class Decoder(nn.Module):
-    """A narrow transformer that predicts the pixels of masked patches from the encoded visible ones.
+    """A narrow transformer that predicts the pixels of masked patches from the encoded visible ones."""
 
-    Args:
-        encoder_dim: width of the encoder's tokens.
-        dim: width of the decoder.
-        depth: number of blocks.
-        num_heads: attention heads of a block.
-        patch_size: side of a patch, in pixels.
-        grid: rows and columns of patches that the table of positions is made for.
-    """
+    positions: Tensor
 
     def __init__(
         self, encoder_dim: int, dim: int, depth: int, num_heads: int, patch_size: int, grid: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
@@ -98,12 +81,11 @@ class Decoder(nn.Module):
         tokens: Float[Tensor, "batch tokens encoder_dim"],
         visible: Int[Tensor, "batch visible"],
         masked: Int[Tensor, "batch masked"],
-        grid: tuple[int, int],
     ) -> Float[Tensor, "batch masked values"]:
         tokens = self.embed(tokens)  # (batch, 1 + visible, dim): the class token comes first
         mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), masked.shape[1], -1)
-        # One shared vector for every masked patch: only its position says which patch to predict ("MAE decoder").
-        positions = resample_positions(self.positions, self.grid, grid)[torch.cat([visible, masked], dim=1)]
+        # One shared vector for every masked patch: its position determines which patch is predicted ("MAE decoder").
+        positions = self.positions[torch.cat([visible, masked], dim=1)]
         patches = torch.cat([tokens[:, 1:], mask_tokens], dim=1) + positions  # (batch, patches, dim)
         tokens = self.blocks(torch.cat([tokens[:, :1], patches], dim=1))
         return self.predict(self.norm(tokens[:, -masked.shape[1] :]))  # the masked patches come last
@@ -141,10 +123,11 @@ class MAE(Method):
         super().__init__()
         backbone = require_transformer(backbone, type(self).__name__, drops_patches=True)
         self.view, self.mask_ratio, self.norm_pix_loss = view, mask_ratio, norm_pix_loss
-        grid = patch_grid(view.size, view.size, backbone.patch_size)
-        num_visible(grid[0] * grid[1], mask_ratio)  # raises if the ratio masks no patch or all
+        size = backbone.patch_size
+        self.grid = patch_grid(view.size, view.size, size)
+        num_visible(self.grid[0] * self.grid[1], mask_ratio)  # raises if the ratio masks no patch or all
         self.backbone = backbone
-        self.decoder = Decoder(backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, backbone.patch_size, grid)
+        self.decoder = Decoder(backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, size, self.grid)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -160,8 +143,7 @@ class MAE(Method):
         tokens = self.backbone.embed(images)  # (batch, patches, dim): positions are added before patches are dropped
         visible, masked = random_mask(index, tokens.shape[1], self.mask_ratio, clock)
         encoded = self.encode(gather_tokens(tokens, visible))  # no mask tokens here ("MAE encoder")
-        grid = patch_grid(images.shape[2], images.shape[3], self.backbone.patch_size)
-        return self.decoder(encoded, visible, masked, grid), masked
+        return self.decoder(encoded, visible, masked), masked
 
     def target(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches values"]:
         """The pixels of every patch, which the decoder is to predict."""
@@ -177,10 +159,7 @@ class MAE(Method):
 
     @torch.no_grad()
     def reconstruct(
-        self,
-        images: Float[Tensor, "batch 3 height width"],
-        index: Int[Tensor, "batch"],
-        clock: Clock = Clock(),
+        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
         """The images with their masked patches set to zero, and with these patches reconstructed.
 
@@ -192,7 +171,6 @@ class MAE(Method):
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(gather_tokens(self.target(images), masked), dim=-1, keepdim=True)
             prediction = prediction * (variance + 1e-6).sqrt() + mean
-        grid = patch_grid(images.shape[2], images.shape[3], size)
         position = masked[:, :, None].expand_as(prediction)
         zeroed, reconstructed = (patches.scatter(1, position, x) for x in (torch.zeros_like(prediction), prediction))
-        return unpatchify(zeroed, size, grid), unpatchify(reconstructed, size, grid)
+        return unpatchify(zeroed, size, self.grid), unpatchify(reconstructed, size, self.grid)

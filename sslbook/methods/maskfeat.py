@@ -10,11 +10,10 @@ nine unsigned directions, each pixel counted in one of them, every color channel
 normalized to length 1, and no Gaussian window (a port has one).
 
 What differs from the authors' code:
-
-- the descriptor of a cell without edges stays near zero; theirs is rounding errors, normalized to length 1;
-- masks are BEiT's blocks, filled up to the exact number by single patches; they are counter-based random numbers of
-  seed, epoch and image; theirs come from Python's generator;
-- initialization is that of MAE; theirs of weights and biases is a truncated normal of 0.02.
+- The descriptor of a cell without edges stays near zero; theirs is rounding errors, normalized to length 1.
+- Masks are BEiT's blocks, filled up to the exact number by single patches; they are counter-based random numbers of
+  seed, epoch and image; theirs come from Python's generator.
+- Initialization is that of MAE; theirs of weights and biases is a truncated normal of 0.02.
 """
 
 import math
@@ -34,6 +33,7 @@ from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
 from sslbook.nn.backbones import require
 from sslbook.nn.precision import full_precision
+from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
 
@@ -95,19 +95,13 @@ class MaskFeat(Method):
         require(backbone, "forward_tokens", "MaskFeat")
         net: Any = backbone  # a TokenBackbone
         self.patch_size, self.stride, self.num_prefix_tokens = net.patch_size, net.stride, net.num_prefix_tokens
-        if view.size % self.stride:
-            near = max(1, round(view.size / self.stride)) * self.stride
-            raise UserError(
-                f"images of {view.size} pixels cannot be cut into patches of {self.stride}: the nearest view.size that "
-                f"works is {near}"
-            )
         if self.stride % cell_size:
             near = max(d for d in range(1, self.stride + 1) if self.stride % d == 0 and d <= cell_size)
             raise UserError(
                 f"patches of {self.stride} pixels do not hold whole cells of {cell_size}: use cell_size {near}"
             )
         self.view, self.cell_size, self.min_block = view, cell_size, min_block
-        self.rows = view.size // self.stride
+        self.rows, _ = patch_grid(view.size, view.size, self.stride)
         self.num_masked = require_mask(round(mask_ratio * self.rows**2), self.rows**2)
         self.backbone = backbone
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, net.token_dim), std=0.02))
@@ -134,9 +128,8 @@ class MaskFeat(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        grid = (self.rows, self.rows)
-        mask = block_mask(batch.index, grid, self.num_masked, clock, self.min_block, exact=True)
+        mask = block_mask(batch.index, (self.rows, self.rows), self.num_masked, clock, self.min_block, exact=True)
         mask = rearrange(mask, "b (h w) -> b h w", h=self.rows)
         with full_precision(images):  # directions of weak gradients need all bits
             target = self.target(images)  # of the whole image, so that cells at a mask's border see across it
-        return {"loss": masked_mse(self.predict(images, mask), target, mask)}
+        return {"loss": masked_mse(self.predict(images, mask), target, mask)}  # visible patches do not count

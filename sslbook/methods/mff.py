@@ -10,9 +10,8 @@ et al., 2022, arXiv:2111.06377). The weights are a softmax and the fused tokens 
 authors' code.
 
 What differs from the authors' code:
-
-- images are cropped as by MAE; theirs are resized and shifted as by PixMIM;
-- masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
+- Images are cropped as by MAE; theirs are resized and shifted as by PixMIM.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 
 from typing import Any
@@ -29,12 +28,7 @@ from sslbook.schedules import Clock
 
 
 class Fusion(nn.Module):
-    """A weighted average of several layers' tokens, all but the last through a linear layer (equations 2 and 3).
-
-    Args:
-        dim: width of a token.
-        num_shallow: number of layers besides the last.
-    """
+    """A weighted average of several layers' tokens, all but the last through a linear layer (equations 2 and 3)."""
 
     def __init__(self, dim: int, num_shallow: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """MixMIM: fill the masked patches of one image with those of another, and reconstruct both images.
 
-A mask token tells the encoder nothing, and there is none at evaluation. Here the masked half of an image's patches is
+A mask token carries no information, and there is none at evaluation. Here the masked half of an image's patches is
 replaced by the patches of another image that are masked complementarily, so that the encoder sees whole sequences of
 real patches. Attention stays within the patches of one image, and the decoder reconstructs the masked half of each.
 
@@ -9,12 +9,11 @@ vision transformers" (arXiv:2205.13137, at first called MixMIM), section 3: mixi
 reconstruction (equation 2).
 
 What differs from the authors' code:
-
-- the encoder is a plain vision transformer; theirs is a Swin without class token. Our class token is there twice, once
-  for each image, since a shared one would carry information from one to the other;
-- a mask covers single patches of this encoder; theirs covers squares of 32 pixels;
-- every image has its own mask; they have one for the batch;
-- pairs of images and masks are counter-based random numbers of seed, epoch and image; they mix the batch of a GPU with
+- The encoder is a plain vision transformer; theirs is a Swin without class token. Our class token is there twice, once
+  for each image, since a shared one would carry information from one to the other.
+- A mask covers single patches of this encoder; theirs covers squares of 32 pixels.
+- Every image has its own mask; they have one for the batch.
+- Pairs of images and masks are counter-based random numbers of seed, epoch and image; they mix the batch of a GPU with
   itself in reverse order, and their masks come from torch's generator.
 """
 
@@ -30,15 +29,7 @@ from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.patches import normalize_patches, patchify
-from sslbook.nn.vit import (
-    Block,
-    VisionTransformer,
-    init_transformer,
-    patch_grid,
-    require_transformer,
-    resample_positions,
-    sincos_positions,
-)
+from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, require_transformer, sincos_positions
 from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
 
@@ -58,8 +49,8 @@ def other_images(index: Int[Tensor, "images"], num_groups: int, clock: Clock) ->
 def attention_bias(mask: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch 1 tokens tokens"]:
     """0 between tokens of the same image and -inf between the two images; both class tokens come first."""
     cls = mask.new_tensor([False, True]).expand(len(mask), -1)
-    owner = torch.cat([cls, mask], dim=1)  # False: a token of the image, True: of the other one
-    different = owner[:, :, None] != owner[:, None, :]
+    is_other = torch.cat([cls, mask], dim=1)  # False: a token of the image, True: of the other one
+    different = is_other[:, :, None] != is_other[:, None, :]
     return torch.zeros(different.shape, device=mask.device).masked_fill(different, -torch.inf)[:, None]
 
 
@@ -94,6 +85,7 @@ class MixMIM(Method):
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
+    positions: Tensor
 
     def __init__(
         self,
@@ -108,11 +100,11 @@ class MixMIM(Method):
     ) -> None:
         super().__init__()
         backbone = require_transformer(backbone, "MixMIM", drops_patches=True)
-        self.view, self.mask_ratio, self.norm_pix_loss = view, mask_ratio, norm_pix_loss
-        self.num_mix_groups = num_mix_groups
+        self.view, self.norm_pix_loss, self.num_mix_groups = view, norm_pix_loss, num_mix_groups
         self.backbone = backbone
         self.grid = patch_grid(view.size, view.size, backbone.patch_size)
-        self.num_masked(self.grid[0] * self.grid[1])  # raises if the ratio masks no patch or all
+        num_patches = self.grid[0] * self.grid[1]
+        self.num_masked = require_mask(round(num_patches * mask_ratio), num_patches)
         self.decoder_embed = nn.Linear(backbone.dim, decoder_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, decoder_dim))
         self.register_buffer("positions", sincos_positions(decoder_dim, *self.grid))
@@ -124,14 +116,6 @@ class MixMIM(Method):
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
-
-    def num_masked(self, num_patches: int) -> int:
-        """How many patches of an image are replaced by those of the other.
-
-        Raises:
-            UserError: none, or all of them.
-        """
-        return require_mask(round(num_patches * self.mask_ratio), num_patches)
 
     def others(
         self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock
@@ -163,15 +147,15 @@ class MixMIM(Method):
         return backbone.norm(x)
 
     def decode(
-        self, encoded: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch patches"], grid: tuple[int, int]
+        self, encoded: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "2 batch patches values"]:
         """The reconstructions of each image and of the other, each from its own visible patches and mask tokens."""
         x = self.decoder_embed(encoded)
         cls, patches = x[:, :2], x[:, 2:]
         token, replaced = self.mask_token.to(x.dtype), mask[:, :, None]
-        # Unmix: every sequence keeps its own tokens, and mask tokens stand in place of the other image's.
+        # Unmix: every sequence keeps its own tokens, and mask tokens replace those of the other image.
         both = torch.cat([torch.where(replaced, token, patches), torch.where(replaced, patches, token)])
-        both = both + resample_positions(self.positions, self.grid, grid)  # (2 batch, patches, dim)
+        both = both + self.positions  # (2 batch, patches, dim)
         x = self.decoder(torch.cat([torch.cat([cls[:, :1], cls[:, 1:]]), both], dim=1))
         return rearrange(self.predict_pixels(self.decoder_norm(x[:, 1:])), "(two b) n d -> two b n d", two=2)
 
@@ -183,17 +167,15 @@ class MixMIM(Method):
     ) -> Float[Tensor, "2 batch patches values"]:
         """The reconstructions of the images and of the others, from the mixture of both."""
         side = self.backbone.patch_size
-        grid = (images.shape[2] // side, images.shape[3] // side)
-        pixels = repeat(mask, "b (h w) -> b 1 (h p) (w q)", h=grid[0], p=side, q=side)
+        pixels = repeat(mask, "b (h w) -> b 1 (h p) (w q)", h=self.grid[0], p=side, q=side)
         mixed = torch.where(pixels, others, images)  # equation 1
-        return self.decode(self.encode(mixed, mask), mask, grid)
+        return self.decode(self.encode(mixed, mask), mask)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
         others = self.others(images, batch.index, clock)
         side = self.backbone.patch_size
         target = torch.stack([patchify(images, side), patchify(others, side)])  # (2, batch, patches, values)
-        num_patches = target.shape[2]
-        mask = uniform_mask(batch.index, num_patches, self.num_masked(num_patches), clock)  # true: from the other image
+        mask = uniform_mask(batch.index, target.shape[2], self.num_masked, clock)  # true: from the other image
         prediction = self.predict(images, others, mask)  # dual reconstruction: of both images from one encoder pass
         return {"loss": dual_loss(prediction, target, mask, self.norm_pix_loss)}

@@ -7,13 +7,12 @@ Liu, Zhang, Chen, Chen and Lin, 2023, "PixMIM: rethinking pixel reconstruction i
 (arXiv:2303.02416), section 4, equations 2 to 5: an ideal low-pass filter with a radius of 40 periods at 224 pixels.
 
 What differs from the authors' code:
-
-- the filter is centered at frequency zero, as in the equations; theirs is half a step off center, and they take the
-  absolute value of its complex result. On two photographs the targets differ by 5 to 14 % of their standard deviation;
-- the radius scales with the size of the image;
-- the view crops the middle of the longer side, and `forward` shifts the image by up to four pixels into a reflected
-  border; their crop lies anywhere along the longer side of an image with such a border;
-- masks and shifts are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
+- The filter is centered at frequency zero, as in the equations; theirs is half a step off center, and they take the
+  absolute value of its complex result. On two photographs the targets differ by 5 to 14 % of their standard deviation.
+- The radius scales with the size of the image.
+- The view crops the middle of the longer side, and `forward` shifts the image by up to four pixels into a reflected
+  border; their crop lies anywhere along the longer side of an image with such a border.
+- Masks and shifts are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 
 from typing import Any
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from sslbook import rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import View
-from sslbook.errors import UserError
 from sslbook.methods.mae import MAE
 from sslbook.nn.patches import patchify
 from sslbook.nn.precision import full_precision
@@ -70,10 +68,7 @@ class PixMIM(MAE):
         view: augmentation of an image.
         radius: highest frequency of the target, in periods across an image of 224 pixels.
         shift: greatest shift of an image along an axis, in pixels of an image of 224.
-        mae_options: the options of MAE.
-
-    Raises:
-        UserError: an image would be shifted by more than its size; and what MAE raises.
+        mae_options: the options of MAE, which see for what it raises.
     """
 
     def __init__(
@@ -86,8 +81,6 @@ class PixMIM(MAE):
     ) -> None:
         super().__init__(backbone, view, **mae_options)
         self.radius, self.shift = radius * view.size / FULL_SIZE, round(shift * view.size / FULL_SIZE)
-        if not 0 <= self.shift < view.size:
-            raise UserError(f"shift {shift} moves an image by more than its size: use 4, or less than {FULL_SIZE}")
 
     def target(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches values"]:
         """The low frequencies of every patch (equation 5)."""

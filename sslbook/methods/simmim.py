@@ -8,11 +8,10 @@ Xie, Zhang, Cao, Lin, Bao, Yao, Dai and Hu, 2022, "SimMIM: a simple framework fo
 the number of masked squares is rounded up, as there.
 
 What differs from the authors' code:
-
-- masks are counter-based random numbers of seed, epoch and image; theirs come from numpy's generator;
-- our `VisionTransformer` is initialized as in MAE; theirs from a truncated normal of 0.02, rescaled at the end of every
-  branch;
-- its keys have a bias, which changes no attention weight; theirs have none.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from numpy's generator.
+- Our `VisionTransformer` is initialized as in MAE; theirs from a truncated normal of 0.02, rescaled at the end of every
+  branch.
+- Its keys have a bias, which changes no attention weight; theirs have none.
 """
 
 import math
@@ -81,15 +80,14 @@ class SimMIM(Method):
         require(backbone, "forward_tokens", "SimMIM")
         net: Any = backbone  # a TokenBackbone
         self.patch_size, self.stride, self.num_prefix_tokens = net.patch_size, net.stride, net.num_prefix_tokens
-        if view.size % mask_size or view.size % self.stride:
-            step = math.lcm(mask_size, self.stride)
+        side = max(1, round(mask_size / self.patch_size)) * self.patch_size
+        step = math.lcm(side, self.stride)
+        if side != mask_size or view.size % step:
             raise UserError(
-                f"images of {view.size} pixels cannot be cut into squares of {mask_size} and cells of {self.stride}: "
-                f"the nearest view.size that works is {max(1, round(view.size / step)) * step}, or change mask_size"
+                f"images of {view.size} pixels cannot be cut into squares of {mask_size} and cells of {self.stride}, or the "
+                f"squares into patches of {self.patch_size}: the nearest sizes that work are mask_size {side} and "
+                f"view.size {max(1, round(view.size / step)) * step}"
             )
-        if mask_size % self.patch_size:
-            near = max(1, round(mask_size / self.patch_size)) * self.patch_size
-            raise UserError(f"squares of {mask_size} pixels do not consist of whole patches: use mask_size {near}")
         self.view, self.mask_size = view, mask_size
         self.rows = view.size // mask_size
         self.num_masked = num_masked(self.rows**2, mask_ratio)

@@ -10,14 +10,13 @@ modeling" (arXiv:2301.03580), section 3: 3.1 sparse encoder, 3.2 hierarchical de
 masked patches. As in the authors' code sparse layers are dense ones whose results are masked.
 
 What differs from the authors' code:
-
-- layers of any network are masked from outside, by replacing their `forward` while the method runs it; they convert the
-  network to sparse classes;
-- all convolutions of the decoder start from He's initialization; theirs only where they are transposed, the others
-  from a truncated normal of 0.02;
-- maps pass a batch norm before they are made dense; theirs of ConvNeXt pass a layer norm;
-- our `ResNet` has no drop path; theirs has a rate of 0.05;
-- masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
+- Layers of any network are masked from outside, by replacing their `forward` while the method runs it; they convert the
+  network to sparse classes.
+- All convolutions of the decoder start from He's initialization; theirs only where they are transposed, the others from
+  a truncated normal of 0.02.
+- Maps pass a batch norm before they are made dense; theirs of ConvNeXt pass a layer norm.
+- Our `ResNet` has no drop path; theirs has a rate of 0.05.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 
 import math
@@ -66,10 +65,9 @@ def sparse_layers(network: nn.Module, visible: Bool[Tensor, "batch 1 rows column
     """Inside this context, convolutions, poolings and batch norms of `network` work on visible positions only."""
     changed: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-            changed.append((module, _sparse(module.forward, visible)))
-        elif isinstance(module, _BatchNorm):
-            changed.append((module, _sparse_norm(module.forward, visible)))
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, _BatchNorm)):
+            sparse = _sparse_norm if isinstance(module, _BatchNorm) else _sparse
+            changed.append((module, sparse(module.forward, visible)))
     try:
         for module, forward in changed:
             module.__dict__["forward"] = forward
@@ -173,7 +171,7 @@ class SparK(Method):
         super().__init__()
         require(backbone, "forward_stages", "SparK")
         require_local(backbone)
-        self.view, self.mask_ratio, self.backbone = view, mask_ratio, backbone
+        self.view, self.backbone = view, backbone
         maps = self._trial_maps()
         self.stride = view.size // maps[0].shape[2]
         doublings = round(math.log2(self.stride))
@@ -185,7 +183,9 @@ class SparK(Method):
                 f"maps have sides {', '.join(map(str, sides))}: use a view of "
                 f"{max(1, round(view.size / near)) * near} pixels"
             )
-        self.num_visible(sides[0] ** 2)  # raises if the ratio masks no patch or all
+        num_patches = sides[0] ** 2
+        self.num_visible = round(num_patches * (1 - mask_ratio))
+        require_mask(num_patches - self.num_visible, num_patches)
         if decoder_dim % 2**doublings:
             raise UserError(f"decoder_dim {decoder_dim} is halved {doublings} times: use a multiple of {2**doublings}")
         self.densify = nn.ModuleList(
@@ -215,15 +215,6 @@ class SparK(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
-    def num_visible(self, num_patches: int) -> int:
-        """How many patches the encoder sees.
-
-        Raises:
-            UserError: none, or all of them.
-        """
-        visible = round(num_patches * (1 - self.mask_ratio))
-        return num_patches - require_mask(num_patches - visible, num_patches)
-
     def encode(
         self, images: Float[Tensor, "batch 3 height width"], visible: Bool[Tensor, "batch 1 rows columns"]
     ) -> list[Tensor]:
@@ -246,9 +237,9 @@ class SparK(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        rows, columns = images.shape[2] // self.stride, images.shape[3] // self.stride
-        visible = uniform_mask(batch.index, rows * columns, self.num_visible(rows * columns), clock)  # (batch, patches)
-        prediction = self.predict(images, rearrange(visible, "b (h w) -> b 1 h w", h=rows))
+        rows = self.view.size // self.stride
+        visible = uniform_mask(batch.index, rows**2, self.num_visible, clock)  # (batch, patches)
+        prediction = self.predict(images, rearrange(visible, "b (h w) -> b 1 h w", h=rows))  # (batch, 3, height, width)
         # Masked patches only: (batch, patches, 3 * stride^2) each.
         loss = reconstruction_loss(patchify(prediction, self.stride), patchify(images, self.stride), ~visible)
         return {"loss": loss}

@@ -48,7 +48,7 @@ def literal(method: IJEPA, images: Tensor, index: Tensor, clock: Clock) -> float
         encoded = method.backbone.encode(tokens[:, context[i]])[:, 1:]
         whole = teacher.encode(teacher.embed(images[i : i + 1]))[0, 1:]
         for block in targets[i]:
-            prediction = method.predictor(encoded, context[i][None], block[None], (4, 4))[0]
+            prediction = method.predictor(encoded, context[i][None], block[None])[0]
             for row, patch in zip(prediction, block.tolist()):
                 t = whole[patch]
                 t = (t - t.mean()) / (t.var(correction=0) + 1e-5).sqrt()
@@ -86,10 +86,10 @@ def test_without_positions_all_targets_get_one_prediction() -> None:
         method.predictor.mask_token.normal_()
     encoded, context = torch.randn(2, 5, 16), torch.arange(5).expand(2, -1)
     target = torch.arange(8, 14).expand(2, -1)
-    with_positions = method.predictor(encoded, context, target, (4, 4))
+    with_positions = method.predictor(encoded, context, target)
     assert (with_positions - with_positions[:, :1]).abs().max() > 1e-2
     method.predictor.positions.zero_()
-    without = method.predictor(encoded, context, target, (4, 4))
+    without = method.predictor(encoded, context, target)
     torch.testing.assert_close(without, without[:, :1].expand_as(without), rtol=0, atol=1e-5)
 
 

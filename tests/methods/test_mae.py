@@ -6,12 +6,7 @@ from sslbook import rng
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods import mae
-from sslbook.methods.mae import (
-    MAE,
-    num_visible,
-    random_mask,
-    reconstruction_loss,
-)
+from sslbook.methods.mae import MAE, num_visible, random_mask, reconstruction_loss
 from sslbook.nn import ResNet, VisionTransformer
 from sslbook.nn.mask_tokens import gather_tokens
 from sslbook.nn.patches import normalize_patches, patchify, unpatchify
@@ -98,7 +93,7 @@ def test_prediction_does_not_depend_on_masked_patches() -> None:
 def test_reconstruction_keeps_visible_patches() -> None:
     for norm_pix_loss in (True, False):
         method = make("mae", norm_pix_loss=norm_pix_loss)
-        images = torch.randn(2, 3, 16, 24) + 1
+        images = torch.randn(2, 3, 16, 16) + 1
         zeroed, reconstructed = method.reconstruct(images, torch.arange(2))
         masked = zeroed == 0
         assert masked.float().mean() == 0.75
@@ -113,7 +108,7 @@ def test_perfect_prediction_reconstructs_the_image(monkeypatch) -> None:
     monkeypatch.setattr(
         mae.Decoder,
         "forward",
-        lambda self, tokens, visible, masked, grid: gather_tokens(normalize_patches(patchify(images, 4)), masked),
+        lambda self, tokens, visible, masked: gather_tokens(normalize_patches(patchify(images, 4)), masked),
     )
     torch.testing.assert_close(method.reconstruct(images, torch.arange(2))[1], images)
     assert float(method(make_batch(method, 2)._replace(views=(images,)), Clock())["loss"]) < 1e-10
@@ -169,7 +164,7 @@ def test_paper_scale() -> None:
     with torch.device("meta"):
         method = MAE(VisionTransformer())
         tokens, visible, masked = torch.empty(2, 50, 768), torch.zeros(2, 49).long(), torch.zeros(2, 147).long()
-        assert method.decoder(tokens, visible, masked, (14, 14)).shape == (2, 147, 16 * 16 * 3)
+        assert method.decoder(tokens, visible, masked).shape == (2, 147, 16 * 16 * 3)
     encoder = 12 * (12 * 768**2 + 13 * 768) + (16 * 16 * 3 * 768 + 768) + 768 + 2 * 768
     decoder = 8 * (12 * 512**2 + 13 * 512) + (768 * 512 + 512) + 512 + 2 * 512 + (512 * 768 + 768)
     assert sum(p.numel() for p in method.parameters()) == encoder + decoder

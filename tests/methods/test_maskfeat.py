@@ -132,7 +132,7 @@ def test_rejects_invalid_options() -> None:
         make("maskfeat", mask_ratio=0.0)
     with pytest.raises(UserError, match="leaves nothing to see"):
         make("maskfeat", mask_ratio=0.99)
-    with pytest.raises(UserError, match=r"nearest view\.size that works is 20"):
+    with pytest.raises(UserError, match="nearest size that works is 20x20"):
         make("maskfeat", view=View(size=19))
     with pytest.raises(UserError, match="whole cells of 8: use cell_size 4"):
         make("maskfeat", cell_size=8)

@@ -65,7 +65,7 @@ def test_loss_matches_literal_formula(norm_pix_loss: bool, n: int) -> None:
     first, last = method.backbone.layers(gather_tokens(method.backbone.embed(images), visible))
     with torch.no_grad():
         fused = method.backbone.norm(literal_fusion(method.fusion, [first, last]))
-        prediction = method.decoder(fused, visible, masked, (4, 4))
+        prediction = method.decoder(fused, visible, masked)
     patches = patchify(images, 4)
     errors = []
     for i in range(n):

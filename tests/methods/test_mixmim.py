@@ -145,7 +145,7 @@ def test_paper_scale() -> None:
             torch.zeros(2, 3, 224, 224), torch.zeros(2, 3, 224, 224), torch.zeros(2, 196, dtype=torch.bool)
         ).shape
     assert shape == (2, 2, 196, 768)
-    assert method.num_masked(196) == 98
+    assert method.num_masked == 98
 
 
 def test_rejects_invalid_options() -> None:

@@ -119,9 +119,9 @@ def test_rejects_invalid_options() -> None:
         make("simmim", mask_ratio=0.99)
     with pytest.raises(UserError, match=r"leaves nothing to see: .*smaller patches"):
         make("simmim", mask_size=16)
-    with pytest.raises(UserError, match=r"nearest view\.size that works is 224"):
+    with pytest.raises(UserError, match=r"sizes that work are mask_size 32 and view\.size 224"):
         make("simmim", view=View(size=230), mask_size=32)
-    with pytest.raises(UserError, match="whole patches: use mask_size 4"):
+    with pytest.raises(UserError, match="patches of 4: the nearest sizes that work are mask_size 4"):
         make("simmim", mask_size=2)
 
 

@@ -30,7 +30,6 @@ from sslbook.methods.mae import MAE, random_mask, reconstruction_loss
 from sslbook.nn import VisionTransformer
 from sslbook.nn.mask_tokens import gather_tokens
 from sslbook.nn.patches import normalize_patches, patchify
-from sslbook.nn.vit import patch_grid
 from sslbook.schedules import Clock, Cosine, Warmup
 
 SIZE, PATCH = 24, 4
@@ -68,7 +67,6 @@ class Broken(MAE):
         tokens = self.backbone.embed(images)
         visible, masked = random_mask(batch.index, tokens.shape[1], self.mask_ratio, clock)
         order = torch.cat([visible, masked], dim=1)
-        grid = patch_grid(images.shape[2], images.shape[3], size)
         if self.token is None:
             encoded = decoder.embed(self.backbone.encode(gather_tokens(tokens, visible)))
             masks = decoder.mask_token.expand(len(images), masked.shape[1], -1)
@@ -79,7 +77,6 @@ class Broken(MAE):
             encoded = decoder.embed(self.backbone.encode(inputs))
         encoded = torch.cat([encoded[:, :1], encoded[:, 1:] + decoder.positions[order]], dim=1)
         prediction = decoder.predict(decoder.norm(decoder.blocks(encoded)))[:, 1:]
-        assert grid == decoder.grid
         target = gather_tokens(patchify(images, size), order)
         if self.norm_pix_loss:
             target = normalize_patches(target)
