@@ -6,14 +6,15 @@ of its color.
 
 Zhang, Isola and Efros, 2016, "Colorful image colorization" (arXiv:1603.08511), section 2: equation 2 is the loss,
 equations 3 and 4 weight the pixels, equation 5 decodes. The authors trained a network like VGG whose map has an eighth
-of the resolution. What differs:
+of the resolution.
 
+What differs from the paper:
 - Any backbone with a feature map will do: transposed convolutions bring its map to a quarter of the image's resolution.
 - The palette holds every bin that contains an RGB color, 261 of width 10, where the authors list 313.
 - Color frequencies are counted over the batches so far instead of over ImageNet beforehand.
 - A backbone has three input channels. All three are the lightness, and the first convolution starts with equal weights
-  for them. Their gradients are equal too, so the weights stay equal, and features never depend on color, also when
-  the network is evaluated on colored images.
+  for them. Their gradients are equal too, so the weights stay equal, and features never depend on color, also when the
+  network is evaluated on colored images.
 - The loss is the mean over pixels, not the sum.
 """
 
@@ -205,17 +206,12 @@ class Colorization(Method):
 
     @torch.no_grad()
     def reconstruct(
-        self,
-        images: Float[Tensor, "batch 3 height width"],
-        index: Int[Tensor, "batch"],
-        clock: Clock = Clock(),
+        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
         """The gray images, and the same with predicted colors (equation 5)."""
         lightness = self.to_lab(images)[..., :1]
         logits = self.predict(lightness[..., 0])
         ab = annealed_mean(logits.flatten(0, 2), self.bins).unflatten(0, logits.shape[:3]).movedim(3, 1)
         ab = F.interpolate(ab, images.shape[2:], mode="bilinear").movedim(1, 3)
-        return (
-            self.to_image(torch.cat([lightness, torch.zeros_like(ab)], dim=3)),
-            self.to_image(torch.cat([lightness, ab], dim=3)),
-        )
+        gray, colored = (self.to_image(torch.cat([lightness, x], dim=3)) for x in (torch.zeros_like(ab), ab))
+        return gray, colored

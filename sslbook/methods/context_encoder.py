@@ -5,8 +5,9 @@ image. An encoder maps the masked image to a feature map, a layer that connects 
 information across it, and a decoder of transposed convolutions reconstructs the pixels.
 
 Pathak, Krähenbühl, Donahue, Darrell and Efros, 2016, "Context encoders: feature learning by inpainting"
-(arXiv:1604.07379), section 3; equation 1 is the loss. What differs:
+(arXiv:1604.07379), section 3; equation 1 is the loss.
 
+What differs from the paper:
 - The adversarial loss (equation 2) is left out. The paper's own experiments on features were made without it, since it
   did not converge with their AlexNet, and a discriminator needs a second optimizer.
 - Any backbone with a feature map will do; the number of transposed convolutions follows from it.
@@ -66,12 +67,7 @@ def reconstruction_loss(
 
 
 class ChannelwiseLinear(nn.Module):
-    """A linear layer over all positions for each channel separately (section 3.1), then one over channels.
-
-    Args:
-        dim: channels.
-        side: rows and columns of the feature map.
-    """
+    """A linear layer over all `side` x `side` positions of each channel separately (section 3.1), then one over channels."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
@@ -115,8 +111,8 @@ class ContextEncoder(Method):
         decoder_dim: PositiveInt = 128,
     ) -> None:
         super().__init__()
-        self.view, self.mask, self.overlap, self.overlap_weight = view, mask, overlap, overlap_weight
-        self.mask_grid = mask_grid
+        self.view, self.mask, self.mask_grid = view, mask, mask_grid
+        self.overlap, self.overlap_weight = overlap, overlap_weight
         if mask == "center" and not 0 <= 4 * overlap < view.size:
             raise UserError(
                 f"an overlap of {overlap} pixels leaves nothing to mask in an image of {view.size}: "
@@ -165,13 +161,9 @@ class ContextEncoder(Method):
 
     @torch.no_grad()
     def reconstruct(
-        self,
-        images: Float[Tensor, "batch 3 height width"],
-        index: Int[Tensor, "batch"],
-        clock: Clock = Clock(),
+        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
         """The masked images, and the same with the masked pixels predicted."""
         mask = self.sample_masks(index, clock)
         prediction = self.predict(images, mask).to(images.dtype)
-        mask = mask[:, None]
-        return images.masked_fill(mask, 0.0), torch.where(mask, prediction, images)
+        return images.masked_fill(mask[:, None], 0.0), torch.where(mask[:, None], prediction, images)

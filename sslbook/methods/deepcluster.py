@@ -7,8 +7,9 @@ sampled uniformly over clusters; otherwise the largest cluster would absorb the 
 Caron, Bojanowski, Joulin and Douze, 2018, "Deep clustering for unsupervised learning of visual features"
 (arXiv:1807.05520), sections 3.2 and 3.3. The defaults and the order of events are those of the authors' code
 (facebookresearch/deepcluster): PCA with whitening to 256 dimensions, k-means with 10,000 clusters before every epoch, a
-new classifier each time. What differs:
+new classifier each time.
 
+What differs from the authors' code:
 - The classifier stands on the backbone's features. The authors' AlexNet and VGG have two hidden layers with dropout
   before it, which residual networks lack.
 - The first centroids, the new classifier and the order of images are functions of the seed and the epoch.
@@ -73,6 +74,8 @@ class DeepCluster(Method):
         UserError: the backbone has fewer features than `pca_dim`.
     """
 
+    assignment: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -95,8 +98,6 @@ class DeepCluster(Method):
         self.classifier = nn.Linear(dim, num_clusters)
         self.register_buffer("assignment", torch.empty(0, dtype=torch.int64))
 
-    assignment: Tensor
-
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
@@ -105,23 +106,18 @@ class DeepCluster(Method):
         start = rng.uniform(0, 0, torch.arange(data.num_train), rng.METHOD, 1)[:, 0]
         self.assignment = (start * self.num_clusters).long().to(self.assignment.device)  # until the first clustering
 
+    @torch.no_grad()
     def before_epoch(self, data: Data, clock: Clock) -> None:
         if clock.epoch % self.recluster_every:
             return
         features, index = embed(self.backbone, data, self.cluster_view)
         x = pca_whiten(features, self.pca_dim)
         seed = 100003 * clock.seed + clock.epoch  # differs for every seed and epoch
-        _, clusters = kmeans(x, self.num_clusters, self.kmeans_iterations, seed)
         self.assignment.fill_(-1)  # unreadable images have no cluster and are never sampled
-        self.assignment[index] = clusters
-        self.renew_classifier(clock)
-
-    @torch.no_grad()
-    def renew_classifier(self, clock: Clock) -> None:
-        """Initializes the classifier again, since the new clusters do not correspond to the old ones."""
-        generator = torch.Generator().manual_seed(100003 * clock.seed + clock.epoch)
-        weight = 0.01 * torch.randn(self.classifier.weight.shape, generator=generator)
-        self.classifier.weight.copy_(weight)
+        _, self.assignment[index] = kmeans(x, self.num_clusters, self.kmeans_iterations, seed)
+        # The new clusters do not correspond to the old ones: the classifier is initialized again.
+        generator = torch.Generator().manual_seed(seed)
+        self.classifier.weight.copy_(0.01 * torch.randn(self.classifier.weight.shape, generator=generator))
         self.classifier.bias.zero_()
 
     def sample_order(self, data: Data, clock: Clock) -> Int[Tensor, "images"] | None:

@@ -1,13 +1,14 @@
 """DeepCluster-v2: DeepCluster with multi-crop, a projector, and k-means centroids as the classifier.
 
-The projections of an epoch are stored as they are computed, so that no extra pass over the images is needed. Before
-the next epoch, spherical k-means clusters them several times from different starts, and its centroids are the weights
-of the classifiers, so that none is learned anew. From every crop the cluster of its image is predicted.
+The projections of an epoch are stored as they are computed, so that no extra pass over the images is needed. Before the
+next epoch, spherical k-means clusters them several times from different starts, and its centroids are the weights of
+the classifiers, so that none is learned anew. From every crop the cluster of its image is predicted.
 
 Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
 cluster assignments" (arXiv:2006.09882), appendix D. The defaults are those of the authors' code (facebookresearch/swav)
-for 800 epochs. What differs:
+for 800 epochs.
 
+What differs from the authors' code:
 - The first centroids are random rows chosen by the seed and the epoch, and an empty cluster takes half of the largest;
   the authors leave an empty one as it was.
 - An image that the last epoch did not show keeps its older projection and is clustered again; the authors leave it out
@@ -36,16 +37,13 @@ def cluster_loss(
     label: Int[Tensor, "heads n"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of every crop's prediction and its image's cluster, averaged over heads, crops and images.
+    """Cross-entropy of every crop's prediction and its image's cluster: the mean over heads, crops and counted images.
 
     Args:
         z: unit vectors of the crops.
         prototypes: unit vectors, the centroids of each head.
-        label: cluster of each image in each head; images of cluster -1 do not count.
+        label: cluster of each image in each head; images of cluster -1 do not count, in any process.
         temperature: divides the cosines.
-
-    Returns:
-        The mean over the counted images of all processes.
     """
     counted = (label >= 0).float()
     logits = torch.einsum("cnd,hkd->chnk", z, prototypes) / temperature
@@ -60,7 +58,7 @@ class DeepClusterV2(Method):
 
     Args:
         backbone: the network to train.
-        view: a large crop; there are two, whose projections are clustered by the heads in turn.
+        view: a large crop; there are two, whose projections the heads cluster alternately.
         small_view: a small crop.
         num_small: number of small crops.
         hidden_dim: hidden width of the projector.
@@ -70,6 +68,9 @@ class DeepClusterV2(Method):
         temperature: divides the cosines to the prototypes.
         kmeans_iterations: updates of the centroids in k-means.
     """
+
+    prototypes: Tensor
+    assignment: Tensor
 
     def __init__(
         self,
@@ -93,14 +94,8 @@ class DeepClusterV2(Method):
         prototypes = torch.randn(num_heads, num_prototypes, projector_dim, generator=generator)
         self.register_buffer("prototypes", F.normalize(prototypes, dim=2))
         self.memory_1, self.memory_2 = MemoryBank(projector_dim), MemoryBank(projector_dim)
+        self.memories = (self.memory_1, self.memory_2)  # the latest projections of every image's large crops
         self.register_buffer("assignment", torch.empty(num_heads, 0, dtype=torch.int64))
-
-    prototypes: Tensor
-    assignment: Tensor
-
-    def memories(self) -> tuple[MemoryBank, MemoryBank]:
-        """The latest projections of the two large crops of every image."""
-        return self.memory_1, self.memory_2
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view, *[self.small_view] * self.num_small)
@@ -108,7 +103,7 @@ class DeepClusterV2(Method):
     def setup(self, data: Data) -> None:
         heads, clusters, _ = self.prototypes.shape
         check_clusters(clusters, data.num_train)
-        for memory in self.memories():
+        for memory in self.memories:
             memory.allocate(data.num_train)
             memory.rows.zero_()  # zero: not yet shown
         start = rng.uniform(0, 0, torch.arange(data.num_train), rng.METHOD, heads).T
@@ -117,17 +112,16 @@ class DeepClusterV2(Method):
     def before_epoch(self, data: Data, clock: Clock) -> None:
         if clock.epoch == 0:  # the only pass over the images beside training
             z, index = embed_views(nn.Sequential(self.backbone, self.projector), data, self.views()[:2], clock)
-            for memory, z_view in zip(self.memories(), z):
+            for memory, z_view in zip(self.memories, z):
                 memory.rows[index] = F.normalize(z_view, dim=1)
         index = self.memory_1.rows.any(dim=1).nonzero()[:, 0]
         self.assignment.fill_(-1)
         heads, clusters, _ = self.prototypes.shape
         for head in range(heads):
-            z = self.memories()[head % 2].rows[index]
+            z = self.memories[head % 2].rows[index]
             seed = (100003 * clock.seed + clock.epoch) * heads + head
-            prototypes, assignment = kmeans(z, clusters, self.kmeans_iterations, seed, spherical=True)
-            self.prototypes[head] = prototypes
-            self.assignment[head, index] = assignment
+            result = kmeans(z, clusters, self.kmeans_iterations, seed, spherical=True)
+            self.prototypes[head], self.assignment[head, index] = result
 
     def project(self, views: tuple[Tensor, ...]) -> Float[Tensor, "crops n dim"]:
         """Unit vectors of all crops: one pass of the backbone for each size, one of the projector for all."""
@@ -142,6 +136,6 @@ class DeepClusterV2(Method):
             # The prototypes are centroids and get no gradient; a copy, since before_epoch writes into the buffer.
             loss = cluster_loss(z, self.prototypes.clone(), label, self.temperature)
             predicted = torch.einsum("cnd,hkd->chnk", z.detach(), self.prototypes).argmax(dim=3)
-        for memory, z_view in zip(self.memories(), z.detach()):  # of the two large crops, for the next clustering
+        for memory, z_view in zip(self.memories, z.detach()):  # of the two large crops, for the next clustering
             memory.update(batch.index, z_view, 0.0)
         return {"loss": loss, "cluster_accuracy": 100 * (predicted == label).float().mean()}

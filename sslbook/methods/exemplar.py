@@ -5,8 +5,9 @@ per image. Its features must ignore what the augmentation changes. In NPID a mem
 weights, which makes millions of classes possible.
 
 Dosovitskiy, Springenberg, Riedmiller and Brox, 2014, "Discriminative unsupervised feature learning with convolutional
-neural networks" (arXiv:1406.6909), equations 1 to 3, sections 2.1 and 2.2. What differs:
+neural networks" (arXiv:1406.6909), equations 1 to 3, sections 2.1 and 2.2.
 
+What differs from the paper:
 - The paper's exemplars are patches of 32 pixels at positions with a strong gradient, and 100 augmentations of each are
   made in advance. Here whole images are exemplars, and every epoch makes new augmentations; an exemplar occurs several
   times in an epoch that has more steps than there are exemplars.
@@ -68,9 +69,7 @@ class Exemplar(Method):
         num_images = data.num_train
         count = self.num_exemplars or num_images
         if count > num_images:
-            raise UserError(
-                f"{count} exemplars of {num_images} images: set --method.num_exemplars to {num_images} or 0"
-            )
+            raise UserError(f"{count} exemplars of {num_images} images: set num_exemplars to {num_images} or 0")
         if self.num_exemplars == 0:  # only now the number of classes is known
             self.classifier = nn.Linear(self.classifier.in_features, count, device=self.classifier.weight.device)
         label = torch.full((num_images,), -1)

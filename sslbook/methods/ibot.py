@@ -1,15 +1,16 @@
 """iBOT: masked image modeling with the EMA teacher as online tokenizer, plus DINO's self-distillation.
 
-The teacher sees the whole crop and turns every token into a distribution over outputs: a tokenizer that is learned
-during training. The student sees the crop with blocks of patches replaced by a mask token, and predicts the teacher's
+The teacher sees the whole crop and maps every token to a distribution over outputs: a tokenizer that is learned during
+training. The student sees the crop with blocks of patches replaced by a mask token, and predicts the teacher's
 distribution for each masked patch. The cls tokens are compared between crops as in DINO.
 
 Zhou, Wei, Wang, Shen, Xie, Yuille and Kong, 2022, "iBOT: Image BERT pre-training with online tokenizer"
 (arXiv:2111.07832), equations 2 and 3, algorithm 1; the defaults are those of the authors' code (bytedance/ibot), where
 the patches' center averages all patches of the teacher, not the masked ones alone. DINOv2 (Oquab et al., 2023,
 arXiv:2304.07193, section 4) is the same method with other options, in the recipe `dinov2`: a separate head for patches,
-Sinkhorn-Knopp instead of centering, and the KoLeo regularizer. What differs:
+Sinkhorn-Knopp instead of centering, and the KoLeo regularizer.
 
+What differs from the authors' code:
 - Which fraction of a crop is masked is a random number of the image and the epoch, instead of the running generator's.
 - The scale of the outputs is fixed at 1; iBOT's and DINOv2's authors learn it.
 - As in `dino`, the teacher's temperature rises with every step and reaches its final value one epoch later; its EMA
@@ -17,7 +18,7 @@ Sinkhorn-Knopp instead of centering, and the KoLeo regularizer. What differs:
   DINOv2's code, of each submodule's); and the backbone's linear layers start from Xavier's distribution instead of a
   truncated normal.
 - While the last layers are frozen they get no gradient, as in iBOT's code. DINOv2's code sets their learning rate to
-  zero instead, so that AdamW's state is warm when they thaw.
+  zero instead, so that AdamW's second moments are estimated when training of these layers begins.
 - KoLeo's nearest neighbor is searched in the global batch; DINOv2's code searches among the images of one GPU.
 """
 
@@ -34,7 +35,6 @@ from sslbook import distributed, rng
 from sslbook.data import masks
 from sslbook.data.loader import Batch
 from sslbook.data.views import BYOL_1, BYOL_2, View
-from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.methods.dino import dino_loss, teacher_distribution
 from sslbook.nn import EMA, DINOHead, VisionTransformer
@@ -113,7 +113,7 @@ class IBOT(Method):
         freeze_last_layer: duration at the beginning in which the heads' last layers are frozen.
 
     Raises:
-        UserError: the backbone is no vision transformer, a crop is no grid of patches, or the mask ratio is invalid.
+        UserError: the backbone is no vision transformer, or a crop is no grid of patches.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -149,8 +149,6 @@ class IBOT(Method):
     ) -> None:
         super().__init__()
         backbone = require_transformer(backbone, "iBOT")
-        if not 0 <= mask_ratio[0] <= mask_ratio[1] < 1:
-            raise UserError(f"mask ratio {list(mask_ratio)} must be an increasing pair, at least 0 and less than 1")
         self.crops = (global_1, global_2, *[local] * num_local)
         for view in self.crops:
             patch_grid(view.size, view.size, backbone.patch_size)  # raises if a crop is no grid of patches
@@ -165,9 +163,8 @@ class IBOT(Method):
         self.mask_token = nn.Parameter(torch.zeros(backbone.dim))
         names = ["cls", "patch"] if separate_heads else ["cls"]
         self.patch_head = names[-1]
-        self.heads = nn.ModuleDict(
-            {name: DINOHead(backbone.dim, hidden_dim, bottleneck_dim, num_outputs) for name in names}
-        )
+        heads = {name: DINOHead(backbone.dim, hidden_dim, bottleneck_dim, num_outputs) for name in names}
+        self.heads = nn.ModuleDict(heads)
         self.teacher_backbone, self.teacher_heads = EMA(self.backbone), EMA(self.heads)
         self.register_buffer("center", torch.zeros(num_outputs))
         self.register_buffer("patch_center", torch.zeros(num_outputs))
@@ -185,11 +182,10 @@ class IBOT(Method):
         u = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + crop, 2)
         low, high = self.mask_ratio
         ratio = torch.where(u[:, 0] < self.mask_probability, low + (high - low) * u[:, 1], 0.0)
+        num_masked = (ratio * grid[0] * grid[1]).long()
         smallest = (min(grid) // 3) ** 2 if self.min_block is None else self.min_block
         stream = masks.STREAM + 100_000 * crop  # beyond the attempts at the first crop's blocks
-        return masks.block_mask(
-            index, grid, (ratio * grid[0] * grid[1]).long(), clock, min_block=smallest, stream=stream
-        )
+        return masks.block_mask(index, grid, num_masked, clock, min_block=smallest, stream=stream)
 
     def current_teacher_temperature(self, clock: Clock) -> float:
         """The teacher's temperature at this step."""
@@ -215,14 +211,12 @@ class IBOT(Method):
         cls, patches = heads["cls"](tokens[:, 0]), heads[self.patch_head](tokens[:, 1:])
         temperature = self.current_teacher_temperature(clock)
         with full_precision(cls):
-            targets = (
-                self.distributions(cls, self.center, temperature),
-                self.distributions(patches[mask], self.patch_center, temperature),
-            )
+            cls_target = self.distributions(cls, self.center, temperature)
+            patch_target = self.distributions(patches[mask], self.patch_center, temperature)
             if self.training:  # the centers move after the step
                 self.score_sums += distributed.all_reduce_mean(torch.stack([cls.mean(dim=0), patches.mean(dim=(0, 1))]))
                 self.num_parts += 1
-        return targets
+        return cls_target, patch_target
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         n, globals_ = len(batch.index), torch.cat(batch.views[:2])  # (2 n, 3, height, width)

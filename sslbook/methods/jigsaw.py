@@ -1,14 +1,15 @@
 """Jigsaw puzzles: classify by which of a fixed set of permutations the nine patches of an image were shuffled.
 
 The same network encodes each patch separately. Only the last layer sees the features of all nine, in shuffled order.
-Similar permutations cannot be distinguished, so the set holds permutations that differ in as many positions
-as possible.
+Similar permutations cannot be distinguished, so the set holds permutations that differ in as many positions as
+possible.
 
 Noroozi and Favaro, 2016, "Unsupervised learning of visual representations by solving jigsaw puzzles"
 (arXiv:1603.09246), section 3. The authors trained AlexNet; the defaults are those of VISSL for ResNet-50 (Goyal et al.,
 2019, "Scaling and benchmarking self-supervised visual representation learning", arXiv:1905.01235): patches of 64 pixels
-in cells of 85, 2000 permutations, one layer per patch. What differs:
+in cells of 85, 2000 permutations, one layer per patch.
 
+What differs from the paper and from VISSL's code:
 - The paper's algorithm 1 repeatedly adds the permutation with the greatest *average* distance to those chosen, of all
   there are; some of its set then differ in two positions only (its table 5). Here the *nearest* of those chosen must be
   as far as possible, the average decides between equals, and the choice is among 20,000 random permutations. For 2000
@@ -106,7 +107,7 @@ class Jigsaw(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        # Gaps and jitter between patches hide continued lines.
+        # With gaps and jitter between patches, lines cannot be followed from one into the next.
         patches = cut_patches(images, batch.index, self.cell_size, self.patch_size, clock)  # (batch, 9, 3, h, w)
         # One permutation for every image and epoch: its number in the set is the class.
         u = rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, 1)[:, 0].double()

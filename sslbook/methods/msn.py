@@ -7,8 +7,9 @@ assignment; the mean-entropy term, and Sinkhorn on the targets, prevent one prot
 Assran, Caron, Misra, Bojanowski, Bordes, Vincent, Joulin, Rabbat and Ballas, 2022, "Masked siamese networks for
 label-efficient learning" (arXiv:2204.07141), section 3, equation 1. The defaults are those of the authors' code
 (facebookresearch/msn). As there, the mean-entropy term carries the constant log K, so that it is zero where all
-prototypes are equally frequent, and the EMA momentum rises four fifths of the way to 1. What differs:
+prototypes are equally frequent, and the EMA momentum rises four fifths of the way to 1.
 
+What differs from the authors' code:
 - Which patches are dropped is random for each image and epoch, instead of the same for a whole batch.
 - Sinkhorn-Knopp is computed with logarithms.
 - Linear layers start from Xavier's distribution (the head's from torch's default), the authors' from a truncated normal
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch
 from sslbook.data.views import MOCO_V2, View
-from sslbook.errors import UserError, at_least_one
+from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA, VisionTransformer
 from sslbook.nn.mask_tokens import gather_tokens
@@ -78,7 +79,7 @@ class MSN(Method):
         large: a large view: one for the teacher, and the anchors whose patches are dropped.
         focal: a small crop, which is an anchor too.
         num_large: number of large anchors.
-        num_focal: number of small crops.
+        num_focal: number of small crops, at least one if there are no large anchors.
         patch_drop: fraction of a large anchor's patches that is dropped.
         hidden_dim: hidden width of the head.
         output_dim: width of the head's output and of the prototypes.
@@ -90,7 +91,7 @@ class MSN(Method):
         momentum: EMA momentum of the teacher at the beginning; rises linearly, four fifths of the way to 1.
 
     Raises:
-        UserError: the backbone is no vision transformer, there are no anchors, or no patches would be left.
+        UserError: the backbone is no vision transformer, a crop is no grid of patches, or no patches would be left.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -113,18 +114,17 @@ class MSN(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        at_least_one(num_anchors=num_large + num_focal)
         backbone = require_transformer(backbone, "MSN", drops_patches=True)
         self.crops = (large, *[large] * num_large, *[focal] * num_focal)
         for view in self.crops:
             patch_grid(view.size, view.size, backbone.patch_size)  # raises if a crop is no grid of patches
         patches = math.prod(patch_grid(large.size, large.size, backbone.patch_size))
-        if not 0 <= patch_drop < 1 or int(patches * (1 - patch_drop) + 1e-6) < 1:
+        self.num_kept = int(patches * (1 - patch_drop) + 1e-6)
+        if not 1 <= self.num_kept <= patches:
             raise UserError(
                 f"patch_drop {patch_drop} leaves none of {patches} patches: use {1 - 1 / patches:.3g} or less"
             )
-        self.num_large, self.patch_drop = num_large, patch_drop
-        self.temperature, self.sharpening = temperature, sharpening
+        self.num_large, self.temperature, self.sharpening = num_large, temperature, sharpening
         self.sinkhorn_targets, self.mean_entropy_weight = sinkhorn_targets, mean_entropy_weight
         self.momentum = momentum
         self.backbone = backbone
@@ -140,9 +140,8 @@ class MSN(Method):
         self, tokens: Float[Tensor, "n patches dim"], index: Int[Tensor, "n"], clock: Clock, anchor: int
     ) -> Float[Tensor, "n kept dim"]:
         """The kept patches of a large anchor, in random order."""
-        patches = tokens.shape[1]
-        order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + anchor, patches).argsort(dim=1)
-        return gather_tokens(tokens, order[:, : int(patches * (1 - self.patch_drop) + 1e-6)])
+        order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + anchor, tokens.shape[1]).argsort(dim=1)
+        return gather_tokens(tokens, order[:, : self.num_kept])
 
     def log_assignments(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n prototypes"]:
         """Log-probabilities of the soft assignments to the prototypes."""

@@ -4,11 +4,12 @@ A memory bank holds a feature and a cluster for every image, another memory the 
 of its images are updated and assigned to the nearest centroids; clusters that became too small are dissolved, and the
 largest ones are split to replace them. The pseudo-labels thus change gradually, together with the classifier.
 
-Zhan, Xie, Liu, Ong and Loy, 2020, "Online deep clustering for unsupervised representation learning"
-(arXiv:2006.10645), sections 3.1 to 3.3. The defaults and the order of events are those of the authors' code
-(open-mmlab/OpenSelfSup): similarity to a centroid is the inner product with the plain mean of its features, and the
-loss of a class is weighted by frequency^-0.5. What differs:
+Zhan, Xie, Liu, Ong and Loy, 2020, "Online deep clustering for unsupervised representation learning" (arXiv:2006.10645),
+sections 3.1 to 3.3. The defaults and the order of events are those of the authors' code (open-mmlab/OpenSelfSup):
+similarity to a centroid is the inner product with the plain mean of its features, and the loss of a class is weighted
+by frequency^-0.5.
 
+What differs from the authors' code:
 - Dropout, the first centroids and the halves of a split cluster are functions of the seed, and the memories are updated
   identically in every process, so that one process and several have the same clusters.
 - The weighted loss is averaged over the global batch instead of each GPU's images.
@@ -39,10 +40,7 @@ def weighted_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in which an image is weighted by its cluster's size to the power -0.5 (section 3.3).
 
-    Args:
-        logits: scores of the clusters.
-        label: the images' clusters; an image of cluster -1 does not count.
-        sizes: images in each cluster.
+    An image of cluster -1 does not count.
     """
     weight = sizes.clamp(min=1).float().rsqrt()[label.clamp(min=0)] * (label >= 0)
     each = F.cross_entropy(logits, label, reduction="none", ignore_index=-1)
@@ -75,8 +73,8 @@ class Neck(nn.Module):
 class OnlineClusters(nn.Module):
     """The samples memory (a feature and a cluster for every image) and the centroids memory (section 3.1).
 
-    Both are the same in all processes, each of which computes them. An unreadable image has the cluster -1. The
-    nearest centroid is that of the largest inner product. InterCLR (`sslbook.methods.interclr`) uses the same.
+    Every process computes both, identically. An unreadable image has the cluster -1. The nearest centroid is that of
+    the largest inner product. InterCLR has the same clusters.
 
     Args:
         num_clusters: number of clusters.
@@ -112,14 +110,12 @@ class OnlineClusters(nn.Module):
         self.update_centroids()
 
     @torch.no_grad()
-    def initialize(
-        self, features: Float[Tensor, "n dim"], index: Int[Tensor, "n"], seed: int, iterations: int = 20
-    ) -> None:
+    def initialize(self, features: Float[Tensor, "n dim"], index: Int[Tensor, "n"], seed: int) -> None:
         """Sets the features of all readable images, and clusters them by k-means."""
         x = F.normalize(features, dim=1)
-        _, clusters = kmeans(x, self.num_clusters, iterations, seed)
         self.assignment.fill_(-1)
-        self.memory.rows[index], self.assignment[index] = x, clusters
+        _, self.assignment[index] = kmeans(x, self.num_clusters, 20, seed)
+        self.memory.rows[index] = x
         self.update_centroids()
         self.replace_small_clusters()
 
@@ -148,19 +144,14 @@ class OnlineClusters(nn.Module):
     @torch.no_grad()
     def replace_small_clusters(self) -> None:
         """Dissolves clusters below `min_cluster` and replaces them by halves of the largest ones (section 3.2)."""
-        small = (self.sizes() < self.min_cluster).nonzero()[:, 0]
-        if not len(small):
-            return
-        large = torch.ones(self.num_clusters, dtype=torch.bool, device=small.device)
-        large[small] = False
-        large = large.nonzero()[:, 0]
-        if len(large):
+        is_small = self.sizes() < self.min_cluster
+        small, large = is_small.nonzero()[:, 0], (~is_small).nonzero()[:, 0]
+        if len(small) and len(large):
             lost = torch.isin(self.assignment, small).nonzero()[:, 0]
             self.assignment[lost] = large[(self.memory.rows[lost] @ self.centroids[large].T).argmax(dim=1)]
-        for empty in small:
-            if self.sizes()[empty]:
-                continue  # all clusters were small: the non-empty ones stay
-            self.split(int(self.sizes().argmax()), int(empty))
+        for cluster in small:
+            if self.sizes()[cluster] == 0:  # else all clusters were small, and it stays
+                self.split(int(self.sizes().argmax()), int(cluster))
 
     def split(self, largest: int, empty: int) -> None:
         """Moves half of the images of the largest cluster into an empty one, by k-means with two clusters."""

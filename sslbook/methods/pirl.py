@@ -1,13 +1,15 @@
 """PIRL: features of an image and of its jigsaw puzzle must match, contrasted with a memory bank of other images.
 
-Rotation and jigsaw prediction ask what was done to an image, so their features must reveal it. Here features must be
-*invariant* to it: nine shuffled patches must match the image's own row of the memory bank, and no other row.
+Rotation and jigsaw prediction recover the transformation of an image, so their features must depend on it. Here
+features must be *invariant* to it: nine shuffled patches must match the image's own row of the memory bank, and no
+other row.
 
 Misra and van der Maaten, 2020, "Self-supervised learning of pretext-invariant representations" (arXiv:1912.01991):
 equation 5 is the loss, two terms of noise-contrastive estimation (NCE) as in equation 4. Heads, views and values are
-those of the authors' code (VISSL) for ResNet-50. What differs:
+those of the authors' code (VISSL) for ResNet-50.
 
-- Equation 4 divides by a sum over the negatives at hand. The authors' code, after Wu et al. (2018, arXiv:1805.01978),
+What differs from the paper or the authors' code:
+- Equation 4 divides by a sum over the sampled negatives. The authors' code, after Wu et al. (2018, arXiv:1805.01978),
   divides by a constant, estimated from the first batch: the mean over all its similarities, positives included, times
   the number of negatives. So do we, with a constant for each term.
 - Negatives are a function of the image and the epoch, different for the two terms as in the authors' code, and an image
@@ -29,7 +31,6 @@ from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.patch_grid import NUM_PATCHES, check_patches, cut_patches
 from sslbook.data.views import View
-from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import MemoryBank, backbone_dim
 from sslbook.nn.precision import full_precision
@@ -76,7 +77,7 @@ class PIRL(Method):
         momentum: momentum of the memory bank: a row becomes momentum times itself plus the rest of the new feature.
 
     Raises:
-        UserError: patches, cells and view do not fit; in `setup`, if there is only one image.
+        UserError: patches, cells and view do not fit.
     """
 
     log_sums: Tensor
@@ -111,8 +112,6 @@ class PIRL(Method):
         return (self.view, self.puzzle_view)
 
     def setup(self, data: Data) -> None:
-        if data.num_train < 2:
-            raise UserError("PIRL compares an image with others: give it at least 2 images")
         self.memory.allocate(data.num_train)
 
     def puzzle(self, images: Float[Tensor, "n 3 h w"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, "n dim"]:

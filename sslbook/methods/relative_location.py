@@ -8,14 +8,15 @@ Doersch, Gupta and Efros, 2015, "Unsupervised visual representation learning by 
 section 3; gaps and jitter between patches against trivial shortcuts: section 3.1. The authors trained a network like
 AlexNet on patches of 96 pixels with gaps of about half a patch. The defaults here are those of OpenMMLab for ResNet-50:
 cells of 85 pixels in an image of 255, patches of 64, a head with one hidden layer, and all eight pairs of an image in
-one batch. What differs from them:
+one batch.
 
+What differs from OpenMMLab's code:
 - The center is encoded once for its eight pairs instead of eight times, so batch norm counts it once.
 - Against chromatic aberration, which reveals where in the image a patch lies, the authors replace two of three color
   channels by noise. Here, as at OpenMMLab, two thirds of the images become gray.
 - OpenMMLab's head has dropout, which is left out, and a momentum of 0.003 in batch norm's running statistics; here the
   momentum is 0.1.
-- The view is a crop of about the size that theirs has after a resize to 292 pixels.
+- Theirs is a crop of 255 pixels after a resize to 292; the view here is a crop of 50 to 75 % of the area.
 """
 
 import torch
@@ -81,7 +82,7 @@ class RelativeLocation(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
-        # Gaps and jitter between patches hide continued lines (section 3.1).
+        # With gaps and jitter between patches, lines cannot be followed from one into the next (section 3.1).
         patches = cut_patches(images, batch.index, self.cell_size, self.patch_size, clock)  # (batch, 9, 3, h, w)
         # Siamese encoding: each patch alone, all with the same weights (figure 3).
         x = self.backbone(rearrange(patches, "batch patch c h w -> (batch patch) c h w"))

@@ -5,8 +5,9 @@ second network and no pair of views, only a classifier with four classes.
 
 Gidaris, Singh and Komodakis, 2018, "Unsupervised representation learning by predicting image rotations"
 (arXiv:1803.07728), section 3.1; equation 2 is the loss. As in the authors' code, all four rotations of an image are in
-one batch. What differs:
+one batch.
 
+What differs from the paper:
 - The authors trained AlexNet and NIN; the defaults are those of OpenMMLab for ResNet-50, with random resized crops,
   batch norm over all processes and one linear layer on the pooled features.
 """

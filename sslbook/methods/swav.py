@@ -6,8 +6,9 @@ rules out one prototype for all. Two large crops get codes; further small crops 
 
 Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning of visual features by contrasting
 cluster assignments" (arXiv:2006.09882), equations 1 to 5, section 3.2 on multi-crop, appendix A. The defaults are those
-of the authors' code (facebookresearch/swav) for 800 epochs at a batch of 4096. What differs:
+of the authors' code (facebookresearch/swav) for 800 epochs at a batch of 4096.
 
+What differs from the authors' code:
 - The prototypes are normalized after each step instead of before the next.
 - The queue holds the projections of all processes and is divided among them for Sinkhorn-Knopp, which works with
   logarithms. One process and several compute the same.
@@ -36,15 +37,12 @@ from sslbook.types import PositiveFloat, PositiveInt
 def swapped_prediction(
     q: Float[Tensor, "assigned n prototypes"], scores: Float[Tensor, "crops n prototypes"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Equations 1, 2 and 6: cross-entropy of each code and the prediction of every other crop.
+    """Equations 1, 2 and 6: cross-entropy of each code and the prediction of every other crop, the mean over all pairs.
 
     Args:
         q: codes of the large crops, which come first.
         scores: cosines of all crops with the prototypes.
         temperature: divides the scores.
-
-    Returns:
-        The mean over images and over the pairs of different crops.
     """
     log_p = F.log_softmax(scores / temperature, dim=2)
     pairs = [(s, t) for s in range(len(q)) for t in range(len(scores)) if s != t]
@@ -78,6 +76,8 @@ class SwAV(Method):
         queue_start: duration before the queue is filled; it is used once it is full.
     """
 
+    queued: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -103,8 +103,6 @@ class SwAV(Method):
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, projector_dim), dim=1))
         self.queues: Any = nn.ModuleList([Queue(queue_size, projector_dim) for _ in range(2 if queue_size else 0)])
         self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
-
-    queued: Tensor
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view, *[self.small_view] * self.num_small)

@@ -111,7 +111,7 @@ def test_without_augmentation_features_are_not_invariant() -> None:
 
 
 def test_rejects_invalid_options() -> None:
-    with pytest.raises(UserError, match=r"65 exemplars of 64 images: set --method.num_exemplars to 64 or 0"):
+    with pytest.raises(UserError, match=r"65 exemplars of 64 images: set num_exemplars to 64 or 0"):
         make("exemplar", num_exemplars=65)
 
 

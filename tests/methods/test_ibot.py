@@ -328,8 +328,6 @@ def test_rejects_invalid_options() -> None:
         make("ibot", backbone=ResNet(18, width=8))
     with pytest.raises(UserError, match="nearest size that works is 8x8"):
         make("ibot", local=View(size=9))
-    with pytest.raises(UserError, match="must be an increasing pair"):
-        make("ibot", mask_ratio=(0.5, 1.0))
     method = make("ibot", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
     with pytest.raises(UserError, match="use positions sincos or learned"):
         method(make_batch(method, 2), Clock())

@@ -163,8 +163,6 @@ def test_rejects_invalid_options() -> None:
         make("msn", focal=View(size=9))
     with pytest.raises(UserError, match=r"leaves none of 16 patches: use 0\.938 or less"):
         make("msn", patch_drop=0.99)
-    with pytest.raises(UserError, match="num_anchors is 0: give 1 or more"):
-        make("msn", num_large=0, num_focal=0)
     with pytest.raises(UserError, match="use positions sincos or learned"):
         make("msn", backbone=VisionTransformer(SIZE, 4, 16, 1, 2, positions="relative"))
 
