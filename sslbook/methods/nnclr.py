@@ -5,8 +5,10 @@ So the projection of one view is replaced by its nearest neighbor among past pro
 view must match this neighbor, by a softmax over the similarities of the batch as in SimCLR.
 
 Dwibedi, Aytar, Tompson, Sermanet and Zisserman, 2021, "With a little help from my friends: nearest-neighbor contrastive
-learning of visual representations" (arXiv:2104.14548), equations 3 and 4, algorithm 1. The defaults are the paper's; its
-authors published no code. What differs (the paper leaves both open):
+learning of visual representations" (arXiv:2104.14548), equations 3 and 4, algorithm 1. The defaults are the paper's;
+its authors published no code.
+
+What the paper leaves open:
 
 - The loss is algorithm 1's: each neighbor is compared with the predictions of the whole batch, and the two ways to pair
   the views are averaged.
@@ -54,8 +56,8 @@ class NNCLR(Method):
         predictor_dim: hidden width of the predictor.
         temperature: divides the cosine similarities.
         queue_size: past projections in the queue, the paper's support set.
-        projector: another network behind the backbone; its outputs must be `projector_dim` wide.
-        predictor: another network from projections to predictions.
+        projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
+        predictor: replaces the MLP from projections to predictions.
     """
 
     def __init__(
