@@ -73,14 +73,13 @@ def load(path: Path, *needs: str) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not a checkpoint of this version, or lacks an entry.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: truncated or not a checkpoint; take an older one (checkpoint-*.pt beside it)")
-    state = read(path)
+    # What `save` has written is a zip archive; torch would unpickle anything else.
+    state = read(path) if zipfile.is_zipfile(path) or not path.is_file() else None
     found = state.get("format") if isinstance(state, dict) else None
     if found == OLD_FORMAT and "optimizer" in needs:
         reason = f"written by sslbook 0.1, whose runs cannot be resumed; start anew with --init_from {path}"
     elif found not in (FORMAT, OLD_FORMAT):
-        reason = "not a checkpoint of sslbook; to start from its weights use --init_from"
+        reason = "truncated or not a checkpoint of sslbook; take an older one, or only its weights with --init_from"
     elif absent := [name for name in needs if name not in state]:
         reason = f"holds no {', '.join(absent)}; take another checkpoint"
     else:

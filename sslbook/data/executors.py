@@ -66,7 +66,6 @@ def crop_one(view: View, image: Any, crop: CropParams) -> UInt8[Tensor, "3 size 
     """The geometric half of `apply_one`: crop, resize and flip one PIL image."""
     from PIL import Image
 
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     top, left, height, width = crop.box[0].tolist()
     grid_height, grid_width, y, x = crop.grid[0].tolist()
     size = view.size
@@ -76,13 +75,12 @@ def crop_one(view: View, image: Any, crop: CropParams) -> UInt8[Tensor, "3 size 
         # The square that is kept, in the image's own pixels: only it is resized, however long the image is.
         scale_y, scale_x = height / grid_height, width / grid_width
         kept = (x * scale_x, y * scale_y, min((x + size) * scale_x, width), min((y + size) * scale_y, height))
-        image = image.resize((size, size), filters[view.interpolation], box=kept)
+        image = image.resize((size, size), Image.Resampling[view.interpolation.upper()], box=kept)
     elif (height, width) != (size, size):
         image = image.crop((x, y, x + size, y + size))
     if crop.flip[0]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels.permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 # A batch -------------------------------------------------------------------------------------------------------------
@@ -140,11 +138,10 @@ def crop_batch(
         no_flip = torch.zeros_like(flip)
         rows = _resampling(size, height, box[:, 0], box[:, 2], grid[:, 0], grid[:, 2], no_flip, view.interpolation)
         columns = _resampling(size, width, box[:, 1], box[:, 3], grid[:, 1], grid[:, 3], flip, view.interpolation)
-        rows = rows.mul_(1 / 255)
-        columns = columns.transpose(1, 2)
+        rows.mul_(1 / 255)
         x = images.new_empty((channels, batch, size, size), dtype=torch.float32)
         for channel in range(channels):
-            torch.bmm(torch.bmm(rows, images[:, channel].float()), columns, out=x[channel])
+            torch.bmm(torch.bmm(rows, images[:, channel].float()), columns.transpose(1, 2), out=x[channel])
         if view.interpolation == "bicubic":
             x.clamp_(0, 1)  # its negative lobes overshoot
     return x.expand(3, -1, -1, -1).clone() if channels == 1 else x

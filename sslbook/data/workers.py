@@ -18,7 +18,7 @@ from sslbook.data.datasets.base import ImageSource
 from sslbook.data.executors import apply_one, crop_one
 from sslbook.data.images import UnreadableImage, as_pil
 from sslbook.data.views import CropParams, View, sample_params
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
 
 DECODED_AT_ONCE = 8  # images of a camera are 36 MB each once decoded
 MAX_UNREADABLE_IN_A_ROW = 100  # after so many, the folder is at fault, not an image
@@ -129,9 +129,8 @@ class CropLoader:
             except (RuntimeError, OSError, EOFError) as error:
                 if not (self._loader.num_workers and _is_worker_death(error)):
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
                 cure = "often for want of memory, or of /dev/shm: try a lower --data.workers, or 0"
-                batch = CroppedBatch(error=f"a loader worker died ({reason}), {cure}")
+                batch = CroppedBatch(error=f"a loader worker died ({first_line(error).rstrip('. ')}), {cure}")
             if batch.error:
                 del iterator, self._loader  # ends the other workers
                 yield batch

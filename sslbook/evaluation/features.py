@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from sslbook.data.loader import Data
 from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from sslbook.errors import UserError
+from sslbook.nn.modes import in_mode
 
 Split = Literal["train", "test"]
 
@@ -29,14 +30,8 @@ class Features(NamedTuple):
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without gradients; afterwards every submodule is in exactly the mode it was in before."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield module
-    finally:
-        for part, training in modes:  # `module.train(mode)` would also wake up parts that were kept in eval mode
-            part.training = training
+    with in_mode(module, False), torch.no_grad():
+        yield module
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -4,8 +4,7 @@ The results do not depend on the number of processes: images are divided among t
 process 0 and its result is broadcast.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one
+from sslbook.nn.modes import in_mode
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
 
@@ -176,7 +176,7 @@ def _collect(
     """Features of all processes' batches, in the order of the images, and the indices of these images."""
     device = next(network.parameters()).device
     rows, shown = torch.empty(0, 0, 0, device=device), torch.zeros(num_images, dtype=torch.int64, device=device)
-    with _mode(network, training), torch.autocast(device.type, enabled=False):
+    with in_mode(network, training), torch.autocast(device.type, enabled=False):
         for batch in batches:
             x = torch.stack([network(view).float() for view in batch.views], dim=1)
             rows = x.new_zeros(num_images, *x.shape[1:]) if not rows.numel() else rows
@@ -187,15 +187,3 @@ def _collect(
     rows = rows if rows.numel() else rows.new_zeros(shape)  # more processes than batches
     index = distributed.all_reduce_sum(shown).nonzero()[:, 0]
     return distributed.all_reduce_sum(rows)[index], index
-
-
-@contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Puts the module in training or evaluation mode; afterwards every submodule is in its former mode again."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(training)
-    try:
-        yield
-    finally:
-        for part, was in modes:  # `module.train` would also change submodules that are kept in evaluation mode
-            part.training = was

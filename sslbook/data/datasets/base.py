@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from sslbook.data.images import UnreadableImage, as_image, open_image
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
 from sslbook.rng import permutation
 
 DECODING_ERRORS = (OSError, ValueError, RuntimeError)  # what decoders raise within a user's dataset
@@ -86,8 +86,7 @@ class DatasetSource(ImageSource):
         except UserError:  # a `ValueError` too, whose message already says what to do
             raise
         except DECODING_ERRORS as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UnreadableImage(f"number {index} of {type(self.dataset).__name__}", reason) from error
+            raise UnreadableImage(f"number {index} of {type(self.dataset).__name__}", first_line(error)) from error
         return as_image(item[0] if isinstance(item, tuple | list) else item)
 
     def subset(self, positions: Int[Tensor, "some"]) -> "DatasetSource":

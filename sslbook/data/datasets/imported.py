@@ -23,9 +23,6 @@ def load_imported(name: str, root: str | Path) -> Splits:
     module, _, attribute = name.rpartition(".")
     try:
         dataset_class = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import the data set {name} ({error}): check the path, or set PYTHONPATH") from error
-    try:
         signature = inspect.signature(dataset_class)
         options: dict[str, Any] = {"root": root} if "root" in signature.parameters else {}
         splits: list[dict[str, Any]] = [{}]
@@ -34,8 +31,9 @@ def load_imported(name: str, root: str | Path) -> Splits:
         elif "split" in signature.parameters:
             splits = [{"split": "train"}, {"split": "test"}]
         signature.bind(**options, **splits[0])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"cannot make the data set {name} ({error}): it gets root, train and split only") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        cure = "check the path or set PYTHONPATH; its class gets root, train and split only"
+        raise UserError(f"cannot import the data set {name} ({error}): {cure}") from error
     datasets = [dataset_class(**options, **split) for split in splits]
     labels = [_labels(dataset) for dataset in datasets]
     texts = sorted({label for part in labels for label in part if isinstance(label, str)})
@@ -48,7 +46,11 @@ def load_imported(name: str, root: str | Path) -> Splits:
 
 
 def _labels(dataset: Any) -> list[Any]:
-    """The dataset's `targets` or `labels`, or else those that its items hold; None for an unlabeled image."""
+    """The dataset's `targets` or `labels`, or else those that its items hold; None for an unlabeled image.
+
+    Raises:
+        UserError: it is not map-style, or its items hold texts.
+    """
     name = type(dataset).__name__
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
         raise UserError(f"{name} has no __len__ and __getitem__, or no images: give a map-style dataset with images")
@@ -72,7 +74,11 @@ def _labels(dataset: Any) -> list[Any]:
 
 
 def _source(dataset: Any, labels: list[Any], numbers: dict[str, int]) -> DatasetSource:
-    """The dataset with its labels as numbers; `numbers` are those of its classes if the labels are names."""
+    """The dataset with its labels as numbers; `numbers` are those of its classes if the labels are names.
+
+    Raises:
+        UserError: there is not one label for each image, or they are no classes.
+    """
     name = type(dataset).__name__
     try:
         pairs = zip(range(len(dataset)), labels, strict=True)

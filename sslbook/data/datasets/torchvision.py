@@ -7,7 +7,7 @@ import torch
 
 from sslbook.data.datasets.base import InMemory, Splits
 from sslbook.data.datasets.folder import load_folder
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
 
 ARRAYS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
 FOLDERS = {
@@ -35,9 +35,8 @@ def load_torchvision(name: str, root: str | Path, download: bool) -> Splits:
     try:
         return read(name, root, True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         cure = "download it yourself and give its folder as data.root"
-        raise UserError(f"cannot download {name} ({reason}): {cure}") from error
+        raise UserError(f"cannot download {name} ({first_line(error)}): {cure}") from error
 
 
 def _read_arrays(name: str, root: Path, download: bool) -> Splits:
