@@ -1,14 +1,15 @@
 """Barlow Twins: make the cross-correlation matrix between the projections of two views the identity.
 
-The diagonal of the matrix asks that each dimension agrees between the views. A constant output cannot satisfy it, since
-it has no correlation. The rest of the matrix asks that different dimensions are uncorrelated, which fills a wide
-projection with information.
+Ones on the diagonal mean that each dimension agrees between the views. A constant output cannot achieve this, since it
+has no correlation. Zeros elsewhere mean that different dimensions are uncorrelated, which fills a wide projection with
+information.
 
 Zbontar, Jing, Misra, LeCun and Deny, 2021, "Barlow Twins: self-supervised learning via redundancy reduction"
 (arXiv:2103.03230), equations 1 and 2, algorithm 1. The defaults are those of the authors' code
 (facebookresearch/barlowtwins), whose lambda is 0.0051 (paper: 0.005). Mean and standard deviation are those of batch
-norm: over the global batch, biased, with an epsilon of 1e-5. What differs:
+norm: over the global batch, biased, with an epsilon of 1e-5.
 
+What differs from the authors' code:
 - The authors' code sums the correlation over GPUs outside of autograd, so that its gradient is divided by their number.
   LARS cancels this factor for weight matrices. It does not adapt biases and batch norms, so the recipe's learning rate
   of 0.0048 for these is the authors' number and not its effect: on their 16 GPUs they moved by 1/16 of it.

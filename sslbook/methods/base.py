@@ -48,7 +48,7 @@ class Method(nn.Module):
     def sample_order(self, data: Data, clock: Clock) -> Int[Tensor, "images"] | None:
         """The images of an epoch in order, the same in every process; None for a random permutation of all.
 
-        A pure function of the method's state and the clock's epoch, since a resumed run asks again.
+        A pure function of the method's state and the clock's epoch, since a resumed run computes it again.
         """
         return None
 

@@ -1,19 +1,19 @@
 """BEiT: predict the visual tokens of masked blocks of patches.
 
-A tokenizer, trained before and then frozen, assigns to every patch of the whole image one of a fixed number of codes. The
-network sees the image with blocks of patches replaced by a mask token, and classifies the code of each masked patch. A
-choice among codes leaves no room for the blurred average that regression of pixels favors.
+A tokenizer, trained before and then frozen, assigns to every patch of the whole image one of a fixed number of codes.
+The network sees the image with blocks of patches replaced by a mask token, and classifies the code of each masked
+patch. A choice among codes leaves no room for the blurred average that regression of pixels favors.
 
-Bao, Dong, Piao and Wei, 2022, "BEiT: BERT pre-training of image transformers" (arXiv:2106.08254), sections 2.1 to 2.4 and
-equation 1; masks are algorithm 1 as the authors' code runs it, at most 75 of 196 patches.
+Bao, Dong, Piao and Wei, 2022, "BEiT: BERT pre-training of image transformers" (arXiv:2106.08254), sections 2.1 to 2.4
+and equation 1; masks are algorithm 1 as the authors' code runs it, at most 75 of 196 patches.
 
 What differs from the authors' code:
-- the tokenizer is one of ours (`python -m sslbook.train dvae`) instead of DALL-E's;
-- it sees the same crop, resized, where the authors resize the crop a second time from the file;
-- the blocks' linear layers start by Xavier; there from a truncated normal of 0.02, divided by sqrt(2 layer) where a branch
-  ends, which the paper (section 2.5) says keeps large models stable;
-- keys of attention have a bias, which changes nothing (`sslbook.nn.vit`);
-- masks are functions of seed, epoch and image.
+- The tokenizer is one of ours (`python -m sslbook.train dvae`) instead of DALL-E's.
+- It sees the same crop, resized, where the authors resize the crop a second time from the file.
+- The blocks' linear layers start from Xavier's distribution; theirs from a truncated normal of 0.02, divided by sqrt(2
+  layer) where a branch ends, for the stability of large models (the paper's section 2.5).
+- Keys have a bias, which changes no attention weight; theirs have none.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from running generators.
 """
 
 import torch
@@ -37,9 +37,8 @@ def token_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Equation 1: cross-entropy with the codes of the masked patches; and the accuracy in percent.
 
-    Images have different numbers of masked patches. The sum is divided by the number that a process has on average, so
-    that the mean over processes is the mean over all their patches. Where blocks are large and images few, no patch may
-    be masked at all: the loss is 0 then.
+    The sum is divided by the number of masked patches that a process has on average, so that the mean over processes is
+    the mean over all their patches. It is 0 where no patch is masked, as with few images and large blocks.
     """
     count = distributed.all_reduce_mean(torch.tensor(float(len(codes)), device=codes.device))
     count = torch.where(count > 0, count, 1.0)

@@ -1,19 +1,19 @@
 """BEiT v2: predict semantic visual tokens of masked patches, and train the class token to summarize the image.
 
-The masked patches are classified into the codes of a tokenizer trained by VQ-KD, which reconstructs a teacher's features
-instead of pixels. A small head makes the same prediction from the class token of the last layer and the patch tokens of
-an early one. What the early patch tokens do not contain yet, the class token has to provide.
+The masked patches are classified into the codes of a tokenizer trained by VQ-KD, which reconstructs a teacher's
+features instead of pixels. A small head makes the same prediction from the class token of the last layer and the patch
+tokens of an early one. What the early patch tokens do not contain yet, the class token has to provide.
 
 Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-quantized visual tokenizers"
-(arXiv:2208.06366), sections 3.2 and 3.3, equations 2 and 3. As in the authors' code the two predictions share one linear
-layer, and masks are BEiT's blocks filled up to exactly 75 of 196.
+(arXiv:2208.06366), sections 3.2 and 3.3, equations 2 and 3. As in the authors' code the two predictions share one
+linear layer, and masks are BEiT's blocks filled up to exactly 75 of 196.
 
 What differs from the authors' code:
-- the tokenizer is one of ours (`python -m sslbook.train vqkd`);
-- the blocks' linear layers start by Xavier; there from a truncated normal of 0.02, divided by sqrt(2 layer) where a branch
-  ends;
-- keys of attention have a bias, which changes nothing (`sslbook.nn.vit`);
-- masks are functions of seed, epoch and image.
+- The tokenizer is one of ours (`python -m sslbook.train vqkd`).
+- The blocks' linear layers start from Xavier's distribution; theirs from a truncated normal of 0.02, divided by sqrt(2
+  layer) where a branch ends.
+- Keys have a bias, which changes no attention weight; theirs have none.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from running generators.
 """
 
 from dataclasses import replace
@@ -77,7 +77,7 @@ class BEiTv2(Method):
         aggregation_depth: blocks of the aggregation; 0 leaves it out.
 
     Raises:
-        UserError: the backbone is no vision transformer, there is no tokenizer or its patches are others, no patch or all
+        UserError: the backbone is no vision transformer, there is no tokenizer or it has other patches, no patch or all
             would be masked, or the early layer is not before the last.
     """
 
@@ -108,7 +108,7 @@ class BEiTv2(Method):
         rows = self.tokenizer.encoder.grid[0]  # pyrefly: ignore
         if rows != self.grid[0]:
             raise UserError(
-                f"the tokenizer has codes for {rows}x{rows} patches and the backbone has {self.grid[0]}x{self.grid[1]}: "
+                f"the tokenizer has {rows}x{rows} codes and the backbone {self.grid[0]}x{self.grid[1]} patches: "
                 f"use patch_size {view.size // rows}, or another tokenizer"
             )
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, self.backbone.dim), std=0.02))
@@ -136,7 +136,7 @@ class BEiTv2(Method):
         (images,) = batch.views
         mask = block_mask(batch.index, self.grid, self.num_masked, clock, self.min_block, exact=True)
         codes = self.tokenizer(images)[mask]  # of the whole image: (n * num_masked,)
-        logits = self.predict(images, mask)
+        logits = self.predict(images, mask)  # one or two times (n * num_masked, codes)
         # Equation 2 for the last layer, plus the same for the aggregation: equation 3.
         losses = [F.cross_entropy(x.float(), codes) for x in logits]
         accuracy = 100 * (logits[0].argmax(dim=1) == codes).float().mean()

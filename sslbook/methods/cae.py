@@ -1,4 +1,4 @@
-"""CAE: a latent regressor between encoder and decoder predicts masked features, so the encoder only represents what it sees.
+"""CAE: a latent regressor behind the encoder predicts masked features, so the encoder only represents what it sees.
 
 The encoder sees the visible patches only. A regressor of cross-attention blocks predicts from them the features of the
 masked patches, and a decoder predicts a tokenizer's codes from these. An alignment loss keeps the predicted features in
@@ -10,10 +10,11 @@ learning" (arXiv:2202.03026), sections 3.1 and 3.2: four blocks each, alignment 
 on the masked patches, without gradient.
 
 What differs from the authors' code:
-- the tokenizer is one of ours (`python -m sslbook.train dvae`) instead of DALL-E's;
-- the regressor's blocks have no drop path;
-- the patch embedding starts by Xavier and the head from a truncated normal, the other way round than there;
-- masks are functions of seed, epoch and image.
+- The tokenizer is one of ours (`python -m sslbook.train dvae`) instead of DALL-E's.
+- The regressor's blocks have no drop path.
+- The patch embedding starts from Xavier's distribution and the head from a truncated normal; theirs the other way
+  round.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from running generators.
 """
 
 import torch
@@ -113,8 +114,8 @@ class CAE(Method):
         decoder_depth: blocks of the decoder.
 
     Raises:
-        UserError: the backbone is no vision transformer or has relative positions, there is no tokenizer, or no patch or
-            all would be masked.
+        UserError: the backbone is no vision transformer or has relative positions, there is no tokenizer, or no patch
+            or all would be masked.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -186,7 +187,7 @@ class CAE(Method):
         z_masked, logits = self.predict(tokens, visible, masked)
         with torch.no_grad():  # the alignment's target is a constant, or encoder and regressor could agree on zero
             target = self.backbone.encode(gather_tokens(tokens, masked))[:, 1:]
-        codes = self.tokenizer(images).gather(1, masked)
+        codes = self.tokenizer(images).gather(1, masked)  # of the whole image: (n, masked)
         decoding_loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         alignment_loss = (z_masked.float() - target.float()).square().mean()
         accuracy = 100 * (logits.argmax(dim=2) == codes).float().mean()

@@ -122,7 +122,7 @@ class Colorization(Method):
         view: augmentation of an image before its colors are removed; it should not change colors.
         stride: colors are predicted for every `stride`-th pixel in both directions.
         bin_width: side of the palette's square bins, in units of a and b.
-        rebalance: weight lambda of the uniform distribution in equation 4; at most 1, which gives all pixels equal weight.
+        rebalance: weight lambda of the uniform distribution in equation 4; with 1 all pixels have equal weight.
         decoder_dim: channels of the transposed convolutions, if the feature map is coarser than the colors.
 
     Raises:

@@ -67,7 +67,7 @@ def reconstruction_loss(
 
 
 class ChannelwiseLinear(nn.Module):
-    """A linear layer over all `side` x `side` positions of each channel separately (section 3.1), then one over channels."""
+    """A linear layer over all positions of each channel separately (section 3.1), then one over channels."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()

@@ -10,12 +10,11 @@ ViT-B: targets are normalized twice (each block's output, and their average), an
 commands name a start of 0.999 as well, but no steps over which it would rise.
 
 What differs from the authors' code:
-
-- masks are counter-based random numbers of seed, epoch and image; theirs come from Python's generator;
-- colors are jittered after the crop; theirs before it;
-- attention has no dropout; theirs has;
-- keys have a bias, which changes no attention weight; theirs have none;
-- initialization is that of MAE; theirs is a truncated normal of 0.02, rescaled at the end of every branch.
+- Masks are counter-based random numbers of seed, epoch and image; theirs come from Python's generator.
+- Colors are jittered after the crop; theirs before it.
+- Attention has no dropout; theirs has.
+- Keys have a bias, which changes no attention weight; theirs have none.
+- Initialization is that of MAE; theirs is a truncated normal of 0.02, rescaled at the end of every branch.
 """
 
 from collections.abc import Iterable

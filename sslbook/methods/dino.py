@@ -1,14 +1,15 @@
 """DINO: self-distillation in which the student matches the EMA teacher's output distribution over multi-crop views.
 
-The teacher sees two global crops and turns each into a distribution over many outputs. The student sees local crops as
+The teacher sees two global crops and maps each to a distribution over many outputs. The student sees local crops as
 well, and predicts from each crop the teacher's distribution for another one: the whole from a part. Two opposite
-operations on the teacher's scores prevent collapse: centering (no output wins for all images) and sharpening (each
-image has a winner).
+operations on the teacher's scores prevent collapse: centering (no output dominates over all images) and sharpening (the
+distribution of each image has a peak).
 
 Caron, Touvron, Misra, Jégou, Mairal, Bojanowski and Joulin, 2021, "Emerging properties in self-supervised vision
 transformers" (arXiv:2104.14294), equations 1 to 4, algorithm 1. The defaults are those of the authors' code
-(facebookresearch/dino), where the scores of a batch are centered by the mean of the batches before it. What differs:
+(facebookresearch/dino), where the scores of a batch are centered by the mean of the batches before it.
 
+What differs from the authors' code:
 - The teacher's temperature rises with every step instead of every epoch. It reaches its final value when the warm-up's
   last epoch ends; in the authors' code that epoch already has it, one epoch earlier.
 - The teacher's EMA momentum counts the step just taken, so that it reaches 1 at the last one.

@@ -4,14 +4,14 @@ An encoder gives every patch a distribution over the codes, and a decoder recons
 sample has no gradient, so training decodes a mixture of codes instead, perturbed by Gumbel noise, which approaches a
 sample of one code as the temperature falls.
 
-Ramesh et al., 2021, "Zero-shot text-to-image generation" (DALL-E, arXiv:2102.12092), section 2.1, with the relaxation of
-Jang, Gu and Poole, 2017, "Categorical reparameterization with Gumbel-softmax" (arXiv:1611.01144), equation 2.
+Ramesh et al., 2021, "Zero-shot text-to-image generation" (DALL-E, arXiv:2102.12092), section 2.1, with the relaxation
+of Jang, Gu and Poole, 2017, "Categorical reparameterization with Gumbel-softmax" (arXiv:1611.01144), equation 2.
 
 What differs from the paper:
-- the likelihood of the pixels is normal (squared error) instead of logit-Laplace, which sets another scale for the weight
-  of the KL divergence (6.6 there);
-- networks are smaller, and the temperature falls over the whole run;
-- the noise is a function of seed, epoch and image.
+- The likelihood of the pixels is normal (squared error) instead of logit-Laplace, which sets another scale for the
+  weight of the KL divergence (6.6 there).
+- Networks are smaller, and the temperature falls over the whole run.
+- The noise is counter-based random numbers of seed, epoch and image.
 """
 
 import math
@@ -46,7 +46,7 @@ def gumbel_noise(
 def gumbel_softmax(
     logits: Float[Tensor, "batch patches codes"], noise: Float[Tensor, "batch patches codes"], temperature: float
 ) -> Float[Tensor, "batch patches codes"]:
-    """The relaxed sample, weights of all codes (arXiv:1611.01144, equation 2); one-hot as the temperature falls to 0."""
+    """The relaxed sample, weights of all codes (arXiv:1611.01144, equation 2); one-hot at temperature 0."""
     return ((logits + noise) / temperature).softmax(dim=2)
 
 
@@ -73,8 +73,7 @@ class DVAE(Method):
         last_temperature: of the relaxed samples, at the end; it falls along half a cosine.
 
     Raises:
-        UserError: the backbone is no discrete encoder, the temperature does not fall, or the images do not divide into
-            patches.
+        UserError: the backbone is no discrete encoder, or the images do not divide into patches.
     """
 
     backbone: DiscreteEncoder  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -93,11 +92,6 @@ class DVAE(Method):
                 f"a discrete VAE trains an encoder of codes and cannot use a {type(backbone).__name__}: "
                 "choose sslbook.nn.DiscreteEncoder"
             )
-        if not 0 < last_temperature <= temperature:
-            raise UserError(
-                f"the temperature cannot fall from {temperature} to {last_temperature}: use 1.0 and 0.0625, or another "
-                "two positive numbers, the larger first"
-            )
         patch_grid(view.size, view.size, backbone.patch_size)  # rejects a size that does not divide
         self.view, self.kl_weight = view, kl_weight
         self.temperature = Cosine(temperature, last_temperature)
@@ -113,7 +107,7 @@ class DVAE(Method):
         noise = gumbel_noise(batch.index, logits.shape[1], logits.shape[2], clock)
         relaxed = gumbel_softmax(logits, noise, self.temperature(clock))  # differentiable, unlike a sampled code
         reconstruction = self.decoder(relaxed, images.shape[2] // self.backbone.patch_size)  # (n, 3, h, w)
-        # The evidence lower bound (equation 1), with a weight of its second term and its sign turned.
+        # The evidence lower bound (equation 1), negated, with a weight for its second term.
         squared_error = (reconstruction.float() - images.float()).square().mean()
         return {
             "loss": squared_error + self.kl_weight * kl_to_uniform(logits),

@@ -8,12 +8,12 @@ section 2.1: the transformer sees the full sequence with mask tokens, as here. W
 in OpenMMLab's port, MAE's encoder and decoder get the same target instead; `milan` is near to that.
 
 What differs from the authors' code:
-- the targets are CLIP's features after the last norm, where the authors predict those after CLIP's projection; any frozen
-  network can be the teacher;
-- the loss is 2 - 2 cos instead of -cos, which has the same minimum;
-- every image has exactly the same number of masked patches, where BEiT's blocks, which the authors use, may leave some
-  with fewer;
-- the backbone's linear layers start by Xavier, theirs from a truncated normal.
+- The targets are CLIP's features after the last norm, where the authors predict those after CLIP's projection; any
+  frozen network can be the teacher.
+- The loss is 2 - 2 cos instead of -cos, which has the same minimum.
+- Every image has exactly the same number of masked patches, while BEiT's blocks, which the authors use, may mask fewer
+  in some.
+- The backbone's linear layers start from Xavier's distribution; theirs from a truncated normal.
 """
 
 import torch

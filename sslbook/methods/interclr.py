@@ -30,7 +30,7 @@ from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import MOCO_V2, View
 from sslbook.errors import UserError
-from sslbook.methods.moco import MoCo
+from sslbook.methods.moco import MoCo, info_nce
 from sslbook.methods.odc import OnlineClusters
 from sslbook.nn.kmeans import embed
 from sslbook.nn.precision import full_precision
@@ -38,33 +38,29 @@ from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
 
 
-def info_nce(
+def inter_image_loss(
     positive: Float[Tensor, "n"],
     negatives: Float[Tensor, "n k"],
+    counted: Bool[Tensor, "n k"],
+    known: Bool[Tensor, "n"],
     temperature: float,
-    margin: float = 0.0,
-    counted: Bool[Tensor, "n k"] | None = None,
-    known: Bool[Tensor, "n"] | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "n columns"]]:
-    """Equations 1 and 4 for cosine similarities: the loss, and the logits with the positive in column 0.
+    margin: float,
+) -> Float[Tensor, ""]:
+    """Equation 4 for cosine similarities.
 
     Args:
         positive: similarity to the positive.
         negatives: similarities to the negatives.
+        counted: which negatives take part.
+        known: which rows have a positive; the mean is over those of all processes.
         temperature: divides the similarities.
         margin: subtracted from the positive's similarity; a negative one demands less.
-        counted: which negatives take part; all by default.
-        known: which rows have a positive; the mean is over those of all processes. All by default.
     """
-    if counted is not None:
-        negatives = negatives.masked_fill(~counted, -torch.inf)
+    negatives = negatives.masked_fill(~counted, -torch.inf)
     logits = torch.cat([(positive - margin)[:, None], negatives], dim=1) / temperature
     target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    if known is None:
-        return F.cross_entropy(logits, target), logits
     each = F.cross_entropy(logits, target, reduction="none")
-    num_known = distributed.all_reduce_mean(known.float().sum()).clamp(min=1e-6)  # it may be 0
-    return (each * known).sum() / num_known, logits
+    return (each * known).sum() / distributed.all_reduce_mean(known.float().sum()).clamp(min=1e-6)  # it may be 0
 
 
 def sample_positives(
@@ -133,10 +129,8 @@ class InterCLR(MoCo):
 
     def setup(self, data: Data) -> None:
         if self.pool_size > data.num_train:
-            raise UserError(
-                f"the {self.pool_size} most similar of {data.num_train} images: lower --method.pool_size, "
-                f"such as to {max(1, data.num_train // 10)}"
-            )
+            fewer = max(1, data.num_train // 10)
+            raise UserError(f"the {self.pool_size} most similar of {data.num_train} images: set pool_size to {fewer}")
         self.clusters.allocate(data.num_train)
 
     def before_epoch(self, data: Data, clock: Clock) -> None:
@@ -155,7 +149,7 @@ class InterCLR(MoCo):
         counted = (assignment[negative] != label[:, None]) & (assignment[negative] >= 0)
         s_negative = torch.einsum("nd,nkd->nk", q, rows[negative])
         s_positive = (q * rows[positive]).sum(dim=1)
-        return info_nce(s_positive, s_negative, self.temperature, self.margin, counted, label >= 0)[0]
+        return inter_image_loss(s_positive, s_negative, counted, label >= 0, self.temperature, self.margin)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         x_q, x_k = batch.views
@@ -164,7 +158,7 @@ class InterCLR(MoCo):
         with full_precision(q):  # a temperature of 0.2 amplifies rounding errors
             q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
             # Intra-image loss: MoCo's equation 1. The queue is copied, since the backward pass comes after `push`.
-            intra, logits = info_nce((q * k).sum(dim=1), q @ self.queue.rows.clone().T, self.temperature)
+            intra, logits = info_nce(q, k, self.queue.rows.clone(), self.temperature)
             inter = self.inter(q, batch.index, clock)
         self.queue.push(k)
         # The memory bank receives the keys, and these images move to the nearest centroid (section 3.2).

@@ -1,9 +1,9 @@
 """LeJEPA: views of an image predict their mean, and SIGReg keeps the features of all images an isotropic Gaussian.
 
 Each view should have the mean projection of the large views. A constant would satisfy this, so a second term (SIGReg)
-measures how far the batch's features are from the isotropic Gaussian, which the paper shows to be the best
-distribution for unknown tasks: a statistical test of normality along many random directions. One weight trades the
-two; there is no teacher, no stop-gradient and no predictor.
+measures how far the batch's features are from the isotropic Gaussian, which the paper shows to be the best distribution
+for unknown tasks: a statistical test of normality along many random directions. One weight trades the two; there is no
+teacher, no stop-gradient and no predictor.
 
 Balestriero and LeCun, 2025, "LeJEPA: provable and scalable self-supervised learning without the heuristics"
 (arXiv:2511.08544), the SIGReg and LeJEPA losses (algorithms 1 and 2). The defaults are those of the authors' README and

@@ -1,19 +1,19 @@
 """MILAN: predict a frozen CLIP's features of all patches from a quarter of them, chosen by the teacher's attention.
 
-The targets are features of a teacher trained on images and captions, not pixels. Patches that the teacher attends to are
-more likely to stay visible. The decoder predicts masked patches and leaves the encoded visible ones as they are, so that
-these must be good features by themselves.
+The targets are features of a teacher trained on images and captions, not pixels. Patches that the teacher attends to
+are more likely to stay visible. The decoder predicts masked patches and leaves the encoded visible ones as they are, so
+that these must be good features by themselves.
 
 Hou, Sun, Chen, Xie and Kung, 2022, "MILAN: Masked image pretraining on language assisted representation"
 (arXiv:2208.06049): section 3.2 the targets and the loss, 3.3 the prompting decoder, 3.4 semantic aware masking. As in
 the authors' code the loss is over visible and masked patches, and the class token where the teacher has one.
 
 What differs from the authors' code:
-- the targets are CLIP's features after the last norm, 768 for ViT-B/16, where the authors predict the 512 that CLIP's
-  projection to the space of captions makes of them; the paper's figures are for those;
-- any frozen network can be the teacher; where it has no class token, a patch's attention is its contribution to the mean
-  feature;
-- visible patches are sampled as a function of seed, epoch and image.
+- The targets are CLIP's features after the last norm, 768 for ViT-B/16, where the authors predict the 512 that CLIP's
+  projection to the space of captions makes of them; the paper's figures are for those.
+- Any frozen network can be the teacher; where it has no class token, a patch's attention is its contribution to the
+  mean feature.
+- Visible patches are sampled by counter-based random numbers of seed, epoch and image; theirs by torch's generator.
 """
 
 import torch
@@ -36,7 +36,6 @@ from sslbook.nn.vit import (
     patch_grid,
     require_heads,
     require_transformer,
-    resample_positions,
     sincos_positions,
 )
 from sslbook.schedules import Clock
@@ -88,11 +87,12 @@ class PromptBlock(nn.Module):
 class PromptingDecoder(nn.Module):
     """Predicts the teacher's features of all patches (section 3.3): of masked ones from mask tokens and the prompts."""
 
+    positions: Tensor
+
     def __init__(
         self, encoder_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, grid: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.grid = grid
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid))
@@ -106,13 +106,11 @@ class PromptingDecoder(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         visible: Int[Tensor, "batch visible"],
         masked: Int[Tensor, "batch masked"],
-        grid: tuple[int, int],
     ) -> Float[Tensor, "batch tokens+masked out_dim"]:
         """Predictions for the class token, the visible patches and the masked ones, in this order."""
-        positions = resample_positions(self.positions, self.grid, grid)
         tokens = self.embed(tokens)
-        prompts = torch.cat([tokens[:, :1], tokens[:, 1:] + positions[visible]], dim=1)  # (n, 1 + visible, dim)
-        x = self.mask_token.to(tokens.dtype) + positions[masked]
+        prompts = torch.cat([tokens[:, :1], tokens[:, 1:] + self.positions[visible]], dim=1)  # (n, 1 + visible, dim)
+        x = self.mask_token.to(tokens.dtype) + self.positions[masked]
         for block in self.blocks:
             x = block(x, prompts)  # the prompts stay as the encoder made them
         return self.predict(self.norm(torch.cat([prompts, x], dim=1)))
@@ -134,8 +132,8 @@ class MILAN(Method):
             them as they are.
 
     Raises:
-        UserError: the backbone is no vision transformer or has relative positions, no patch or all would be masked, there
-            is no teacher, or its grid is another.
+        UserError: the backbone is no vision transformer or has relative positions, no patch or all would be masked,
+            there is no teacher, or its grid is another.
     """
 
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -153,22 +151,18 @@ class MILAN(Method):
     ) -> None:
         super().__init__()
         self.backbone = require_transformer(backbone, "MILAN", drops_patches=True)
-        self.view, self.mask_ratio = view, mask_ratio
+        self.view = view
         grid = patch_grid(view.size, view.size, self.backbone.patch_size)
-        self.num_visible(grid[0] * grid[1])  # rejects a ratio that masks no patch, or all
+        num_patches = grid[0] * grid[1]
+        self.num_visible = int(num_patches * (1 - mask_ratio) + 1e-6)
+        require_mask(num_patches - self.num_visible, num_patches)
         self.teacher = open_teacher(teacher, view, teacher_size)
         self.teacher.require_grid(grid)
-        self.decoder = PromptingDecoder(
-            self.backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, self.teacher.dim, grid
-        )
+        dim, out_dim = self.backbone.dim, self.teacher.dim
+        self.decoder = PromptingDecoder(dim, decoder_dim, decoder_depth, decoder_num_heads, out_dim, grid)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
-
-    def num_visible(self, num_patches: int) -> int:
-        """How many patches the encoder sees, rounded down."""
-        visible = int(num_patches * (1 - self.mask_ratio) + 1e-6)
-        return num_patches - require_mask(num_patches - visible, num_patches)
 
     def predict(
         self,
@@ -179,11 +173,11 @@ class MILAN(Method):
     ) -> tuple[Float[Tensor, "batch tokens dim"], Int[Tensor, "batch visible"], Int[Tensor, "batch masked"]]:
         """Predictions for the class token, the visible and the masked patches; and which patches these are."""
         tokens = self.backbone.embed(images)
-        # Semantic aware masking (section 3.4): the first patches of an order sampled by the teacher's attention are seen.
-        order, num_visible = semantic_order(features.attention, index, clock), self.num_visible(tokens.shape[1])
-        visible, masked = order[:, :num_visible], order[:, num_visible:]
+        # Semantic aware masking (section 3.4): patches in an order sampled by attention; the first are visible.
+        order = semantic_order(features.attention, index, clock)
+        visible, masked = order[:, : self.num_visible], order[:, self.num_visible :]
         encoded = self.backbone.encode(gather_tokens(tokens, visible))  # (n, 1 + visible, dim)
-        return self.decoder(encoded, visible, masked, features.grid), visible, masked
+        return self.decoder(encoded, visible, masked), visible, masked
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (images,) = batch.views
@@ -192,8 +186,6 @@ class MILAN(Method):
         target = gather_tokens(features.patches, torch.cat([visible, masked], dim=1))  # in the prediction's order
         if features.cls is not None:
             target = torch.cat([features.cls[:, None], target], dim=1)
-        loss = cosine_loss(
-            prediction[:, -target.shape[1] :], target
-        )  # without a class token its prediction is left out
+        loss = cosine_loss(prediction[:, -target.shape[1] :], target)  # without a target for the cls token, not for it
         visible_attention = features.attention.gather(1, visible).sum(dim=1).mean()
         return {"loss": loss, "visible_attention": visible_attention}

@@ -10,7 +10,6 @@ contrastive learning" (v2, arXiv:2003.04297). One class holds both; the defaults
 temperature=0.07` with a view of `color_jitter=(0.4, 0.4, 0.4, 0.4), color_jitter_p=1.0` and no blur.
 
 What differs from the authors' code:
-
 - The key encoder is updated after each optimizer step instead of before each forward pass. The keys of every step come
   out the same, since the authors' first update changes nothing (both encoders start equal). With accumulated gradients
   theirs is updated several times per step, ours once.
@@ -58,7 +57,7 @@ class MoCo(Method):
         queue_size: keys in the queue, the negatives.
         batch_norm_groups: groups of the global batch that batch norm normalizes separately, 8 for the authors' 8 GPUs;
             the keys are shuffled over them. With 1, all images share their statistics and nothing is shuffled.
-        projector: another network between backbone and loss; its outputs must be `projector_dim` wide.
+        projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
     """
 
     def __init__(

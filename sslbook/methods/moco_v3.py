@@ -10,7 +10,6 @@ for transformers see the recipe `imagenet_vit`. As there, the loss is the sum of
 temperature.
 
 What differs from the authors' code:
-
 - The key encoder is updated after each step instead of before each forward pass, and its momentum counts the step just
   taken, so that it reaches 1 at the last one.
 - A transformer's fixed positions are MAE's table, in which rows and columns are exchanged.
@@ -62,8 +61,8 @@ class MoCoV3(Method):
         temperature: divides the cosine similarities; 1 for a ResNet, 0.2 for a transformer.
         momentum: EMA momentum m of the key encoder at the start; it rises to 1 along half a cosine.
         freeze_patch_embedding: keep a transformer's patch embedding at its random initialization.
-        projector: another network behind the backbone, instead of the one that these options describe.
-        predictor: another network from the queries' projections to queries.
+        projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
+        predictor: replaces the MLP from the queries' projections to queries.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class SimCLR(Method):
         temperature: divides the cosine similarities; the lower, the more the most similar negatives weigh.
         projector_num_layers: linear layers in the projector; 3 in the authors' code, 2 in the paper.
         projector_dim: width of the projection z, in which similarity is measured.
-        projector: another network between backbone and loss, instead of the one that these two options describe.
+        projector: replaces the MLP behind the backbone.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SimCLR(Method):
         return (self.view, self.view)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        # h = f(x), z = g(h) (section 2.1). One pass: batch norm's statistics are over both views, as in the authors' code.
+        # h = f(x), z = g(h) (section 2.1). One pass, so that batch norm's statistics are over both views.
         z = self.projector(self.backbone(torch.cat(batch.views)))  # (2n, dim)
         with full_precision(z):  # a temperature of 0.1 amplifies rounding errors tenfold
             z_1, z_2 = z.float().chunk(2)

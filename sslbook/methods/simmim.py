@@ -84,8 +84,8 @@ class SimMIM(Method):
         step = math.lcm(side, self.stride)
         if side != mask_size or view.size % step:
             raise UserError(
-                f"images of {view.size} pixels cannot be cut into squares of {mask_size} and cells of {self.stride}, or the "
-                f"squares into patches of {self.patch_size}: the nearest sizes that work are mask_size {side} and "
+                f"images of {view.size} pixels cannot be cut into squares of {mask_size} and cells of {self.stride}, "
+                f"or squares into patches of {self.patch_size}: the nearest sizes that work are mask_size {side} and "
                 f"view.size {max(1, round(view.size / step)) * step}"
             )
         self.view, self.mask_size = view, mask_size

@@ -5,12 +5,12 @@ the projection to be predicted passes no gradient, so the network is never moved
 Without the stop-gradient it collapses within a few steps.
 
 Chen and He, 2021, "Exploring simple Siamese representation learning" (arXiv:2011.10566), equations 1 to 4, algorithm 1.
-The defaults are those of the authors' code (facebookresearch/simsiam). That the predictor's learning rate does not decay
-(section 4.2) is a rule of the recipes.
+The defaults are those of the authors' code (facebookresearch/simsiam). That the predictor's learning rate does not
+decay (section 4.2) is a rule of the recipes.
 
 What differs from the authors' code:
-- The last linear layer of the projector has no bias. The authors keep one that is not trained, since batch norm
-  cancels it.
+- The last linear layer of the projector has no bias. The authors keep one that is not trained, since batch norm cancels
+  it.
 - The cosine of the learning rate moves with every step instead of every epoch.
 """
 

@@ -5,9 +5,10 @@ the batch should reach a threshold, which rules out a constant. Covariance: no t
 which rules out that all encode the same. There are no negatives, no teacher and no normalization.
 
 Bardes, Ponce and LeCun, 2022, "VICReg: variance-invariance-covariance regularization for self-supervised learning"
-(arXiv:2105.04906), equations 1 to 6, algorithm 1. The defaults are those of the authors' code (facebookresearch/vicreg).
-As there, and unlike in the paper, the invariance is divided by the dimension too, and the variance terms of the two
-views are halved while their covariance terms are not. Variance and covariance are of the global batch.
+(arXiv:2105.04906), equations 1 to 6, algorithm 1. The defaults are those of the authors' code
+(facebookresearch/vicreg). As there, and unlike in the paper, the invariance is divided by the dimension too, and the
+variance terms of the two views are halved while their covariance terms are not. Variance and covariance are of the
+global batch.
 
 What differs from the authors' code:
 - The hidden linear layers of the expander have no bias: batch norm follows and cancels it.

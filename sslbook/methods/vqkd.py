@@ -9,14 +9,14 @@ Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-q
 over dimensions.
 
 What differs from the authors' code:
-- they initialize the codes by k-means on the first batch and leave a code that is never assigned where it is; here codes
-  start at patches of the first batch, and one that is hardly assigned moves to a patch of the latest batch (the random
-  restarts of Dhariwal et al., 2020, "Jukebox", arXiv:2005.00341, section 3.1);
-- any frozen network can be the teacher; of CLIP the targets are the features after the last norm, 768 for ViT-B/16, where
-  the authors reconstruct the 512 that CLIP's projection makes of them: another tokenizer, and so another BEiT v2;
-- encoder and decoder have sine-cosine positions and the decoder no class token; there positions are learned, and both
-  have a class token;
-- images are normalized by the view's mean and standard deviation, which are ImageNet's by default; there both are 0.5.
+- They initialize the codes by k-means on the first batch and leave a code that is never assigned where it is; here
+  codes start at patches of the first batch, and one that is hardly assigned moves to a patch of the latest batch (the
+  random restarts of Dhariwal et al., 2020, "Jukebox", arXiv:2005.00341, section 3.1).
+- Any frozen network can be the teacher; of CLIP the targets are the features after the last norm, 768 for ViT-B/16,
+  where the authors reconstruct the 512 that CLIP's projection makes of them: another tokenizer, and so another BEiT v2.
+- Encoder and decoder have sine-cosine positions and the decoder no class token; there positions are learned, and both
+  have a class token.
+- Images are normalized by the view's mean and standard deviation, which are ImageNet's by default; there both are 0.5.
 """
 
 import torch
@@ -81,15 +81,15 @@ class VQKD(Method):
         view: the augmentation of the image.
         momentum: EMA momentum of the codes.
         commitment_weight: weight of the commitment loss, the distance of patches from their codes.
-        dead_below: a code assigned less often than this fraction of the average moves to a patch of the batch; 0: never.
+        dead_below: a code assigned less often than this fraction of the average moves to a patch; 0: never.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
-        teacher_size: side in pixels of the teacher's images, so that its grid of patches is the tokenizer's; null leaves
-            them as they are.
+        teacher_size: side in pixels of the teacher's images, so that its grid of patches is the tokenizer's; null
+            leaves them as they are.
 
     Raises:
-        UserError: the backbone is no VQTokenizer, the view has another size, there is no teacher, or its grid is another.
+        UserError: the backbone is no VQTokenizer, the view has another size, or there is no teacher of the same grid.
     """
 
     backbone: VQTokenizer  # pyrefly: ignore[bad-override-mutable-attribute]

@@ -2,12 +2,12 @@
 
 After whitening, the projections of a batch have mean zero, variance one in every direction and no correlations,
 whatever the network computes, so they cannot collapse to a point or a line. What is left to learn is a mean squared
-error between views, without negatives, teacher or predictor. The covariance of few samples is unreliable; therefore
-the batch is cut into random slices, several times, and each slice of each view is whitened by itself.
+error between views, without negatives, teacher or predictor. The covariance of few samples is unreliable; therefore the
+batch is cut into random slices, several times, and each slice of each view is whitened by itself.
 
-Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised representation learning"
-(arXiv:2007.06346), section 3. The defaults are those of the authors' code (htdt/self-supervised) for STL-10 and Tiny
-ImageNet, with four permutations; its README also has a command for ImageNet-100, with one.
+Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised representation learning" (arXiv:2007.06346),
+section 3. The defaults are those of the authors' code (htdt/self-supervised) for STL-10 and Tiny ImageNet, with four
+permutations; its README also has a command for ImageNet-100, with one.
 
 What differs from the authors' code:
 - The slices are cut from the global batch.
@@ -55,8 +55,8 @@ def whiten(x: Float[Tensor, "*slices size dim"], epsilon: float = 0.0) -> Float[
     factor, info = torch.linalg.cholesky_ex((1 - epsilon) * covariance + epsilon * identity)
     if bool(info.any()):
         raise UserError(
-            f"the projections of a slice of {x.shape[-2]} images vary in too few of {x.shape[-1]} directions to be whitened: "
-            "set method.slice_size to twice method.projector_dim, or method.epsilon=0.01"
+            f"a slice of {x.shape[-2]} images has projections that vary in too few of {x.shape[-1]} directions to be "
+            "whitened: set method.slice_size to twice method.projector_dim, or method.epsilon=0.01"
         )
     return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
 

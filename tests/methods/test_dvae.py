@@ -142,8 +142,6 @@ def test_falling_temperature_lets_decoder_read_single_codes() -> None:
 def test_rejects_invalid_options() -> None:
     with pytest.raises(UserError, match=r"cannot use a ResNet: choose sslbook.nn.DiscreteEncoder"):
         DVAE(ResNet(18, width=8))
-    with pytest.raises(UserError, match=r"cannot fall from 1\.0 to 2.0"):
-        make("dvae", last_temperature=2.0)
     with pytest.raises(UserError, match="nearest size that works is 16x16"):
         make("dvae", backbone=DiscreteEncoder(8, 8, 8, 1), view=VIEW.__class__(size=18))
 

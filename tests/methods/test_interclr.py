@@ -10,7 +10,8 @@ from sslbook import nn as nets
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
-from sslbook.methods.interclr import InterCLR, info_nce, sample_positives, sample_semihard
+from sslbook.methods.interclr import InterCLR, inter_image_loss, sample_positives, sample_semihard
+from sslbook.methods.moco import info_nce
 from sslbook.nn import kmeans
 from sslbook.schedules import Clock
 from tests.methods.cases import CONVNET, NUM_IMAGES, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
@@ -48,7 +49,7 @@ CASE = Case(
 
 @pytest.mark.parametrize(("n", "k", "temperature"), [(5, 7, 0.2), (1, 1, 0.1), (3, 4, 0.01)])
 @pytest.mark.parametrize("margin", [-0.5, 0.0, 0.3])
-def test_info_nce_with_a_margin(n: int, k: int, temperature: float, margin: float) -> None:
+def test_inter_image_loss_has_a_margin(n: int, k: int, temperature: float, margin: float) -> None:
     positive, negatives = 2 * torch.rand(n, dtype=torch.float64) - 1, 2 * torch.rand(n, k, dtype=torch.float64) - 1
     counted = torch.rand(n, k) < 0.5
     expected = 0.0
@@ -56,16 +57,16 @@ def test_info_nce_with_a_margin(n: int, k: int, temperature: float, margin: floa
         logits = [(float(positive[i]) - margin) / temperature]
         logits += [float(negatives[i, j]) / temperature for j in range(k) if counted[i, j]]
         expected += (max(logits) + math.log(sum(math.exp(v - max(logits)) for v in logits)) - logits[0]) / n
-    loss, _ = info_nce(positive, negatives, temperature, margin, counted)
+    loss = inter_image_loss(positive, negatives, counted, torch.ones(n, dtype=torch.bool), temperature, margin)
     assert float(loss) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_negative_margin_lowers_the_gradient() -> None:
     """With equal similarities, a negative margin pulls the positive less, and a positive margin more."""
-    similarity = torch.full((1,), 0.4, requires_grad=True)
+    similarity, yes = torch.full((1,), 0.4, requires_grad=True), torch.ones(1, 3, dtype=torch.bool)
     pulls = {}
     for margin in (-0.5, 0.0, 0.5):
-        loss, _ = info_nce(similarity, torch.full((1, 3), 0.4), 0.2, margin)
+        loss = inter_image_loss(similarity, torch.full((1, 3), 0.4), yes, yes[:, 0], 0.2, margin)
         (pulls[margin],) = torch.autograd.grad(loss, similarity)
     assert 0 < -pulls[-0.5] < -pulls[0.0] / 2 < -pulls[0.5] / 2
 
@@ -149,7 +150,8 @@ def test_images_without_a_cluster_are_ignored() -> None:
 def _inter(positive: Tensor, negatives: Tensor, known: Tensor) -> float:
     r, n = distributed.rank(), len(positive) // distributed.world_size()
     mine = slice(r * n, (r + 1) * n)
-    loss, _ = info_nce(positive[mine], negatives[mine], 0.2, known=known[mine])
+    counted = torch.ones_like(negatives[mine], dtype=torch.bool)
+    loss = inter_image_loss(positive[mine], negatives[mine], counted, known[mine], 0.2, 0.0)
     return float(distributed.all_reduce_mean(loss))
 
 
@@ -182,7 +184,7 @@ def test_loss_is_the_weighted_sum() -> None:
         queue = method.queue.rows.clone()
         k = F.normalize(method.keys(batch.views[1], batch, Clock()), dim=1)
         q = F.normalize(method.projector(method.backbone(batch.views[0])), dim=1)
-        intra, _ = info_nce((q * k).sum(dim=1), q @ queue.T, 0.2)
+        intra, _ = info_nce(q, k, queue, 0.2)
         inter = method.inter(q, batch.index, Clock())
         out = method(batch, Clock())
     torch.testing.assert_close(out["loss"], 0.75 * intra + 0.25 * inter)
@@ -229,7 +231,7 @@ def test_first_clustering_is_kmeans_of_all_images() -> None:
 
 
 def test_rejects_invalid_options() -> None:
-    with pytest.raises(UserError, match=r"the 65 most similar of 64 images: lower --method.pool_size, such as to 6"):
+    with pytest.raises(UserError, match=r"the 65 most similar of 64 images: set pool_size to 6"):
         make("interclr", pool_size=65)
     with pytest.raises(UserError, match="65 clusters of 64 images: ask for at most 64"):
         make("interclr", num_clusters=65)
