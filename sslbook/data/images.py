@@ -100,9 +100,7 @@ def as_image(item: Any) -> Any:
         return to_rgb(item)
     image = item
     if isinstance(image, np.ndarray):
-        with contextlib.suppress(
-            TypeError, ValueError
-        ):  # Pillow has no mode for it; a tensor of the same values may do
+        with contextlib.suppress(TypeError, ValueError):  # Pillow may have no mode for what a tensor can hold
             return to_rgb(Image.fromarray(image))
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf" and image.ndim in (2, 3):
         image = image[:, :, None] if image.ndim == 2 else image

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sslbook import distributed, rng
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.errors import UserError, at_least_one
+from sslbook.errors import UserError
 from sslbook.nn.modes import in_mode
 from sslbook.nn.precision import full_precision
 from sslbook.schedules import Clock
@@ -27,9 +27,8 @@ def check_clusters(num_clusters: int, images: int) -> None:
     """Refuse more clusters than images.
 
     Raises:
-        UserError: there are fewer images than clusters, or no clusters.
+        UserError: there are fewer images than clusters.
     """
-    at_least_one(num_clusters=num_clusters)
     if num_clusters > images:
         raise UserError(f"{num_clusters} clusters of {images} images: ask for at most {images} (num_clusters)")
 

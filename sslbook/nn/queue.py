@@ -6,7 +6,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sslbook import distributed
-from sslbook.errors import at_least_one
 
 
 class Queue(nn.Module):
@@ -17,9 +16,6 @@ class Queue(nn.Module):
     Args:
         size: rows kept.
         dim: width of a row.
-
-    Raises:
-        UserError: `size` is below 1.
     """
 
     rows: Tensor
@@ -27,7 +23,6 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        at_least_one(queue_size=size)
         start = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("rows", F.normalize(start, dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))

@@ -289,7 +289,10 @@ def test_rejects_invalid_options() -> None:
             data.steps_per_epoch(batch_size)
 
 
-@pytest.mark.parametrize(("option", "cure"), [("limit=0", "give 1 or more"), ("workers=-1", "give 0 or more")])
+@pytest.mark.parametrize(
+    ("option", "cure"),
+    [("limit=0", "give 1 or more"), ("workers=-1", "give 0 or more"), ("shapes.num_test=-3", "give 1 or more")],
+)
 def test_command_line_rejects_counts_out_of_range(option, cure) -> None:
     with pytest.raises(UserError, match=f"data.{option.replace('=', ' is ')}: {cure}"):
         train.main(["simclr", f"--data.{option}"])

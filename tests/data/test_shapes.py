@@ -164,8 +164,6 @@ def test_rotations_and_shapes_can_be_classified():
     [
         ({"size": 15}, "from 16 to 96"),
         ({"size": 97}, "shapes.size"),
-        ({"num_train": 0}, "shapes.num_train"),
-        ({"num_test": -3}, "shapes.num_test"),
         ({"texture": 1.5}, "shapes.texture"),
         ({"hue": -0.1}, "from 0 to 1"),
         ({"noise": float("nan")}, "shapes.noise"),

@@ -1,9 +1,7 @@
-import pytest
 import torch
 from torch import Tensor
 
 from sslbook import distributed
-from sslbook.errors import UserError
 from sslbook.nn import Queue
 
 
@@ -24,11 +22,6 @@ def test_push_of_more_rows_than_its_size() -> None:
     assert sorted(queue.rows.flatten().tolist()) == [7, 8, 9, 10]
     queue.push(torch.tensor([[11.0]]))
     assert sorted(queue.rows.flatten().tolist()) == [8, 9, 10, 11]
-
-
-def test_rejects_size_0() -> None:
-    with pytest.raises(UserError, match="queue_size is 0"):
-        Queue(0, 4)
 
 
 def test_initial_rows_are_unit_vectors_in_float32() -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from sslbook import rng
 from sslbook.data.datasets.base import InMemory, Splits
-from sslbook.errors import UserError, at_least_one
+from sslbook.errors import UserError
+from sslbook.types import PositiveInt
 
 NUISANCES = ("hue", "position", "scale", "orientation", "lighting", "background", "texture", "clutter", "noise")
 SIZES = (16, 96)  # smaller is illegible, larger takes too long to render
@@ -199,8 +200,8 @@ class Shapes:
         noise: independent noise on every pixel; 1 up to 0.2 of the range
     """
 
-    num_train: int = 3000
-    num_test: int = 1000
+    num_train: PositiveInt = 3000
+    num_test: PositiveInt = 1000
     size: int = 16
     seed: int = 0
     hue: float = 1.0
@@ -225,7 +226,6 @@ class Shapes:
     )
 
     def __post_init__(self) -> None:
-        at_least_one(**{"shapes.num_train": self.num_train, "shapes.num_test": self.num_test})
         for name, (low, high) in {"size": SIZES, **dict.fromkeys(NUISANCES, (0, 1))}.items():
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"shapes.{name} is {getattr(self, name)}: give a number from {low} to {high}")

@@ -28,10 +28,8 @@ def load_torchvision(name: str, root: str | Path, download: bool) -> Splits:
         return read(name, root, False)
     except (RuntimeError, FileNotFoundError) as error:
         if not download or name == "imagenet":
-            where = " (train/ and val/)" if name == "imagenet" else ""
-            script = f", run data_scripts/{name}.py" if name in ("cifar10", "imagenet") else ""
-            fetch = "" if name == "imagenet" else ", or set data.download to true"
-            raise UserError(f"no {name} under {root}{where}: give its folder as data.root{script}{fetch}") from error
+            cure = "run data_scripts/imagenet.py" if name == "imagenet" else "set data.download to true"
+            raise UserError(f"no {name} under {root}: give its folder as data.root, or {cure}") from error
     try:
         return read(name, root, True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
