@@ -57,13 +57,14 @@ class MFF(MAE):
     """
 
     def __init__(self, backbone: nn.Module, layers: tuple[int, ...] = (0, 2, 4, 6, 8), **mae_options: Any) -> None:
-        last = len(require_transformer(backbone, "MFF").blocks) - 1
+        net = require_transformer(backbone, "MFF")
+        last = len(net.blocks) - 1
         if sorted(set(layers)) != list(layers) or not layers or not 0 <= layers[0] <= layers[-1] < last:
             raise UserError(
                 f"layers {list(layers)} cannot be fused with block {last}, the last: "
                 f"give increasing numbers from 0 to {last - 1}, such as {list(range(0, last, 2))}"
             )
-        fusion = Fusion(backbone.dim, len(layers))
+        fusion = Fusion(net.dim, len(layers))
         super().__init__(backbone, **mae_options)
         self.layers, self.fusion = tuple(layers), fusion
 

@@ -143,6 +143,10 @@ class MSN(Method):
         order = rng.uniform(clock.seed, clock.epoch, index, rng.METHOD + anchor, tokens.shape[1]).argsort(dim=1)
         return gather_tokens(tokens, order[:, : self.num_kept])
 
+    def pool(self, tokens: Float[Tensor, "n tokens dim"]) -> Float[Tensor, "n dim"]:
+        """The image's feature, pooled from the tokens as the backbone does for whole images."""
+        return tokens[:, 0] if self.backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
     def log_assignments(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n prototypes"]:
         """Log-probabilities of the soft assignments to the prototypes."""
         cosine = F.normalize(z.float(), dim=1) @ F.normalize(self.prototypes, dim=1).T
@@ -180,10 +184,6 @@ class MSN(Method):
             "target_entropy": torch.special.entr(target).sum(dim=1).mean(),
             "marginal_entropy": torch.special.entr(mean_target).sum(),  # 0: collapse to one prototype
         }
-
-    def pool(self, tokens: Float[Tensor, "n tokens dim"]) -> Float[Tensor, "n dim"]:
-        """The image's feature, pooled from the tokens as the backbone does for whole images."""
-        return tokens[:, 0] if self.backbone.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def after_step(self, clock: Clock) -> None:
         momentum = Linear(self.momentum, 1 - 0.2 * (1 - self.momentum))(clock)

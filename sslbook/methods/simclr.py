@@ -87,14 +87,6 @@ class SimCLR(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
 
-    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        # h = f(x), z = g(h) (section 2.1). One pass, so that batch norm's statistics are over both views.
-        z = self.projector(self.backbone(torch.cat(batch.views)))  # (2n, dim)
-        with full_precision(z):  # a temperature of 0.1 amplifies rounding errors tenfold
-            z_1, z_2 = z.float().chunk(2)
-            loss = nt_xent(z_1, z_2, self.temperature)
-            return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
-
     def _measure(self, z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> dict[str, Tensor]:
         """How often the positive is the most similar view, and the alignment and uniformity of the projections.
 
@@ -109,3 +101,11 @@ class SimCLR(Method):
             "alignment": (2 - 2 * positive).mean(),
             "uniformity": distributed.all_reduce_mean(others).log(),
         }
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        # h = f(x), z = g(h) (section 2.1). One pass, so that batch norm's statistics are over both views.
+        z = self.projector(self.backbone(torch.cat(batch.views)))  # (2n, dim)
+        with full_precision(z):  # a temperature of 0.1 amplifies rounding errors tenfold
+            z_1, z_2 = z.float().chunk(2)
+            loss = nt_xent(z_1, z_2, self.temperature)
+            return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}

@@ -120,10 +120,6 @@ class WMSE(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view,) * self.num_views
 
-    def whitened(self, x: Float[Tensor, "views slices size dim"]) -> Float[Tensor, "views slices size dim"]:
-        """Each slice of each view, whitened by itself."""
-        return whiten(x, self.epsilon)
-
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         # As in the authors' code, the backbone sees one view at a time, the projector all of them together.
         h = self.projector(torch.cat([self.backbone(x) for x in batch.views]))
@@ -134,6 +130,6 @@ class WMSE(Method):
             loss = h.new_zeros(())
             for k in range(self.num_permutations):
                 rows = slices(index, self.slice_size, rng.METHOD + k, clock)  # (slices, size), the same for all views
-                z = self.whitened(h_all[:, rows])  # differentiated as well
+                z = whiten(h_all[:, rows], self.epsilon)  # each slice of each view by itself; differentiated as well
                 loss = loss + pair_loss(rearrange(z, "views slices size dim -> views (slices size) dim"))
             return {"loss": loss / self.num_permutations, "feature_std": feature_std(h[:, 0])}

@@ -145,7 +145,7 @@ def test_rejects_invalid_options() -> None:
         make("beit_v2", tokenizer=DiscreteEncoder(4, 8, 8, 1))
     with pytest.raises(UserError, match=r"no such run folder or file; train one with python -m sslbook.train vqkd"):
         make("beit_v2", tokenizer="runs/nothing")
-    with pytest.raises(UserError, match="codes for 2x2 patches and the backbone has 4x4: use patch_size 8"):
+    with pytest.raises(UserError, match="tokenizer has 2x2 codes and the backbone 4x4 patches: use patch_size 8"):
         make("beit_v2", tokenizer=VQTokenizer(**{**SMALL, "patch_size": 8}))
     with pytest.raises(UserError, match="leaves nothing to predict"):
         make("beit_v2", num_masked=0)
