@@ -11,7 +11,8 @@ arXiv:2304.07193, section 4) is the same method with other options, in the recip
 Sinkhorn-Knopp instead of centering, and the KoLeo regularizer.
 
 What differs from the authors' code:
-- Which fraction of a crop is masked is a random number of the image and the epoch, instead of the running generator's.
+- The masked fraction of a crop is a counter-based random number of seed, epoch and image; theirs comes from a running
+  generator.
 - The scale of the outputs is fixed at 1; iBOT's and DINOv2's authors learn it.
 - As in `dino`, the teacher's temperature rises with every step and reaches its final value one epoch later; its EMA
   momentum counts the step just taken; the engine clips the norm of the whole gradient instead of every tensor's (in

@@ -16,7 +16,7 @@ What differs from the authors' code:
   others instead.
 - An epoch shows every image once; the authors' sampler chooses images with replacement, so that an epoch shows 63 % of
   them.
-- What differs in `sslbook.methods.moco`, whose keys, queue and EMA update these are.
+- Keys, queue and EMA updates are MoCo's: see what differs in `sslbook.methods.moco`.
 """
 
 from typing import Any

@@ -11,8 +11,8 @@ package (rbalestr-lab/lejepa): 1,024 directions, 17 knots on [0, 3] (paper: on [
 lambda is the paper's.
 
 What differs from the authors' code:
-- The directions are random numbers of the seed and the step, so that all processes have the same.
-- The statistic is that of the global batch, of each view by itself, averaged over views.
+- The directions are counter-based random numbers of seed and step, so that all processes have the same.
+- The statistic is computed over the global batch, for each view by itself, and averaged over views.
 """
 
 import math

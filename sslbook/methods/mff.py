@@ -10,7 +10,7 @@ et al., 2022, arXiv:2111.06377). The weights are a softmax and the fused tokens 
 authors' code.
 
 What differs from the authors' code:
-- Images are cropped as by MAE; theirs are resized and shifted as by PixMIM.
+- Images are cropped as in MAE; theirs are resized and shifted as in PixMIM.
 - Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """
 

@@ -14,7 +14,7 @@ What differs from the authors' code:
   network to sparse classes.
 - All convolutions of the decoder start from He's initialization; theirs only where they are transposed, the others from
   a truncated normal of 0.02.
-- Maps pass a batch norm before they are made dense; theirs of ConvNeXt pass a layer norm.
+- Maps pass a batch norm before they are made dense; with ConvNeXt theirs pass a layer norm.
 - Our `ResNet` has no drop path; theirs has a rate of 0.05.
 - Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """

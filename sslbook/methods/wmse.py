@@ -11,7 +11,7 @@ permutations; its README also has a command for ImageNet-100, with one.
 
 What differs from the authors' code:
 - The slices are cut from the global batch.
-- Which images share a slice is a random number of the image and the epoch, instead of a running generator's.
+- Slices are counter-based random numbers of seed, epoch and image; theirs come from a running generator.
 - Color jitter comes after the crop; in the authors' code before it, so that its contrast is that of the whole image.
 """
 
