@@ -46,8 +46,6 @@ class Plots(Hook):
         every: epochs between images.
     """
 
-    measures = ()
-
     def __init__(self, every: int = 10) -> None:
         at_least_one(every=every)
         self.every = every
@@ -72,8 +70,6 @@ class TensorBoard(Hook):
     Args:
         every: steps between points.
     """
-
-    measures = ()
 
     def __init__(self, every: int = 10) -> None:
         at_least_one(every=every)
@@ -111,8 +107,6 @@ class WandB(Hook):
         mode: `offline` keeps everything in the run's folder until `wandb sync`; `online` needs an account.
         every: steps between points.
     """
-
-    measures = ()
 
     def __init__(
         self, project: str = "sslbook", mode: Literal["offline", "online", "disabled"] = "offline", every: int = 10

@@ -21,8 +21,8 @@ from sslbook.errors import UserError, nearest
 class Hook:
     """Base of what watches a run; override the events you need. All processes call them, but for `save`."""
 
-    measures: tuple[str, ...] | None = None
-    """the metrics that it puts into `run.evaluations`; a hook that does not say may have any"""
+    measures: tuple[str, ...] = ()
+    """the metrics that it puts into `run.evaluations`: those that can be monitored"""
 
     def start(self, run: Run) -> None:
         """Before the first step, also of a resumed run."""
@@ -58,19 +58,16 @@ def require_monitored(monitor: str | None, hooks: list[Hook]) -> None:
     """Refuse before the work a metric to be monitored that no hook measures.
 
     Raises:
-        UserError: every hook says what it measures, and none measures `monitor`.
+        UserError: none of the hooks measures `monitor`.
     """
-    measured = [name for hook in hooks for name in hook.measures or ()]
-    if monitor is not None and monitor not in measured and all(hook.measures is not None for hook in hooks):
-        raise UserError(
-            f"--monitor: nothing measures {monitor!r}{nearest(monitor, measured)}; add a hook that does: --hooks OnlineKNN"
-        )
+    measured = [name for hook in hooks for name in hook.measures]
+    if monitor is not None and monitor not in measured:
+        hint = nearest(monitor, measured) or "; add a hook that does: --hooks OnlineKNN"
+        raise UserError(f"--monitor: nothing measures {monitor!r}{hint}")
 
 
 class Progress(Hook):
     """A progress bar: loss, images per second, the last evaluations, time left."""
-
-    measures = ()
 
     def start(self, run: Run) -> None:
         from tqdm import tqdm
@@ -110,8 +107,6 @@ class MetricsLog(Hook):
     Args:
         every: steps between lines; each holds the mean over these steps.
     """
-
-    measures = ()
 
     def __init__(self, every: int = 10) -> None:
         self.every = every

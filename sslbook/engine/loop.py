@@ -43,10 +43,10 @@ def pretrain(
     base_batch_size: PositiveInt | None = None,
     decay_bias_and_norm: bool = False,
     layer_decay: PositiveFloat | None = None,
-    batch_size: int = 256,
-    epochs: float = 100,
-    steps: int | None = None,
-    grad_accum_steps: int = 1,
+    batch_size: PositiveInt = 256,
+    epochs: PositiveFloat = 100,
+    steps: PositiveInt | None = None,
+    grad_accum_steps: PositiveInt = 1,
     clip_grad_norm: PositiveFloat | None = None,
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
@@ -109,9 +109,7 @@ def pretrain(
     _require_even_parts(batch_size, grad_accum_steps)
     require_monitored(monitor, hooks or [])
     steps_per_epoch = data.steps_per_epoch(batch_size)
-    total_steps = round(epochs * steps_per_epoch) if steps is None else steps
-    if total_steps < 1:
-        raise UserError(f"epochs {epochs} and steps {steps} leave nothing to do; ask for at least one step")
+    total_steps = steps or max(1, round(epochs * steps_per_epoch))
     save_every = in_steps(checkpoint_every, total_steps, steps_per_epoch)
     folder, resumed = open_folder(method, data, out_dir, resume)
     if resumed is not None and init_from is not None and resume != "auto":
@@ -170,7 +168,7 @@ def pretrain(
                     epoch_ended = run.clock.step % steps_per_epoch == 0
                     if epoch_ended or stop:
                         _end_epoch(run, watchers)
-                        train_state.compare(watchers)
+                        train_state.compare()
                     stop = preemption.agreed(run_device) or stop
                     if stop or train_state.improved or (save_every and run.clock.step % save_every == 0):
                         train_state.save(watchers, keep_last)
@@ -190,8 +188,8 @@ def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_even_parts(batch_size: int, grad_accum_steps: int) -> None:
-    parts = max(1, grad_accum_steps) * distributed.world_size()
-    if batch_size < 1 or grad_accum_steps < 1 or batch_size % parts:
+    parts = grad_accum_steps * distributed.world_size()
+    if batch_size % parts:
         raise UserError(
             f"a batch of {batch_size} cannot be shared evenly by {distributed.world_size()} process(es) in "
             f"{grad_accum_steps} part(s): make --batch_size a multiple of {parts}"
@@ -236,18 +234,18 @@ def _parallel(method: Method, device: torch.device, compile: bool) -> nn.Module:
 
 def _rest_of_epoch(run: Run, grad_accum_steps: int, channels_last: bool) -> Iterator[Batch]:
     """The parts of batches that this epoch still has, from the step on where a resumed run stands."""
-    steps = run.clock.steps_per_epoch
+    clock, steps = run.clock, run.clock.steps_per_epoch
     batches = run.data.batches(
         run.method.views(),
         run.batch_size // grad_accum_steps,
-        seed=run.clock.seed,
-        epoch=run.clock.epoch,
-        start=run.clock.step % steps * grad_accum_steps,
+        seed=clock.seed,
+        epoch=clock.epoch,
+        start=clock.step % steps * grad_accum_steps,
         stop=steps * grad_accum_steps,  # a last part that fills no step is not made
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         device=run.device,
-        order=run.method.sample_order(run.data, run.clock),
+        order=run.method.sample_order(run.data, clock),
     )
     for batch in batches:
         if channels_last:

@@ -10,7 +10,7 @@ import torch
 from sslbook import checkpoint, distributed
 from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError
 from sslbook.nn.backbones import describe
 
 CONTENTS = (
@@ -39,20 +39,12 @@ class TrainState:
     best: float = -math.inf
     improved: bool = False
 
-    def compare(self, hooks: list[Hook]) -> None:
-        """Compare the monitored metric with its best value, after an epoch.
-
-        Raises:
-            UserError: no hook has measured it.
-        """
-        if self.monitor is None:
-            return
-        if (value := self.run.evaluations.get(self.monitor)) is not None:
+    def compare(self) -> None:
+        """Compare the monitored metric with its best value, after an epoch; a hook may measure it now and then."""
+        if self.monitor in self.run.evaluations:
+            value = self.run.evaluations[self.monitor]
             self.improved = value > self.best
             self.best = max(self.best, value)
-        elif self.run.clock.progress >= 1 or not any(self.monitor in (hook.measures or ()) for hook in hooks):
-            known = nearest(self.monitor, list(self.run.evaluations))
-            raise UserError(f"--monitor: nothing measures {self.monitor!r}{known}")
 
     def save(self, hooks: list[Hook], keep_last: int) -> None:
         """Write a checkpoint, the best one besides if the last evaluation was the best; delete the oldest.
@@ -122,22 +114,16 @@ def description(run: Run) -> dict[str, Any]:
 
 
 def _require_same_run(state: dict[str, Any], run: Run) -> None:
-    clock = run.clock
     own = {"method": type(run.method).__name__, "batch_size": run.batch_size}
-    own |= {"steps_per_epoch": clock.steps_per_epoch, "seed": clock.seed}
+    own |= {"steps_per_epoch": run.clock.steps_per_epoch, "seed": run.clock.seed}
+    written = {**state, "method": state["description"]["method"]}
+    own |= {f"shape of {name}": tuple(value.shape) for name, value in run.method.state_dict().items()}
+    written |= {f"shape of {name}": tuple(value.shape) for name, value in state["method"].items()}
     for name, value in own.items():
-        was = state["description"]["method"] if name == "method" else state[name]
-        if was != value:
+        if written.get(name) != value:
             raise UserError(
-                f"--resume: the checkpoint was written with {name} {was}, this run has {value}; "
-                "go on with the same, or start anew from its weights with --init_from"
-            )
-    found = {name: tuple(value.shape) for name, value in state["method"].items()}
-    for name, value in run.method.state_dict().items():
-        if found.get(name) != tuple(value.shape):
-            raise UserError(
-                f"--resume: {name} is {tuple(value.shape)} here and {found.get(name, 'missing')} in the checkpoint; "
-                "give the options of then, or start anew from its weights with --init_from"
+                f"--resume: the checkpoint was written with {name} {written.get(name)}, this run has {value}; "
+                "go on with the same options, or start anew from its weights with --init_from"
             )
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: found or created, never that of another run, and gone again if no step was taken."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,7 @@ def _choose(method: Method, data: Data, out_dir: str | None, resume: str | None)
         path = checkpoint.find(Path(resume))
         folder = path.parent if out_dir is None else Path(out_dir)
         if folder.resolve() != path.parent.resolve():
-            _refuse_used(folder)
-            _create(folder)
+            _create_unused(folder)
         return str(folder), str(path)
     if resume == "auto":
         runs = [Path(out_dir)] if out_dir is not None else _runs_of(stem, data)
@@ -60,16 +60,12 @@ def _choose(method: Method, data: Data, out_dir: str | None, resume: str | None)
             return str(newest.parent), str(newest)
     if out_dir is not None:
         if resume != "auto" or not (Path(out_dir) / "config.yaml").exists():
-            _refuse_used(Path(out_dir))
-        _create(Path(out_dir))
+            _create_unused(Path(out_dir))
         return out_dir, None
-    number = 1
-    while True:
-        folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            _create(folder)
-            return str(folder), None
-        number += 1
+    folders = (Path("runs") / (stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
+    folder = next(one for one in folders if not one.exists() or (one.is_dir() and not any(one.iterdir())))
+    _create_unused(folder)
+    return str(folder), None
 
 
 def _runs_of(stem: str, data: Data) -> list[Path]:
@@ -91,18 +87,19 @@ def _learns_from(run: Path, data: Data) -> bool:
     return Path(folder).expanduser().resolve() == Path(data.folder).expanduser().resolve()
 
 
-def _create(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another --out_dir") from None
-
-
-def _refuse_used(folder: Path) -> None:
-    if folder.is_dir() and checkpoint.checkpoints(folder):
-        raise UserError(f"{folder}: holds another run; choose another --out_dir, or go on with it by --resume {folder}")
-    if folder.is_dir() and any((folder / name).exists() for name in RESULT_FILES):
-        raise UserError(f"{folder}: holds another run, without checkpoints; choose another --out_dir, or delete it")
+def _create_unused(folder: Path) -> None:
+    """Make sure that the folder is there and holds no other run."""
+    if checkpoint.checkpoints(folder):
+        reason = f"holds another run; go on with it by --resume {folder}, or"
+    elif any((folder / name).exists() for name in RESULT_FILES):
+        reason = "holds another run, without checkpoints; delete it, or"
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        except OSError as error:
+            reason = "is a file;" if folder.is_file() else f"cannot be created ({error.strerror});"
+    raise UserError(f"{folder}: {reason} choose another --out_dir")
 
 
 @contextmanager

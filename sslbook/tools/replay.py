@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sslbook.checkpoint import read
 from sslbook.cli.common import cli, run
 from sslbook.cli.recipes import resolve
 from sslbook.data.loader import Batch
@@ -19,13 +20,15 @@ def replay(failure: str) -> None:
 
     Args:
         failure: the file `failed-step-*.pt` that the run left in its folder, beside its config.yaml.
+
+    Raises:
+        UserError: it is no such file, or the config.yaml is not there.
     """
     path = Path(failure)
-    state = load_failure(path)
-    written = path.parent / "config.yaml"
-    if not written.is_file():
-        raise UserError(f"{written}: missing; the failure is replayed with its run's configuration")
-    parser, config, _ = resolve(["--config", str(written)], pretrain)
+    state = read(path)
+    if not isinstance(state, dict) or state.get("format") != "sslbook failure 2":
+        raise UserError(f"{path}: not a failure file of sslbook")
+    parser, config, _ = resolve(["--config", str(path.parent / "config.yaml")], pretrain)
     made = parser.construct(config)
     method = made.method
     method.setup(made.data)
@@ -38,19 +41,6 @@ def replay(failure: str) -> None:
     batch = Batch(tuple(state["views"]), state["index"], state["label"])
     found = first_not_finite(method, batch, Clock(**state["clock"]))
     print(found or "computed again in float32, the loss is a number: the precision of the run was too low")
-
-
-def load_failure(path: Path) -> dict:
-    """Read a failure file; it holds tensors and numbers only."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a failure file ({str(error).splitlines()[0][:80]})") from None
-    if not isinstance(state, dict) or state.get("format") != "sslbook failure 2":
-        raise UserError(f"{path}: not a failure file of sslbook")
-    return state
 
 
 def first_not_finite(method: nn.Module, batch: Batch, clock: Clock) -> str | None:
