@@ -140,4 +140,4 @@ class BEiTv2(Method):
         # Equation 2 for the last layer, plus the same for the aggregation: equation 3.
         losses = [F.cross_entropy(x.float(), codes) for x in logits]
         accuracy = 100 * (logits[0].argmax(dim=1) == codes).float().mean()
-        return {"loss": torch.stack(losses).sum(), "last_layer_loss": losses[0].detach(), "token_accuracy": accuracy}
+        return {"loss": torch.stack(losses).sum(), "last_layer": losses[0].detach(), "token_accuracy": accuracy}
