@@ -54,8 +54,8 @@ class BarlowTwins(Method):
 
     Args:
         backbone: the network to train.
-        view_1: the first view.
-        view_2: the second view.
+        view_1: augmentation of the first view.
+        view_2: augmentation of the second view.
         lambda_: weight of the redundancy between dimensions.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection, the number of dimensions to be decorrelated.

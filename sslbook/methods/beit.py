@@ -53,7 +53,7 @@ class BEiT(Method):
         backbone: the vision transformer to train.
         tokenizer: the trained tokenizer whose codes are predicted: a run folder of `dvae`, its exported encoder, or a
             sslbook.nn.DiscreteEncoder.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         num_masked: the greatest number of patches to mask in an image.
         min_block: the smallest area of a block of masked patches, in patches.
 

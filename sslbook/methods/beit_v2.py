@@ -70,7 +70,7 @@ class BEiTv2(Method):
         backbone: the vision transformer to train.
         tokenizer: the trained tokenizer whose codes are predicted: a run folder of `vqkd`, its exported tokenizer, or a
             sslbook.nn.VQTokenizer.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         num_masked: number of patches to mask in every image.
         min_block: the smallest area of a block of masked patches, in patches.
         early_layer: the block, counted from 1, whose patch tokens the aggregation gets.

@@ -36,11 +36,11 @@ class BYOL(Method):
 
     Args:
         backbone: the network to train.
-        view_1: the first view.
-        view_2: the second view.
+        view_1: augmentation of the first view.
+        view_2: augmentation of the second view.
         hidden_dim: hidden width of projector and predictor.
         projector_dim: width of the projection that is predicted.
-        momentum: EMA momentum of the target network at the beginning; rises to 1 along a cosine.
+        momentum: EMA momentum of the target network at the start; rises to 1 along a cosine.
         projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
         predictor: replaces the MLP from one projection to the other.
     """

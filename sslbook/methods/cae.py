@@ -106,7 +106,7 @@ class CAE(Method):
         backbone: the vision transformer to train, with positions `sincos` or `learned`.
         tokenizer: the trained tokenizer whose codes are predicted: a run folder of `dvae`, its exported encoder, or a
             sslbook.nn.DiscreteEncoder.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         num_masked: number of patches to mask in every image.
         min_block: the smallest area of a block of masked patches, in patches.
         alignment_weight: weight of the alignment loss.

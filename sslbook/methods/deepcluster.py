@@ -61,7 +61,7 @@ class DeepCluster(Method):
 
     Args:
         backbone: the network to train.
-        view: the view in training.
+        view: augmentation of an image.
         cluster_resize: for clustering, an image's shorter side is resized to this length in pixels, and a center crop
             of the view's size is taken.
         sobel: put a Sobel filter in front of the network, which removes color, as the authors do.

@@ -86,7 +86,7 @@ class DINO(Method):
         teacher_temperature_start: the teacher's temperature at the beginning.
         teacher_temperature_warmup: duration of the change from the start to the final temperature.
         center_momentum: EMA momentum of the center; with 1 it stays at zero.
-        momentum: EMA momentum of the teacher at the beginning; rises to 1 along a cosine.
+        momentum: EMA momentum of the teacher at the start; rises to 1 along a cosine.
         freeze_last_layer: duration at the beginning in which the head's last layer is frozen.
     """
 

@@ -67,7 +67,7 @@ class DVAE(Method):
 
     Args:
         backbone: the encoder to train, a sslbook.nn.DiscreteEncoder.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         kl_weight: weight of the KL divergence of the codes from the uniform distribution.
         temperature: of the relaxed samples, at the beginning.
         last_temperature: of the relaxed samples, at the end; it falls along half a cosine.

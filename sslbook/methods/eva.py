@@ -44,7 +44,7 @@ class EVA(Method):
         backbone: the vision transformer to train.
         teacher: the frozen network whose features are predicted: a run folder or exported backbone, timm/NAME, or a
             module. The paper's first is timm/vit_large_patch14_clip_quickgelu_224.openai.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         mask_ratio: fraction of the patches that is masked: 105 of 256 in the authors' code.
         min_block: the smallest area of a block of masked patches, in patches.
         teacher_size: side in pixels of the teacher's images, so that its grid of patches is the student's; null leaves

@@ -46,7 +46,7 @@ class Exemplar(Method):
 
     Args:
         backbone: the network to train.
-        view: the augmentation.
+        view: augmentation of an image.
         num_exemplars: images chosen at random as classes; 0 for all.
 
     Raises:

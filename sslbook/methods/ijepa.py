@@ -88,7 +88,7 @@ class IJEPA(Method):
         predictor_dim: width of the predictor.
         predictor_depth: number of blocks of the predictor.
         predictor_num_heads: attention heads of the predictor.
-        momentum: EMA momentum of the target encoder at the start; rises to 1 linearly.
+        momentum: EMA momentum of the target encoder at the start; rises linearly to 1.
 
     Raises:
         UserError: the backbone is no `VisionTransformer` with absolute positions, or its patches do not fit the view.

@@ -123,7 +123,7 @@ class MILAN(Method):
         backbone: the vision transformer to train, with positions `sincos` or `learned`.
         teacher: the frozen network whose features are predicted: a run folder or exported backbone, timm/NAME, or a
             module. The paper's is timm/vit_base_patch16_clip_quickgelu_224.openai.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         mask_ratio: fraction of the patches that is masked.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder.

@@ -59,7 +59,7 @@ class MoCoV3(Method):
         projector_num_layers: linear layers in the projector; 2 for a ResNet, 3 for a transformer.
         predictor_batch_norm: batch norm at the predictor's output; false for a ResNet, true for a transformer.
         temperature: divides the cosine similarities; 1 for a ResNet, 0.2 for a transformer.
-        momentum: EMA momentum m of the key encoder at the start; it rises to 1 along half a cosine.
+        momentum: EMA momentum m of the key encoder at the start; rises to 1 along a cosine.
         freeze_patch_embedding: keep a transformer's patch embedding at its random initialization.
         projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
         predictor: replaces the MLP from the queries' projections to queries.

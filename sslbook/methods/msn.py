@@ -88,7 +88,7 @@ class MSN(Method):
         sharpening: temperature by which the targets are sharpened.
         sinkhorn_targets: balance the targets over the prototypes (three iterations of Sinkhorn-Knopp).
         mean_entropy_weight: weight of the mean-entropy term.
-        momentum: EMA momentum of the teacher at the beginning; rises linearly, four fifths of the way to 1.
+        momentum: EMA momentum of the teacher at the start; rises linearly, four fifths of the way to 1.
 
     Raises:
         UserError: the backbone is no vision transformer, a crop is no grid of patches, or no patches would be left.

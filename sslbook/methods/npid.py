@@ -56,7 +56,7 @@ class NPID(Method):
 
     Args:
         backbone: the network to train.
-        view: the augmentation.
+        view: augmentation of an image.
         projector_dim: width of the features in the memory bank.
         temperature: divides the cosine similarities.
         momentum: momentum of the memory bank: a row becomes momentum times itself plus the rest of the new feature.

@@ -170,7 +170,7 @@ class ODC(Method):
 
     Args:
         backbone: the network to train.
-        view: the view in training.
+        view: augmentation of an image.
         cluster_resize: for the first clustering, an image's shorter side is resized to this length in pixels, and a
             center crop of the view's size is taken.
         hidden_dim: hidden width between backbone and classifier.

@@ -38,7 +38,7 @@ class SimSiam(Method):
 
     Args:
         backbone: the network to train.
-        view: the view, of which there are two, augmented independently.
+        view: the augmentation of both views, sampled twice independently.
         hidden_dim: hidden width of the projector.
         projector_dim: width of the projection that is predicted.
         projector_num_layers: linear layers in the projector; 2 in the paper's CIFAR-10 experiment (appendix D).

@@ -51,8 +51,8 @@ class VICReg(Method):
 
     Args:
         backbone: the network to train.
-        view_1: the first view.
-        view_2: the second view.
+        view_1: augmentation of the first view.
+        view_2: augmentation of the second view.
         invariance_weight: weight of the squared difference between the views' projections.
         variance_weight: weight of the hinge on the standard deviations.
         covariance_weight: weight of the covariances between dimensions.

@@ -78,7 +78,7 @@ class VQKD(Method):
         backbone: the tokenizer to train, a sslbook.nn.VQTokenizer.
         teacher: the frozen network whose features are reconstructed: a run folder or exported backbone, timm/NAME, or a
             module. The paper's is timm/vit_base_patch16_clip_quickgelu_224.openai.
-        view: the augmentation of the image.
+        view: augmentation of an image.
         momentum: EMA momentum of the codes.
         commitment_weight: weight of the commitment loss, the distance of patches from their codes.
         dead_below: a code assigned less often than this fraction of the average moves to a patch; 0: never.
