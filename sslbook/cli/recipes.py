@@ -155,6 +155,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
             raise UserError(
                 f"{source}: sets options of the method {named.rpartition('.')[2]}; leave out {name}, or this file"
             )
+        if layer.get("method") == {}:
+            layer.pop("method")  # a method of one's own may have no options
         layer = with_classes(layer, parser)
         parser.refuse_unknown(layer, source)
         values = merge(values, layer)
@@ -164,7 +166,7 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
 
     resolved = {key: value for key, value in parser.plain(config).items() if key not in NOT_WRITTEN}
     path = f"{method.__module__}.{method.__qualname__}"
-    resolved = {"method": {"class_path": path, "init_args": resolved.pop("method")}, **resolved}
+    resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
     check_numbers(resolved, engine)
     if question:
         answer(*question, parser=parser, resolved=resolved, description=_overview(name, method, source))

@@ -108,7 +108,8 @@ def removed_if_unstarted(folder: Path, new: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        results = [*checkpoint.checkpoints(folder), *(folder / name for name in RESULT_FILES)]
+        failures = folder.glob("failed-step-*.pt")  # of the loop; they are replayed with the run's config.yaml
+        results = [*checkpoint.checkpoints(folder), *failures, *(folder / name for name in RESULT_FILES)]
         if new and distributed.is_main() and not any(path.exists() for path in results):
             for name in START_FILES:
                 (folder / name).unlink(missing_ok=True)
