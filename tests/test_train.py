@@ -139,8 +139,8 @@ def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert output.count("training images") == 1  # said once, not by every process
-    rows = json.loads((tmp_path / "two" / "report.json").read_text())["rows"]
-    assert "supervised" in [row["name"] for row in rows]
+    tables = json.loads((tmp_path / "two" / "report.json").read_text())["tables"]
+    assert "supervised" in tables["summary"]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -113,4 +113,4 @@ def test_the_rule_of_the_recipe_finds_the_vectors(recipe: str, backbone) -> None
     for name, parameter in method.named_parameters():
         assert bool(re.search(rule["pattern"], name)) == (parameter.ndim == 1), name
     if recipe == "imagenet":
-        assert 0.2 * rule["lr_scale"] == pytest.approx(0.0048)
+        assert 0.2 * rule["lr_scale"] == pytest.approx(0.0048 / 16)  # what the authors' 16 averaging GPUs make of their 0.0048
