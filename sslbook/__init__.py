@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from sslbook.data.datasets.shapes import Shapes as Shapes
     from sslbook.data.loader import Data as Data
     from sslbook.data.views import View as View
+    from sslbook.engine.loop import pretrain as pretrain
     from sslbook.errors import UserError as UserError
     from sslbook.schedules import Clock as Clock
-    from sslbook.engine.loop import pretrain as pretrain
     from sslbook.weights.backbone import load_backbone as load_backbone
 
 # Loaded when first used: `import sslbook` costs little more than nothing, and no one waits for what he does not use.

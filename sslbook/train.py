@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         distributed.shutdown()  # what is measured now is one process's work, and must not wait for the others
         if is_main:
             if run.finished and not run.metrics:  # no step was left to take
-                print(f"{run.folder} is finished: {run.clock.step} of {run.clock.total_steps} steps; --epochs takes it on")
+                print(
+                    f"{run.folder} is finished: {run.clock.step} of {run.clock.total_steps} steps; --epochs takes it on"
+                )
             if not run.finished:
                 print(f"stopped after step {run.clock.step}; go on with: python -m sslbook.train --resume {run.folder}")
             elif report_kind != "none":

@@ -167,6 +167,7 @@ class Dies(torch.utils.data.Dataset):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.slow
 def test_a_worker_that_dies(tmp_path: Path) -> None:
     options = {"data__shapes__num_train": None, "data__shapes__num_test": None, "data__workers": 1}
     message = refusal(*command("simclr", tmp_path / "run", data__name="tests.test_bad_input.Dies", **options))

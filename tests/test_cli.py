@@ -180,6 +180,7 @@ def test_new_classes_exist(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.slow
 def test_every_recipe_parses(path: Path) -> None:
     _, _, resolved = resolve([path.parent.name, "--recipe", path.stem], pretrain)
     module, _, name = METHODS[path.parent.name].rpartition(".")
@@ -204,6 +205,7 @@ def bases_of(path: Path) -> list[Path]:
     return [below, *bases_of(below)] if named and below.is_file() else []
 
 
+@pytest.mark.slow
 def test_a_recipe_overrides_its_base_and_is_overridden(tmp_path: Path) -> None:
     (tmp_path / "below.yaml").write_text(
         "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1.0, momentum: 0.9}}"
@@ -217,6 +219,7 @@ def test_a_recipe_overrides_its_base_and_is_overridden(tmp_path: Path) -> None:
     assert (resolved["batch_size"], resolved["epochs"]) == (16, 4.0)
 
 
+@pytest.mark.slow
 def test_a_recipe_may_have_the_recipe_of_another_method_as_base(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: mae/imagenet\nepochs: 1600")
     _, _, resolved = resolve(["mae", f"--recipe={tmp_path / 'mine.yaml'}"], pretrain)

@@ -89,6 +89,7 @@ def _sum_of_ranks(start: int) -> int:
     return start + int(distributed.all_reduce_sum_with_grad(torch.tensor(float(distributed.rank()))))
 
 
+@pytest.mark.slow
 def test_launch_returns_the_results_by_rank() -> None:
     assert distributed.launch(_sum_of_ranks, 2, 40) == [41, 41]
 
@@ -120,6 +121,7 @@ def _overwrite(x: Tensor) -> float:
     return float(x)
 
 
+@pytest.mark.slow
 def test_launched_processes_share_no_memory() -> None:
     x = torch.zeros(())
     assert distributed.launch(_overwrite, 2, x) == [1.0, 2.0]

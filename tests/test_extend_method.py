@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from sslbook import checkpoint
 from tests.engine import COMMON, start_process, weights
+
+pytestmark = pytest.mark.slow
 
 MODULE = '''
 """Predict whether an image was flipped."""

@@ -11,6 +11,8 @@ from sslbook import compare, evaluate, results
 from sslbook.cli.common import run as run_command
 from tests.engine import command, start
 
+pytestmark = pytest.mark.slow
+
 MINE = '''
 from sslbook.evaluation.base import Protocol
 

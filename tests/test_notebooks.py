@@ -32,6 +32,7 @@ def test_all_chapters_are_in_the_table_of_contents():
 
 
 @each_chapter
+@pytest.mark.slow
 def test_every_cell_runs(chapter: Path, tmp_path: Path):
     # A process of its own: this one's import hook (shape checking) must not reach what a reader would run.
     environment = os.environ | {"SSLBOOK_PROFILE": "smoke", "IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -11,6 +11,8 @@ import pytest
 
 from tests.engine import command
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

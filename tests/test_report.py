@@ -18,6 +18,8 @@ from sslbook.weights.backbone import load_backbone
 from tests.engine import command, start
 from tests.methods.cases import make
 
+pytestmark = pytest.mark.slow
+
 IMAGES = ["curves.png", "neighbors_after.png", "neighbors_before.png", "umap.png", "views.png"]
 
 

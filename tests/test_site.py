@@ -11,6 +11,8 @@ import pytest
 
 from tests.site_browser import CHROMIUM, Browser
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [m[1] for m in re.finditer(r"^(?:root:|\s*- file:) (book/\S+)$", (ROOT / "_toc.yml").read_text(), re.M)]
 CHAPTERS = [page for page in PAGES if (ROOT / f"{page}.ipynb").is_file()]

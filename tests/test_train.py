@@ -63,6 +63,7 @@ class Count(Hook):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_runs_and_resumes_to_the_bit(method: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     start(method, whole, steps=7)
@@ -87,6 +88,7 @@ def test_resumes_into_another_folder(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "config.yaml").read_text() == (tmp_path / "other" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_it_resumes_to_the_bit(tmp_path: Path) -> None:
     options = {"steps": 40, "checkpoint_every": "1 steps", "data__shapes__num_train": 80}
     start("byol", tmp_path / "whole", **options)
@@ -109,6 +111,7 @@ def test_killed_at_a_random_moment_it_resumes_to_the_bit(tmp_path: Path) -> None
     assert [line["step"] for line in lines(killed)] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_cleanly(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = command("simclr", out, steps=100_000, checkpoint_every="100000 steps")
@@ -130,6 +133,7 @@ def lines_so_far(folder: Path) -> int:
     return (folder / "metrics.jsonl").read_text().count("\n")
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
     options = {"steps": 4, "device": "cpu", "optimizer": PLAIN, "report": "full"}  # which is one process's work
     torch.set_num_threads(1)
@@ -256,6 +260,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "runs" / "rotation-shapes" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_the_four_ways_to_start(tmp_path: Path) -> None:
     """MMPretrain's load_from and resume: each combination has one spelling here."""
     out = tmp_path / "run"
@@ -335,6 +340,7 @@ def test_a_run_from_weights_is_resumed_like_any_other(tmp_path: Path) -> None:
     assert_same_bits(weights(tmp_path / "run"), whole)
 
 
+@pytest.mark.slow
 def test_the_control_of_a_run_from_weights_has_random_ones(tmp_path: Path) -> None:
     start("rotation", tmp_path / "source", steps=1)
     given = load_backbone(tmp_path / "source")[0].state_dict()

@@ -165,6 +165,7 @@ def test_mistake_is_named(name: str, answer: Callable, message: str) -> None:
         getattr(check, name)(answer)
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_parts_of_one_batch() -> None:
     shapes, view = Shapes(num_train=16, num_test=1), View(size=16, color_jitter=(0.4, 0.4, 0.4, 0.1))
     index, views = check.views_of_process(shapes, view, 8, 3, 2)

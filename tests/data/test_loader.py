@@ -81,6 +81,7 @@ def test_epoch_shows_every_image_once(kind, folder) -> None:
 
 
 @pytest.mark.parametrize("augment", ["device", "workers"])
+@pytest.mark.slow
 def test_workers_change_no_view(folder, augment) -> None:
     alone = epoch(Data(folder=folder, workers=0, augment=augment))
     several = Data(folder=folder, workers=2, augment=augment)
@@ -89,6 +90,7 @@ def test_workers_change_no_view(folder, augment) -> None:
     assert_same(epoch(several), alone)  # the same processes again
 
 
+@pytest.mark.slow
 def test_spawned_workers_change_no_view(folder) -> None:
     assert_same(epoch(Data(folder=folder, workers=1, start_method="spawn")), epoch(Data(folder=folder, workers=0)))
 
@@ -293,6 +295,7 @@ def test_rejects_invalid_options() -> None:
     ("option", "cure"),
     [("limit=0", "give 1 or more"), ("workers=-1", "give 0 or more"), ("shapes.num_test=-3", "give 1 or more")],
 )
+@pytest.mark.slow
 def test_command_line_rejects_counts_out_of_range(option, cure) -> None:
     with pytest.raises(UserError, match=f"data.{option.replace('=', ' is ')}: {cure}"):
         train.main(["simclr", f"--data.{option}"])
@@ -380,6 +383,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+@pytest.mark.slow
 def test_signals_to_the_process_group_lose_no_batch(folder, tmp_path) -> None:
     (tmp_path / "loading.py").write_text(LOADING)
     command = [sys.executable, "loading.py", str(folder)]

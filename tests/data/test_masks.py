@@ -122,6 +122,7 @@ def _context(index: torch.Tensor) -> torch.Tensor:
     return multi_block_mask(index[distributed.rank() * n : (distributed.rank() + 1) * n], (8, 8), Clock())[0]
 
 
+@pytest.mark.slow
 def test_contexts_are_cut_to_the_shortest_of_all_processes(pool) -> None:
     index = torch.arange(8)
     assert torch.equal(torch.cat(pool.run(_context, index)), _context(index))

@@ -139,6 +139,7 @@ def test_factors_locate_the_shape():
         assert torch.corrcoef(torch.stack([found, factors[factor][hearts]]))[0, 1] > 0.97
 
 
+@pytest.mark.slow
 def test_orientation_is_counter_clockwise():
     images, factors = Shapes(**{**OFF, "orientation": 1.0}, num_train=3000, size=48).render("train")
     upright = Shapes(**OFF, num_train=100, size=48).render("train")

@@ -53,6 +53,7 @@ def test_rejects_names_that_are_no_protocols(name: str, message: str) -> None:
         base.find(name)
 
 
+@pytest.mark.slow
 def test_tables_hold_every_model_and_chance_last(data: Data) -> None:
     models = {"mean": base.Representation(Pooled(), data, VIEW, progress=False)}
     models["pixels"] = controls.pixels(data, VIEW, progress=False)

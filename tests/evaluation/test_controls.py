@@ -47,6 +47,7 @@ def test_large_images_are_compared_at_32_pixels() -> None:
     assert (view.size, view.resize) == (32, 37)
 
 
+@pytest.mark.slow
 def test_supervision_helps_and_is_repeatable() -> None:
     data, view = Data(shapes=EASY), View(16, crop=(0.9, 1.0), flip=0.0)
     start = network()

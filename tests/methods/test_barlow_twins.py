@@ -65,6 +65,7 @@ def _correlation(z: Tensor) -> Tensor:
     return cross_correlation(*z[:, distributed.rank() * n :][:, :n])
 
 
+@pytest.mark.slow
 def test_correlation_is_of_the_global_batch(pool) -> None:
     for z in (torch.randn(2, 6, 3), torch.randn(2, 2, 3)):  # the second: one image in each process
         for got in pool.run(_correlation, z):
@@ -85,6 +86,7 @@ def redundancy_after_training(lambda_: float) -> tuple[float, float]:
     return float(c.diagonal().mean()), float((c - c.diag().diag()).abs().sum() / (16 * 15))
 
 
+@pytest.mark.slow
 def test_without_redundancy_term_dimensions_are_correlated() -> None:
     agreement, redundancy = redundancy_after_training(0.05)
     assert agreement > 0.7
@@ -113,4 +115,6 @@ def test_the_rule_of_the_recipe_finds_the_vectors(recipe: str, backbone) -> None
     for name, parameter in method.named_parameters():
         assert bool(re.search(rule["pattern"], name)) == (parameter.ndim == 1), name
     if recipe == "imagenet":
-        assert 0.2 * rule["lr_scale"] == pytest.approx(0.0048 / 16)  # what the authors' 16 averaging GPUs make of their 0.0048
+        assert 0.2 * rule["lr_scale"] == pytest.approx(
+            0.0048 / 16
+        )  # what the authors' 16 averaging GPUs make of their 0.0048

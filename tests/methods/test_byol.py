@@ -75,6 +75,7 @@ def std_after_training(predictor: bool) -> float:
     return float(out["feature_std"])
 
 
+@pytest.mark.slow
 def test_without_predictor_it_collapses() -> None:
     kept, removed = std_after_training(True), std_after_training(False)
     assert kept > 0.65

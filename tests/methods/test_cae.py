@@ -180,6 +180,7 @@ def distance_after_training(alignment_weight: float) -> float:
     return distance
 
 
+@pytest.mark.slow
 def test_without_alignment_predictions_leave_feature_space() -> None:
     assert distance_after_training(2.0) < 0.6 * distance_after_training(0.0)
 

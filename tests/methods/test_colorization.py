@@ -185,6 +185,7 @@ def share_of_red(rebalance: float) -> float:
     return float(p[(method.bins > 0).all(dim=1)].sum().detach())
 
 
+@pytest.mark.slow
 def test_without_rebalancing_rare_colors_are_lost() -> None:
     assert share_of_red(0.5) > 0.26
     assert share_of_red(1.0) < 0.24

@@ -131,6 +131,7 @@ def loss_after_training() -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_without_a_mask_it_copies(monkeypatch) -> None:
     assert loss_after_training() > 0.8
     predict = ContextEncoder.predict

@@ -49,6 +49,7 @@ def test_loss_and_gradients_are_finite(name: str) -> None:
 
 
 @methods
+@pytest.mark.slow
 def test_defaults_are_for_full_scale(name: str) -> None:
     with torch.device("meta"):
         method = load(name)(getattr(nets, case(name).full_scale)(), **case(name).full_options())
@@ -60,6 +61,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @methods
+@pytest.mark.slow
 def test_two_processes_equal_one(name: str, pool) -> None:
     lr = case(name).lr
     check(train(name, lr=lr), pool.run(train, name, 8, lr))
@@ -84,6 +86,7 @@ def check(one: dict, two: list[dict], tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "lr", "options"), [(name, *corner) for name in NAMES for corner in case(name).corners]
 )
+@pytest.mark.slow
 def test_two_processes_equal_one_in_corner_cases(name: str, size: int, lr: float, options: dict, pool) -> None:
     # Temperatures of 0.01 and batches of two magnify rounding, by an amount that depends on the processor.
     check(train(name, size, lr, options), pool.run(train, name, size, lr, options), tolerance=1e-4)
@@ -176,6 +179,7 @@ def test_other_backbones(name: str, backbone: Callable[[], nn.Module]) -> None:
 
 
 @methods
+@pytest.mark.slow
 def test_overfits_32_images(name: str) -> None:
     method = make(name, **deepcopy(case(name).overfit))
     batch = make_batch(method, 32)

@@ -62,6 +62,7 @@ def _loss(counts: list[int]) -> float:
 
 
 @pytest.mark.parametrize("counts", [[3, 5], [0, 4]])
+@pytest.mark.slow
 def test_loss_averages_masked_patches_over_processes(counts: list[int], pool) -> None:
     assert pool.run(_loss, counts) == pytest.approx([_loss(counts)] * 2)
 
@@ -96,6 +97,7 @@ def test_momentum_rises_linearly() -> None:
     torch.testing.assert_close(method.teacher.module.cls_token, start + 0.3)
 
 
+@pytest.mark.slow
 def test_without_normalization_one_layer_dominates() -> None:
     """The outputs of a residual network grow with depth, so that the last block would dominate the average."""
     layers = [torch.randn(200, 8) * scale for scale in (1.0, 30.0)]
@@ -128,6 +130,7 @@ def loss_after_training() -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_without_masking_it_copies_the_teacher(monkeypatch) -> None:
     assert loss_after_training() > 0.1
     embed = VisionTransformer.embed

@@ -122,6 +122,7 @@ def num_clusters_found() -> int:
     return found
 
 
+@pytest.mark.slow
 def test_without_filling_empty_clusters_there_are_fewer(monkeypatch) -> None:
     assert num_clusters_found() > 38
     monkeypatch.setattr(kmeans, "split_largest", lambda centroids, sizes: centroids)
@@ -147,6 +148,7 @@ def train_on_unbalanced_clusters(epochs: int = 16) -> tuple[float, int]:
     return float((predicted == method.assignment)[method.assignment > 0].float().mean()), len(predicted.unique())
 
 
+@pytest.mark.slow
 def test_without_uniform_sampling_the_largest_cluster_absorbs_all(monkeypatch) -> None:
     accuracy, num_predicted = train_on_unbalanced_clusters()
     assert accuracy > 0.4

@@ -159,6 +159,7 @@ def agreement_of_crops(clustered: bool) -> float:
     return float(similarity.diagonal().mean() - similarity.mean())
 
 
+@pytest.mark.slow
 def test_without_clustering_the_features_it_learns_less() -> None:
     assert agreement_of_crops(True) > 2 * agreement_of_crops(False)
 

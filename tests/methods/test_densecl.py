@@ -145,6 +145,7 @@ def positions_matched(dense_weight: float) -> float:
     return float((match == torch.arange(16)).float().mean())
 
 
+@pytest.mark.slow
 def test_without_the_dense_loss_positions_are_confused() -> None:
     assert positions_matched(0.5) > positions_matched(0.0) + 0.1
 

@@ -181,6 +181,7 @@ def entropies(**options: object) -> tuple[float, float]:
     return float(out["teacher_entropy"]), float(out["marginal_entropy"])
 
 
+@pytest.mark.slow
 def test_without_centering_or_sharpening_it_collapses() -> None:
     """Figure 7: one output wins without centering, the distribution is uniform without sharpening."""
     sharp = {"teacher_temperature_start": 0.04, "teacher_temperature": 0.04}

@@ -133,6 +133,7 @@ def worse_with_codes_alone(temperature: float, last: float) -> float:
     return float((method.decoder(codes, 2) - images).square().mean().detach() - out["squared_error"])
 
 
+@pytest.mark.slow
 def test_falling_temperature_lets_decoder_read_single_codes() -> None:
     """With the temperature kept high the decoder learns mixtures of codes and cannot decode single codes."""
     assert worse_with_codes_alone(1.0, 1 / 16) < 0.15

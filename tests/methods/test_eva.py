@@ -94,6 +94,7 @@ def loss_after_training() -> float:
     return float(loss.detach())
 
 
+@pytest.mark.slow
 def test_without_mask_token_it_copies(monkeypatch) -> None:
     assert loss_after_training() > 1.2
     embed = VisionTransformer.embed

@@ -105,6 +105,7 @@ def accuracy_on_new_augmentations(augmented: bool) -> float:
         return sum(float(method(augment(), Clock())["exemplar_accuracy"]) for _ in range(8)) / 8
 
 
+@pytest.mark.slow
 def test_without_augmentation_features_are_not_invariant() -> None:
     assert accuracy_on_new_augmentations(True) > 80
     assert accuracy_on_new_augmentations(False) < 60

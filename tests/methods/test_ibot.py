@@ -294,6 +294,7 @@ def entropies(**options: float) -> list[tuple[float, float]]:
     return [(float(entropy(q).sum(dim=1).mean()), float(entropy(q.mean(dim=0)).sum())) for q in found[-2:]]
 
 
+@pytest.mark.slow
 def test_without_centering_or_sharpening_it_collapses() -> None:
     """One output wins without centering, the distribution is uniform without sharpening."""
     sharp = {"teacher_temperature_start": 0.04, "teacher_temperature": 0.04}

@@ -80,6 +80,7 @@ def test_encoder_sees_only_the_context() -> None:
     torch.testing.assert_close(one, two)
 
 
+@pytest.mark.slow
 def test_without_positions_all_targets_get_one_prediction() -> None:
     method = make("ijepa")
     with torch.no_grad():
@@ -129,6 +130,7 @@ def loss_after_training(positions: bool) -> float:
     return float(loss.detach())
 
 
+@pytest.mark.slow
 def test_without_positions_it_learns_less() -> None:
     assert loss_after_training(True) < 0.6 * loss_after_training(False)
 

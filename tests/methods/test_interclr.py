@@ -217,6 +217,7 @@ def similarity_within_clusters(inter_weight: float) -> float:
     return float(similarity[same & other].mean() - similarity[~same].mean())
 
 
+@pytest.mark.slow
 def test_without_the_inter_image_loss_clusters_do_not_tighten() -> None:
     assert similarity_within_clusters(1.0) > similarity_within_clusters(0.0) + 0.1
 

@@ -142,6 +142,7 @@ def std_after_training(lambda_: float) -> float:
     return float(method.features(batch)[0].std(dim=0).mean().detach())
 
 
+@pytest.mark.slow
 def test_without_sigreg_it_collapses() -> None:
     assert std_after_training(0.2) > 0.4
     assert std_after_training(0.0) < 0.1

@@ -152,6 +152,7 @@ def loss_after_training() -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_without_masking_it_copies(monkeypatch) -> None:
     assert loss_after_training() > 0.7
     monkeypatch.setattr(

@@ -160,6 +160,7 @@ def loss_after_training() -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_without_masking_it_copies(monkeypatch) -> None:
     """The quarters are independent: the directions in one can be predicted only if it is visible."""
     masked = loss_after_training()

@@ -94,6 +94,7 @@ def test_gradients_reach_the_fused_layers() -> None:
     torch.testing.assert_close(torch.autograd.grad((encoded * weight).sum(), weights), expected)
 
 
+@pytest.mark.slow
 def test_without_fusion_the_last_layer_must_keep_the_detail(monkeypatch) -> None:
     """The last block outputs zeros: with fusion the decoder still learns to reconstruct, without it it cannot."""
 
@@ -125,6 +126,7 @@ def test_without_fusion_the_last_layer_must_keep_the_detail(monkeypatch) -> None
     assert loss_after_training() > 0.7
 
 
+@pytest.mark.slow
 def test_without_fusion_it_is_mae(monkeypatch) -> None:
     method, parent = make("mff"), make("mae")
     parent.load_state_dict({key: value for key, value in method.state_dict().items() if "fusion" not in key})

@@ -85,6 +85,7 @@ def leak() -> float:
     return own / other
 
 
+@pytest.mark.slow
 def test_without_attention_bias_the_images_leak_into_each_other(monkeypatch) -> None:
     assert leak() < 1e-5
     real = mixmim.attention_bias

@@ -114,6 +114,7 @@ def similarity_of_queue_to_current_keys(momentum: float) -> float:
     return float(torch.stack(agreements).mean())
 
 
+@pytest.mark.slow
 def test_without_momentum_queued_keys_are_stale() -> None:
     assert similarity_of_queue_to_current_keys(0.999) > 0.995
     assert similarity_of_queue_to_current_keys(0.0) < 0.9

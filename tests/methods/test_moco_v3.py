@@ -107,6 +107,7 @@ def feature_std_after_training() -> float:
     return float(out["feature_std"])
 
 
+@pytest.mark.slow
 def test_without_negatives_it_collapses(monkeypatch) -> None:
     assert feature_std_after_training() > 0.5
     monkeypatch.setattr(moco_v3, "contrastive_loss", positives_only)

@@ -151,6 +151,7 @@ def entropy_of_the_mean(**options: object) -> float:
     return float(out["marginal_entropy"])
 
 
+@pytest.mark.slow
 def test_without_mean_entropy_and_sinkhorn_it_collapses() -> None:
     assert entropy_of_the_mean(sinkhorn_targets=False) > 1.6
     assert entropy_of_the_mean(sinkhorn_targets=False, mean_entropy_weight=0.0) < 1.2

@@ -178,6 +178,7 @@ def similarity_of_images() -> float:
     return float((rows @ rows.T).mean())
 
 
+@pytest.mark.slow
 def test_without_negatives_features_collapse(monkeypatch) -> None:
     assert similarity_of_images() < 0.5
     real = NPID.contrast

@@ -214,6 +214,7 @@ def num_clusters_after_drifting() -> int:
     return int((clusters.sizes() > 0).sum())
 
 
+@pytest.mark.slow
 def test_without_replacing_small_clusters_they_are_lost(monkeypatch) -> None:
     assert num_clusters_after_drifting() == 32
     monkeypatch.setattr(OnlineClusters, "replace_small_clusters", lambda self: None)

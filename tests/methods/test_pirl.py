@@ -133,6 +133,7 @@ def matches_after_training(puzzle_weight: float) -> float:
     return matches(method, batch)
 
 
+@pytest.mark.slow
 def test_without_the_jigsaw_term_it_is_not_invariant() -> None:
     assert matches_after_training(0.5) > 0.6
     assert matches_after_training(0.0) < 0.3

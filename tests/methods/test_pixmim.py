@@ -131,6 +131,7 @@ def test_target_ignores_high_frequencies(monkeypatch) -> None:
     assert (method.target(images + noise) - method.target(images)).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_without_filter_and_shift_it_is_mae(monkeypatch) -> None:
     method, parent = make("pixmim", shift=0.0), make("mae")
     batch = make_batch(method, 4)

@@ -100,6 +100,7 @@ def uniformity_after_training() -> float:
     return float(out["uniformity"])
 
 
+@pytest.mark.slow
 def test_without_negatives_it_collapses(monkeypatch) -> None:
     assert uniformity_after_training() < -2
     monkeypatch.setattr(simclr, "nt_xent", lambda z_1, z_2, _: (z_1 - z_2).square().sum(dim=1).mean())

@@ -138,6 +138,7 @@ def loss_after_training() -> float:
     return float(loss.detach())
 
 
+@pytest.mark.slow
 def test_without_masking_it_copies(monkeypatch) -> None:
     """Squares with independent colors: the color of a square can be predicted only if it is visible."""
     assert loss_after_training() > 0.5

@@ -68,6 +68,7 @@ def std_after_training(cls: type[SimSiam]) -> float:
     return float(out["feature_std"])
 
 
+@pytest.mark.slow
 def test_without_stop_gradient_it_collapses() -> None:
     assert std_after_training(SimSiam) > 0.6
     assert std_after_training(WithoutStopGradient) < 0.3

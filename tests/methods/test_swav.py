@@ -149,6 +149,7 @@ def perplexity_after_training() -> float:
     return float(out["prototype_perplexity"])
 
 
+@pytest.mark.slow
 def test_without_sinkhorn_it_collapses_to_one_prototype(monkeypatch) -> None:
     assert perplexity_after_training() > 6
     monkeypatch.setattr(swav, "sinkhorn", lambda scores, epsilon, iterations: F.softmax(scores / epsilon, dim=1))

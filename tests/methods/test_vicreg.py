@@ -61,6 +61,7 @@ def after_training(**options: float) -> tuple[float, float]:
     return float(z.std(dim=0).mean()), float((c - c.diag().diag()).abs().sum() / (16 * 15))
 
 
+@pytest.mark.slow
 def test_without_variance_it_collapses_and_without_covariance_dimensions_are_correlated() -> None:
     std, correlation = after_training(covariance_weight=5.0)
     assert std > 0.6

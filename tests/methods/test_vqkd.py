@@ -174,6 +174,7 @@ def codes_used(restart: bool) -> int:
     return len(method.backbone.tokens(make_batch(method, 64, seed=99).views[0]).unique())
 
 
+@pytest.mark.slow
 def test_codes_without_restarts_stay_unused() -> None:
     assert codes_used(restart=True) > 24
     assert codes_used(restart=False) < 20

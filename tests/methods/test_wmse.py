@@ -135,6 +135,7 @@ def std_after_training() -> float:
     return float(out["feature_std"])
 
 
+@pytest.mark.slow
 def test_without_whitening_it_collapses(monkeypatch) -> None:
     assert std_after_training() > 0.6
     monkeypatch.setattr(wmse, "whiten", lambda x, epsilon: x)

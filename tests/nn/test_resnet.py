@@ -44,6 +44,7 @@ def test_names_and_counts_are_torchvisions(factory, name: str, parameters: int) 
 
 
 @pytest.mark.parametrize(("factory", "name"), [(resnet18, "resnet18"), (wide_resnet50_2, "wide_resnet50_2")])
+@pytest.mark.slow
 def test_torchvision_weights_give_torchvision_features(factory, name: str) -> None:
     theirs = getattr(torchvision.models, name)(num_classes=2).eval()
     ours = factory().eval()
