@@ -5,10 +5,10 @@ import sys
 
 COMMANDS = {
     "train": "learn features from images without labels; measure and plot what was learned",
-    "evaluate": "measure a run or any weights: nearest neighbors, linear probe, fine-tuning, ...",
+    "evaluate": "measure a run or an exported backbone: nearest neighbors, linear probe, your own protocols",
     "extract": "write the features of images to a file",
     "compare": "train several methods on the same images and put their results side by side",
-    "tools": "import and export weights, replay a failed step, ...; `sslbook tools` lists them",
+    "tools": "replay a failed step, ...; `sslbook tools` lists them",
 }
 
 

@@ -121,7 +121,8 @@ def _type_name(hint: Any) -> str:
     """The type of an option that is not set."""
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    names = [getattr(part, "__name__", str(part)) for part in get_args(hint) if part is not type(None)]
+    parts = [getattr(part, "__origin__", part) for part in get_args(hint) if part is not type(None)]
+    names = [getattr(part, "__name__", str(part)) for part in parts]
     return "null" + (f" ({' or '.join(names)})" if names and "." not in names[0] else "")
 
 

@@ -214,4 +214,4 @@ Examples:
   torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root data
   python -m sslbook.train --resume runs/simclr-shapes                  go on with a run
 
-Values below are those in force under {recipe}; they change with --recipe, --config and every option given."""
+Values below are those in force under {Path(recipe).name}; they change with --recipe, --config and every option given."""
