@@ -304,7 +304,7 @@ def test_without_centering_or_sharpening_it_collapses() -> None:
     for _, average in entropies(**sharp, center_momentum=1.0):
         assert average < 0.8
     for one, average in entropies(teacher_temperature_start=0.1, teacher_temperature=0.1):  # the student's
-        assert one > 2.5
+        assert one > 2.0  # of ln 24 = 3.2
         assert average - one < 0.2
 
 
