@@ -26,6 +26,7 @@ from sslbook.errors import UserError
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.protocols.knn import majority
 
+SMALL = 10_000_000  # numbers in a matrix of features
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the squared weights, relative to the mean loss of an image
 PATIENCE = 2  # penalties without a better validation accuracy before weaker ones are passed over: they only take longer
 ITERATIONS = 100  # of L-BFGS; three times as many changed the accuracy by 0.1 points
@@ -142,6 +143,9 @@ def _model(**options):
 
 
 def _fit(model, x: Float[Tensor, "n dim"], y: Int[Tensor, "n"]) -> None:
-    with warnings.catch_warnings():
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    threads = 1 if x.numel() < SMALL else None  # on small matrices threads wait for each other longer than they compute
+    with warnings.catch_warnings(), threadpool_limits(limits=threads):
         warnings.filterwarnings("ignore", message="lbfgs failed to converge")  # stopping early costs no accuracy
         model.fit(x.numpy(), y.numpy())
