@@ -101,6 +101,7 @@ def test_a_folder_where_no_step_was_taken_is_free(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoint-00000001.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_that_takes_one_size(tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs timm")
     words = ["simclr", "--batch_size=2", "--steps=1", "--report=none", f"--out_dir={tmp_path / 'run'}"]
@@ -142,6 +143,7 @@ def test_a_broken_image_is_skipped_and_counted_or_refused(photos: Path, tmp_path
     assert "0.png" in message
 
 
+@pytest.mark.slow
 def test_the_command_line_itself_exits_with_one_line(tmp_path: Path) -> None:
     process = start_process(["-m", "sslbook.train", "simclrr"], tmp_path)
     output, errors = process.communicate(timeout=120)

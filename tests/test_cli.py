@@ -163,6 +163,7 @@ def options_of(method: str) -> list[str]:
     return train_parser(method_class(method), pretrain, "").options
 
 
+@pytest.mark.slow
 def test_new_names_exist() -> None:
     options = {option for method in METHODS for option in options_of(method)}
     ends = {option.rpartition(".")[2] for option in options} | {"shapes"}
@@ -233,6 +234,7 @@ def test_options_for_a_list_are_appended() -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["mae", "--help"], ["byol", "--recipe", "cifar10", "-h"]])
+@pytest.mark.slow
 def test_help_shows_every_option_once_with_its_value_in_force(words: list[str], capsys) -> None:
     text = printed(capsys, *words)
     resolved = resolve([word for word in words if word not in ("--help", "-h")], pretrain)[2]

@@ -79,6 +79,7 @@ def _fail() -> None:
         raise ValueError("a worker's own message")
 
 
+@pytest.mark.slow
 def test_failing_process_is_reported_and_replaced(pool) -> None:
     with pytest.raises(AssertionError, match="a worker's own message"):
         pool.run(_fail)

@@ -21,6 +21,8 @@ from sslbook.evaluation.protocols.knn import KNN, accuracy
 from sslbook.nn import ResNet
 from sslbook.weights.backbone import export_backbone, load_backbone
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -165,6 +165,7 @@ def test_accumulation_is_the_whole_batch_for_a_loss_without_interaction(tmp_path
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hooks_see_every_event_and_change_nothing(tmp_path: Path) -> None:
     data, count = Data(shapes=TINY_SHAPES), Count()
     common = {"batch_size": 16, "steps": 4, "progress": False}
@@ -200,11 +201,13 @@ def test_monitor_and_keep_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_mixed_precision_with_clipping_compiles_down_to_numbers(precision: str, tmp_path: Path) -> None:
     start("mae", tmp_path / "run", steps=3, precision=precision, clip_grad_norm=1.0)
     assert all(line["loss"] == line["loss"] and "gradient_norm" in line for line in lines(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_channels_last_changes_nothing_but_the_layout(tmp_path: Path) -> None:
     start("rotation", tmp_path / "a", steps=2)
     start("rotation", tmp_path / "b", steps=2, channels_last="true")
@@ -241,6 +244,7 @@ def test_nan_loss_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -
     assert "the loss itself is nan" in output
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(tmp_path: Path, capsys) -> None:
     start("rotation", tmp_path, steps=2)
     before = weights(tmp_path)
@@ -249,6 +253,7 @@ def test_a_finished_run_says_so(tmp_path: Path, capsys) -> None:
     assert_same_bits(weights(tmp_path), before)
 
 
+@pytest.mark.slow
 def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = [word for word in command("rotation", None, steps=1) if not word.startswith("--batch_size")]
@@ -324,6 +329,7 @@ def test_from_python_without_a_command_line(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "backbone.json").read_text())["method"] == "SimCLR"
 
 
+@pytest.mark.slow
 def test_a_run_from_weights_is_resumed_like_any_other(tmp_path: Path) -> None:
     start("rotation", tmp_path / "source", steps=1)
     options = {
@@ -349,6 +355,7 @@ def test_the_control_of_a_run_from_weights_has_random_ones(tmp_path: Path) -> No
     assert not torch.equal(fresh["conv1.weight"], given["conv1.weight"])
 
 
+@pytest.mark.slow
 def test_resuming_an_older_checkpoint_renames_newer_ones(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     start("rotation", run, steps=4, checkpoint_every="1 steps", keep_last=0)

@@ -121,6 +121,7 @@ class Parser(ArgumentParser):
         parent, _, last = name.rpartition(".")
         options, close = self.options, difflib.get_close_matches
         new = RENAMED.get(name) or RENAMED.get(last, "")
+        new = f"data.{new}" if new == "shapes" and parent == "" else new  # a data set's options, or a recipe
         if f"{parent}.{new}" in options:
             new = f"{parent}.{new}"
         if new == VIEW_SIZE and new not in options:  # a method whose views have other names

@@ -19,6 +19,8 @@ from loopback import File, Server
 
 from sslbook.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 DATA = random.Random(0).randbytes(300_000)
 QUICK = RetryPolicy(pause=0.0, timeout=5.0, slowest=0.0)
 

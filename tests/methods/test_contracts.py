@@ -109,6 +109,7 @@ def test_bfloat16(name: str) -> None:
 
 
 @methods
+@pytest.mark.slow
 def test_state_dict_round_trip(name: str) -> None:
     method, other = make(name), make(name, seed=1)
     clock = Clock(0, 10)
