@@ -40,7 +40,7 @@ class OnlineKNN(Hook):
 
 
 class Plots(Hook):
-    """Images while the run goes on: its views at the start, then curves and (if the method paints) reconstructions.
+    """Plots while the run goes on: its views at the start, then curves and, where the method makes them, reconstructions.
 
     Args:
         every: epochs between images.

@@ -109,7 +109,7 @@ def pretrain(
     _require_even_parts(batch_size, grad_accum_steps)
     require_monitored(monitor, hooks or [])
     steps_per_epoch = data.steps_per_epoch(batch_size)
-    total_steps = steps or max(1, round(epochs * steps_per_epoch))
+    total_steps = max(1, round(epochs * steps_per_epoch)) if steps is None else steps
     save_every = in_steps(checkpoint_every, total_steps, steps_per_epoch)
     folder, resumed = open_folder(method, data, out_dir, resume)
     if resumed is not None and init_from is not None and resume != "auto":
