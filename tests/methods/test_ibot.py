@@ -303,9 +303,10 @@ def test_without_centering_or_sharpening_it_collapses() -> None:
         assert average - one > 0.3  # mutual information of output and image, in nats
     for _, average in entropies(**sharp, center_momentum=1.0):
         assert average < 0.8
-    for one, average in entropies(teacher_temperature_start=0.1, teacher_temperature=0.1):  # the student's
-        assert one > 2.0  # of ln 24 = 3.2
-        assert average - one < 0.2
+    flat = {"teacher_temperature_start": 0.3, "teacher_temperature": 0.3}  # softer than the student's 0.1
+    for one, average in entropies(**flat):
+        assert one > 3.0  # of ln 24 = 3.18
+        assert average - one < 0.05
 
 
 def nearest_distance(koleo_weight: float) -> float:
