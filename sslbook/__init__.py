@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sslbook.data.datasets.shapes import Shapes as Shapes
     from sslbook.data.loader import Data as Data
     from sslbook.data.views import View as View
+    from sslbook.distributed import default_device as default_device
     from sslbook.engine.loop import pretrain as pretrain
     from sslbook.errors import UserError as UserError
     from sslbook.schedules import Clock as Clock
@@ -27,10 +28,11 @@ _LAZY = {
     "UserError": "sslbook.errors",
     "View": "sslbook.data.views",
     "Shapes": "sslbook.data.datasets.shapes",
+    "default_device": "sslbook.distributed",
     "load_backbone": "sslbook.weights.backbone",
     "pretrain": "sslbook.engine.loop",
 }
-__all__ = ["Clock", "Data", "Shapes", "UserError", "View", "__version__", "load_backbone", "pretrain"]
+__all__ = ["Clock", "Data", "Shapes", "UserError", "View", "__version__", "default_device", "load_backbone", "pretrain"]
 
 
 def __getattr__(name: str) -> object:

@@ -160,6 +160,12 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
     return DistributedDataParallel(module, **options)
 
 
+def default_device() -> torch.device:
+    """Where a notebook or a script computes: a CUDA GPU, else Apple's (MPS), else the CPU."""
+    mps = torch.backends.mps.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
 def setup(device: str | None = None) -> torch.device:
     """Join the process group that `torchrun` describes, if it started this process; returns this process's device.
 

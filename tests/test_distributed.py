@@ -127,3 +127,12 @@ def test_launched_processes_share_no_memory() -> None:
     x = torch.zeros(())
     assert distributed.launch(_overwrite, 2, x) == [1.0, 2.0]
     assert x == 0
+
+
+def test_default_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for cuda, mps in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
+        found[cuda, mps] = distributed.default_device().type
+    assert found == {(True, True): "cuda", (False, True): "mps", (False, False): "cpu"}
