@@ -1,10 +1,11 @@
-"""What the chapter on SimCLR quotes: its longer runs over several seeds, and its ablations.
+"""What the chapter on SimCLR quotes: the choice of its settings, its longer runs over several seeds, its ablations.
 
-    python book/chapters/simclr/experiments.py measure --seeds 3
-    python book/chapters/simclr/experiments.py sabotage          each some minutes on one CPU core
+    python book/chapters/simclr/experiments.py settings       learning rates, on held-out training images of another seed
+    python book/chapters/simclr/experiments.py shapes         the controls, the factors and the ablations, three seeds
+    python book/chapters/simclr/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
-Write `simclr_shapes` (accuracy on test images beside the controls), `simclr_factors` (how well h and z predict
-every factor) and `simclr_sabotage`, which is measured on held-out training images, so that settings can be chosen from it.
+Each takes minutes on one CPU core. They write `simclr_settings`; `simclr_shapes` and `simclr_factors` (on test images)
+and `simclr_sabotage` (on held-out training images); `simclr_photographs` and the checkpoint `simclr_cifar10`.
 """
 
 import argparse
@@ -14,41 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslbook import results
+from sslbook import default_device, results
+from sslbook.data.datasets.base import InMemory, Splits
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
-from sslbook.errors import UserError
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
 from sslbook.methods.simclr import SimCLR
+from sslbook.nn import ConvNet
 from sslbook.schedules import Clock
+from sslbook.weights.backbone import export_backbone
 
 TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
 VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.5), grayscale=0.2)
-CENTER = View.center(16)
-BATCH, LR, TEMPERATURE = 256, 5e-3, 0.2
-HELD_OUT = 800  # training images at the end that the ablations are evaluated on
-TEMPERATURES = (0.02, 1.0)
-STEPS = 120
-
-
-class SmallNet(nn.Sequential):
-    """Four convolutions for images of 16 x 16: 131,000 weights, 128 features."""
-
-    def __init__(self, width: int = 32) -> None:
-        def block(inside: int, outside: int, size: int, stride: int) -> list[nn.Module]:
-            conv = nn.Conv2d(inside, outside, size, stride, padding=1, bias=False)
-            return [conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True)]
-
-        super().__init__(
-            *block(3, width, 4, 2),
-            *block(width, 2 * width, 3, 1),
-            *block(2 * width, 2 * width, 3, 2),
-            *block(2 * width, 4 * width, 3, 1),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-        self.dim = 4 * width
+PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+BATCH, TEMPERATURE = 256, 0.2
+LR, LR_SUPERVISED = 5e-3, 3e-3  # the best of `settings`
+LRS = (2e-3, 5e-3, 1e-2)
+HELD_OUT = 800  # training images at the end that settings are chosen on, and the ablations measured
+STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 120, 400, (10000, 2000)
+Table = dict[str, dict[str, list[float]]]
 
 
 class KeepsItself(SimCLR):
@@ -57,23 +43,52 @@ class KeepsItself(SimCLR):
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         z_1, z_2 = self.projector(self.backbone(torch.cat(batch.views))).chunk(2)
         z = F.normalize(torch.cat([z_1, z_2]), dim=1)
-        loss = 2 * F.cross_entropy(z @ z.T / self.temperature, torch.arange(len(z)).roll(len(z_1)))
+        positive = torch.arange(len(z), device=z.device).roll(len(z_1))
+        loss = 2 * F.cross_entropy(z @ z.T / self.temperature, positive)
         return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
 
 
-def make(seed: int, kind: type[SimCLR] = SimCLR, view: View = VIEW, temperature: float = TEMPERATURE) -> SimCLR:
+NONE, TEXTURED = "as it should be", "textured background"
+VARIANTS: dict[str, dict] = {
+    NONE: {},
+    "no color jitter": {"view": View(size=16, crop=VIEW.crop)},
+    "no projector": {"projector": nn.Identity()},
+    "k = i kept": {"kind": KeepsItself},
+    "temperature 0.02": {"temperature": 0.02},
+    "temperature 1": {"temperature": 1.0},
+    TEXTURED: {},
+}
+
+
+def in_memory(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, names: tuple[str, ...]) -> Data:
+    """Images as uint8 (n, 3, side, side), in memory, as a data set."""
+    data = Data()
+    source = InMemory(images, labels)
+    data._splits = Splits(source, source, InMemory(test_images, test_labels), tuple(names))
+    return data
+
+
+def make(
+    seed: int,
+    *,
+    kind: type[SimCLR] = SimCLR,
+    view: View = VIEW,
+    temperature: float = TEMPERATURE,
+    projector: nn.Module | None = None,
+) -> SimCLR:
     torch.manual_seed(seed)
-    return kind(SmallNet(), view, temperature, projector_num_layers=2, projector_dim=64)
+    method = kind(ConvNet(), view, temperature, projector_num_layers=2, projector_dim=64, projector=projector)
+    return method.to(default_device())
 
 
-def train(method: SimCLR, data: Data, steps: int, seed: int) -> dict[str, float]:
+def train(method: SimCLR, data: Data, steps: int, seed: int, lr: float = LR) -> dict[str, float]:
     """Train in place, as the chapter does; the mean of the last twenty steps' log."""
-    optimizer = torch.optim.AdamW(method.parameters(), LR, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(method.parameters(), lr, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     log, epoch = [], 0
     method.train()
     while len(log) < steps:
-        for batch in data.batches(method.views(), BATCH, seed=seed, epoch=epoch):
+        for batch in data.batches(method.views(), BATCH, seed=seed, epoch=epoch, device=default_device()):
             if len(log) == steps:
                 break
             out = method(batch, Clock(len(log), steps))
@@ -86,42 +101,35 @@ def train(method: SimCLR, data: Data, steps: int, seed: int) -> dict[str, float]
     return {name: sum(line[name] for line in log[-20:]) / len(log[-20:]) for name in log[0]}
 
 
-def features(network: nn.Module, data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    train_part = extract_features(network, data, "train", CENTER, progress=False)
-    return *train_part, *extract_features(network, data, "test", CENTER, progress=False)
+def train_supervised(backbone: nn.Module, data: Data, view: View, steps: int, seed: int, lr: float) -> nn.Module:
+    center = View.center(view.size)
+    controls.train_supervised(
+        backbone, data, view, steps, BATCH, evaluation_view=center, lr=lr, seed=seed, progress=False
+    )
+    return backbone
 
 
-def evaluate(backbone: nn.Module, data: Data) -> dict[str, float]:
-    """On held-out training images: kNN, and linear probes of shape, hue and background."""
-    x, y = extract_features(backbone, data, "train", CENTER, progress=False)
+def features(network: nn.Module, data: Data, size: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = extract_features(network, data, "train", View.center(size), progress=False)
+    test_x, test_y = extract_features(network, data, "test", View.center(size), progress=False)
+    return x, y, test_x, test_y
+
+
+def score(network: nn.Module, data: Data, size: int = 16) -> dict[str, float]:
+    """On test images."""
+    found = features(network, data, size)
+    return {"kNN": knn.accuracy(*found), "linear": linear.probe(*found).accuracy}
+
+
+def held_out(backbone: nn.Module, data: Data, names: tuple[str, ...]) -> dict[str, float]:
+    """On training images that the probes did not see: kNN of the class, and linear probes of factors."""
+    x, y = extract_features(backbone, data, "train", View.center(16), progress=False)
     bank, queries = x[:-HELD_OUT], x[-HELD_OUT:]
     found = {"kNN": knn.accuracy(bank, y[:-HELD_OUT], queries, y[-HELD_OUT:])}
-    for name in ("shape", "hue", "background"):
+    for name in names:
         value = data.factors("train")[name]
         found[name] = linear.probe(bank, value[:-HELD_OUT], queries, value[-HELD_OUT:]).accuracy
     return found
-
-
-def score(network: nn.Module, data: Data) -> dict[str, float]:
-    """On test images."""
-    x, y, test_x, test_y = features(network, data)
-    return {
-        "kNN": knn.accuracy(x, y, test_x, test_y),
-        "linear": linear.probe(x, y, test_x, test_y).accuracy,
-    }
-
-
-NONE = "as it should be"
-VARIANTS = {
-    NONE: {},
-    "no color jitter": {"view": View(size=16, crop=VIEW.crop)},
-    "no projector": {},
-    "k = i kept": {"kind": KeepsItself},
-    **{f"temperature {t:g}": {"temperature": t} for t in TEMPERATURES},
-    "textured background": {},
-}
-SETTINGS = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.num_train}
-Table = dict[str, dict[str, list[float]]]
 
 
 def note(table: Table, row: str, values: dict[str, float]) -> None:
@@ -130,69 +138,90 @@ def note(table: Table, row: str, values: dict[str, float]) -> None:
     print(row, {name: round(value, 2) for name, value in values.items()}, flush=True)
 
 
-def measure(seeds: list[int]) -> None:
-    """`simclr_shapes` and `simclr_factors`: the method as it should be, beside its controls, on test images."""
-    data = Data(shapes=TINY_SHAPES)
-    shapes: Table = {}
-    known: Table = {}
+def settings(_: int) -> None:
+    """`simclr_settings`: learning rates, on images of another seed of Shapes, that no other result uses."""
+    data, table = Data(shapes=Shapes(num_train=TINY_SHAPES.num_train, num_test=1, seed=1)), {}
+    for lr in LRS:
+        method = make(100)
+        fresh = copy.deepcopy(method.backbone)
+        train(method, data, STEPS, 100, lr)
+        note(table, f"SimCLR, learning rate {lr:g}", held_out(method.backbone, data, ("shape",)))
+        train_supervised(fresh, data, VIEW, STEPS, 100, lr)
+        note(table, f"supervised, learning rate {lr:g}", held_out(fresh, data, ("shape",)))
+    results.save("simclr_settings", table, seeds=[100], settings={"steps": STEPS, "batch": BATCH, "shapes seed": 1})
+
+
+def shapes(num_seeds: int) -> None:
+    """All of Shapes: the method beside its controls, what h and z encode, and one line changed at a time."""
+    plain, textured = Data(shapes=TINY_SHAPES), Data(shapes=Shapes(**{**vars(TINY_SHAPES), "texture": 1.0}))
+    rows: Table = {name: {} for name in ("SimCLR", "random weights", "pixels", "supervised")}
+    known: Table = {name: {} for name in plain.factors("train")}
+    broken: Table = {}
 
     def factor(column: str, network: nn.Module) -> None:
-        x, _, test_x, _ = features(network, data)
-        for name, value in factors.probe(x, data.factors("train"), test_x, data.factors("test")).items():
-            known.setdefault(name, {}).setdefault(column, []).append(round(value, 2))
+        x, _, test_x, _ = features(network, plain)
+        for name, value in factors.probe(x, plain.factors("train"), test_x, plain.factors("test")).items():
+            known[name].setdefault(column, []).append(round(value, 2))
 
-    for name, level in factors.chance_levels(data.factors("train"), data.factors("test")).items():
-        known[name] = {"chance": [round(level, 2)]}
+    for name, level in factors.chance_levels(plain.factors("train"), plain.factors("test")).items():
+        known[name]["chance"] = [round(level, 2)]
     factor("pixels", nn.Flatten())
-    pixels = score(nn.Flatten(), data)
-    for seed in seeds:
-        method = make(seed)
-        fresh = copy.deepcopy(method.backbone)
-        random = score(fresh, data)
-        if seed == 0:
-            factor("random weights", fresh)
-        train(method, data, STEPS, seed)
-        note(shapes, "SimCLR", score(method.backbone, data))
-        if seed == 0:
-            note(shapes, "pixels", pixels)
-        note(shapes, "random weights", random)
-        factor("h", method.backbone)
-        factor("z", nn.Sequential(method.backbone, method.projector))
-        controls.train_supervised(fresh, data, VIEW, STEPS, BATCH, evaluation_view=CENTER, seed=seed, progress=False)
-        note(shapes, "supervised", score(fresh, data))
-        results.save("simclr_shapes", shapes, seeds=seeds[: seed + 1], settings=SETTINGS)
-        results.save("simclr_factors", known, seeds=seeds[: seed + 1], settings=SETTINGS)
-
-
-def sabotage(seeds: list[int], only: list[str]) -> None:
-    """`simclr_sabotage`: one line changed at a time, on held-out training images. Rows not in `only` are kept."""
-    plain, textured = Data(shapes=TINY_SHAPES), Data(shapes=Shapes(**{**vars(TINY_SHAPES), "texture": 1.0}))
-    for name in only:
-        rows: Table = {}
-        for seed in seeds:
-            method, data = make(seed, **VARIANTS[name]), textured if name == "textured background" else plain
-            if name == "no projector":
-                method.projector = nn.Identity()
+    note(rows, "pixels", score(nn.Flatten(), plain))
+    for seed in range(num_seeds):
+        for name, options in VARIANTS.items():
+            data = textured if name == TEXTURED else plain
+            method = make(seed, **options)
+            fresh = copy.deepcopy(method.backbone)
             log = train(method, data, STEPS, seed)
-            note(rows, name, {**log, **evaluate(method.backbone, data)})
-        try:
-            old = results.load("simclr_sabotage")
-            rows |= {row: old[row] for row in old.values if row not in rows and old.settings == SETTINGS}
-        except UserError:  # there is none yet
-            pass
-        table = {row: rows[row] for row in VARIANTS if row in rows}
-        results.save("simclr_sabotage", table, seeds=seeds, settings=SETTINGS)
+            note(broken, name, {**log, **held_out(method.backbone, data, ("shape", "hue", "background"))})
+            if name == NONE:
+                note(rows, "SimCLR", score(method.backbone, data))
+                note(rows, "random weights", score(fresh, data))
+                factor("random weights", fresh)
+                factor("h", method.backbone)
+                factor("z", nn.Sequential(method.backbone, method.projector))
+                note(rows, "supervised", score(train_supervised(fresh, data, VIEW, STEPS, seed, LR_SUPERVISED), data))
+        about = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.num_train}
+        for result, table in (("simclr_shapes", rows), ("simclr_factors", known), ("simclr_sabotage", broken)):
+            results.save(result, table, seeds=list(range(seed + 1)), settings=about)
+
+
+def photographs(num_seeds: int) -> None:
+    """CIFAR-10: the method beside its controls on test images; the checkpoint is of seed 0."""
+    from sslbook.notebook import photographs as source
+
+    found = source.cifar10(*PHOTOGRAPHS)
+    if found is None:
+        raise SystemExit("no photographs: set SSLBOOK_DATA to a folder that holds CIFAR-10")
+    data = in_memory(found.train, found.train_labels, found.test, found.test_labels, found.classes)
+    rows: Table = {name: {} for name in ("SimCLR", "random weights", "pixels", "supervised")}
+    note(rows, "pixels", score(nn.Flatten(), data, 32))
+    about = {"steps": PHOTOGRAPH_STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": len(found.train)}
+    about |= {"test images": len(found.test), "data": found.name}
+    for seed in range(num_seeds):
+        method = make(seed, view=PHOTOGRAPH)
+        fresh = copy.deepcopy(method.backbone)
+        note(rows, "random weights", score(fresh, data, 32))
+        log = train(method, data, PHOTOGRAPH_STEPS, seed)
+        note(rows, "SimCLR", score(method.backbone, data, 32))
+        print(log, flush=True)
+        if seed == 0:
+            path = results.book() / "checkpoints" / "simclr_cifar10.safetensors"
+            command = "python book/chapters/simclr/experiments.py photographs"
+            export_backbone(path, method.backbone, {"method": "SimCLR", "command": command, "seed": seed, **about})
+        train_supervised(fresh, data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
+        note(rows, "supervised", score(fresh, data, 32))
+        results.save("simclr_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["measure", "sabotage"])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which sabotages")
+    commands = {"settings": settings, "shapes": shapes, "photographs": photographs}
+    parser.add_argument("what", choices=list(commands))
+    parser.add_argument("--seeds", type=int, default=None, help="how many: 3 of shapes, 1 of photographs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = list(range(arguments.seeds))
-    measure(seeds) if arguments.what == "measure" else sabotage(seeds, arguments.only)
+    commands[arguments.what](arguments.seeds or (3 if arguments.what == "shapes" else 1))
 
 
 if __name__ == "__main__":
