@@ -7,13 +7,13 @@ a function of `(seed, epoch, index, stream)`: workers, processes and restarts ch
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from sslbook.data.datasets import load_named
@@ -99,6 +99,32 @@ class Data:
         self._idle: tuple[Any, CropLoader] | None = None
         if path is not None or name != "shapes":
             _ = self._splits  # what is missing is reported at once; Shapes is rendered when it is needed
+
+    @classmethod
+    def from_images(
+        cls,
+        train: UInt8[Tensor, "train channels height width"],
+        train_labels: Int[Tensor, "train"],
+        test: UInt8[Tensor, "test channels height width"] | None = None,
+        test_labels: Int[Tensor, "test"] | None = None,
+        class_names: Sequence[str] = (),
+        name: str = "images",
+    ) -> "Data":
+        """Images that are in memory already, all of one size.
+
+        Args:
+            train: the images to learn from.
+            train_labels: their classes, -1 where unlabeled.
+            test: the images to evaluate on.
+            test_labels: their classes.
+            class_names: names of the classes, in the order of their numbers.
+            name: of the data, for tables.
+        """
+        data = cls()
+        source = InMemory(train, train_labels)
+        held = None if test is None or test_labels is None else InMemory(test, test_labels)
+        data.name, data._splits = name, Splits(source, source, held, tuple(class_names))
+        return data
 
     @cached_property
     def _splits(self) -> Splits:

@@ -181,6 +181,18 @@ def test_evaluation_shows_images_without_augmentation() -> None:
     assert np.array_equal(np.asarray(data.image("test", 3)), images[3].permute(1, 2, 0).numpy())
 
 
+def test_data_from_images_in_memory() -> None:
+    images, factors = SMALL.render("train")
+    test, known = SMALL.render("test")
+    data = Data.from_images(images, factors["shape"], test, known["shape"], Shapes.class_names, "mine")
+    assert data.describe() == "mine: 50 training images, 10 classes, 13 test images"
+    assert data.size == 16
+    for batch, expected in zip(data.evaluation_batches("test", None), Data(shapes=SMALL).evaluation_batches("test")):
+        assert torch.equal(batch.views[0], expected.views[0]) and torch.equal(batch.label, expected.label)
+    unlabeled = Data.from_images(images, torch.full((50,), -1))
+    assert unlabeled.describe() == "images: 50 training images, no labels, no test images"
+
+
 def test_limit_selects_the_same_images_every_time() -> None:
     data, whole = Data(shapes=SMALL, limit=20), Data(shapes=SMALL)
     assert (data.num_train, data.num_test) == (20, 13)
