@@ -188,7 +188,8 @@ def test_data_from_images_in_memory() -> None:
     assert data.describe() == "mine: 50 training images, 10 classes, 13 test images"
     assert data.size == 16
     for batch, expected in zip(data.evaluation_batches("test", None), Data(shapes=SMALL).evaluation_batches("test")):
-        assert torch.equal(batch.views[0], expected.views[0]) and torch.equal(batch.label, expected.label)
+        assert torch.equal(batch.views[0], expected.views[0])
+        assert torch.equal(batch.label, expected.label)
     unlabeled = Data.from_images(images, torch.full((50,), -1))
     assert unlabeled.describe() == "images: 50 training images, no labels, no test images"
 
