@@ -1,26 +1,30 @@
-"""What the chapter *Rotation prediction* reports: rotation prediction on the Shapes data set, whole and broken.
+"""What the chapter *Rotation prediction* quotes: the choice of its settings, its tables, its runs that are broken.
 
-    python book/chapters/rotation/experiments.py            about fifteen minutes on one CPU core
-    python book/chapters/rotation/experiments.py measure    only book/results/rotation_shapes.json and rotation_stages.json
-    python book/chapters/rotation/experiments.py labels     only book/results/rotation_labels.json
-    python book/chapters/rotation/experiments.py break      only book/results/rotation_broken.json and rotation_curves.json
-    python book/chapters/rotation/experiments.py break "watermark"    one row of these anew
+    python book/chapters/rotation/experiments.py settings       learning rates, on held-out training images of another seed
+    python book/chapters/rotation/experiments.py shapes         the method beside its controls, and every stage; three seeds
+    python book/chapters/rotation/experiments.py break          one line changed at a time
+    python book/chapters/rotation/experiments.py patience       one rotation for each image, for many more steps
+    python book/chapters/rotation/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or --data or downloaded
 
-Learning rate, steps and network were chosen on Shapes(seed=0). All results are of seeds 1 and 2, those of the
-runs that are broken on purpose of seed 1 alone.
+Each takes minutes on one CPU core. They write `rotation_settings`; `rotation_shapes` and `rotation_stages`;
+`rotation_broken` and `rotation_curves`; `rotation_patience`; `rotation_photographs`, `rotation_photographs_stages` and
+the checkpoint `rotation_cifar10`.
 """
 
+import argparse
 import copy
+import json
 import math
-import sys
+import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslbook import results, rng
+from sslbook import default_device, results, rng
 from sslbook.data.datasets.shapes import Shapes
-from sslbook.data.loader import Data
+from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.evaluation import controls, extract_features, knn, linear
 from sslbook.methods.rotation import Rotation, rotate, targets
@@ -28,27 +32,34 @@ from sslbook.schedules import Clock
 
 KNOBS = {"position": 1.0, "scale": 1.0, "orientation": 0.1}
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # pixels from 0 to 1; batch norm does the rest
-VIEW = View(size=16, crop=None, flip=0.5, **PLAIN)
-SEE = View.center(16, **PLAIN)
-BATCH, LR, DECAY = 32, 4e-3, 0.01
+BATCH, DECAY = 32, 0.01
+LR, LR_SUPERVISED, LR_SAME_ROWS = 2e-3, 1e-3, 2e-3  # the best of `settings`
+LRS = (1e-3, 2e-3, 4e-3)
+STEPS, BROKEN_STEPS, SETTINGS_STEPS, PATIENT_STEPS = 500, 300, 300, 1200
+NUM_TRAIN, NUM_TEST, HELD_OUT = 3000, 1000, 600
+PHOTOGRAPHS, PHOTOGRAPH_STEPS, PHOTOGRAPH_WIDTH = (10000, 2000), 1500, 24
+EVERY = 10  # steps that a point of a curve averages
+METHOD, RANDOM, PIXELS, SUPERVISED = "rotation prediction", "random weights", "pixels", "supervised"
+SAME_ROWS = "supervised, same rows"
+Table = dict[str, dict[str, list[float]]]
 
 
 class ConvNet(nn.Module):
     """The chapter's backbone: four blocks of two convolutions, mean over what is left of the image."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, stride: int = 1) -> None:
         super().__init__()
         widths = [3, width, 2 * width, 4 * width, 4 * width]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(i, o, 3, stride, padding=1, bias=False),
+                nn.Conv2d(i, o, 3, step, padding=1, bias=False),
                 nn.BatchNorm2d(o),
                 nn.ReLU(),
                 nn.Conv2d(o, o, 3, padding=1, bias=False),
                 nn.BatchNorm2d(o),
                 nn.ReLU(),
             )
-            for i, o, stride in zip(widths, widths[1:], (1, 2, 2, 1))
+            for i, o, step in zip(widths, widths[1:], (stride, 2, 2, 1))
         )
         self.dim = widths[-1]
 
@@ -63,54 +74,6 @@ class ConvNet(nn.Module):
         return self.stages(x)[-1].mean((2, 3))
 
 
-def train(method, data, steps, seed, change=None, batch_size=BATCH, every=10):
-    """Train as the chapter does; returns the loss of every tenth step and the accuracy of the last fifty."""
-    optimizer = torch.optim.AdamW(method.parameters(), lr=LR, weight_decay=DECAY)
-    per_epoch = data.steps_per_epoch(batch_size)
-    clock, losses, accuracies = Clock(0, steps, per_epoch, seed), [], []
-    method.train()
-    while clock.step < steps:
-        for batch in data.batches(method.views(), batch_size, seed=seed, epoch=clock.epoch):
-            if clock.step == steps:
-                break
-            if change is not None:
-                batch = batch._replace(views=(change(batch.views[0]),))
-            warm = min(1.0, (clock.step + 1) / max(1, steps // 20))
-            for group in optimizer.param_groups:
-                group["lr"] = LR * warm * 0.5 * (1 + math.cos(math.pi * clock.progress))
-            out = method(batch, clock)
-            optimizer.zero_grad()
-            out["loss"].backward()
-            optimizer.step()
-            losses.append(out["loss"].item())
-            if clock.step % 100 == 0:
-                print(f"  step {clock.step}: loss {losses[-1]:.2f}", flush=True)
-            accuracies.append(out["rotation_accuracy"].item())
-            clock = Clock(clock.step + 1, steps, per_epoch, seed)
-    method.eval()
-    smooth = [sum(losses[i : i + every]) / every for i in range(0, len(losses) - every + 1, every)]
-    return smooth, sum(accuracies[-50:]) / len(accuracies[-50:])
-
-
-def accuracy_of(method, data) -> float:
-    """Rotation accuracy on test images, in percent."""
-    right = total = 0
-    for batch in data.evaluation_batches("test", SEE):
-        with torch.no_grad():
-            chosen = method.head(method.backbone(rotate(batch.views[0]))).argmax(1)
-        right += (chosen == targets(len(batch.index), chosen.device)).sum().item()
-        total += len(chosen)
-    return 100 * right / total
-
-
-def features(backbone, data):
-    return [t for split in ("train", "test") for t in extract_features(backbone, data, split, SEE, progress=False)]
-
-
-def knn_of(backbone, data) -> float:
-    return knn.accuracy(*features(backbone, data))
-
-
 class Stage(nn.Module):
     """One stage of the backbone, averaged over a 2 x 2 grid of positions."""
 
@@ -122,83 +85,162 @@ class Stage(nn.Module):
         return F.adaptive_avg_pool2d(self.backbone.stages(x)[self.stage], 2).flatten(1)
 
 
-def shapes(seed: int) -> Data:
-    return Data(shapes=Shapes(num_train=3000, num_test=1000, seed=seed, **KNOBS))
+def view(size: int) -> View:
+    return View(size=size, crop=None, flip=0.5, **PLAIN)
 
 
-def measure(seeds=(1, 2), steps=600) -> None:
-    table: dict[str, dict[str, list[float]]] = {}
-    stages: dict[str, dict[str, list[float]]] = {}
+def train(
+    method: Rotation,
+    data: Data,
+    steps: int,
+    seed: int,
+    lr: float = LR,
+    change: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = BATCH,
+) -> tuple[list[float], float]:
+    """Train as the chapter does; the loss, averaged over `EVERY` steps, and the accuracy of the last fifty."""
+    device = default_device()
+    method.to(device).train()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=lr, weight_decay=DECAY)
+    per_epoch = data.steps_per_epoch(batch_size)
+    clock, losses, accuracies = Clock(0, steps, per_epoch, seed), [], []
+    while clock.step < steps:
+        for batch in data.batches(method.views(), batch_size, seed=seed, epoch=clock.epoch, device=device):
+            if clock.step == steps:
+                break
+            if change is not None:
+                batch = batch._replace(views=(change(batch.views[0]),))
+            warm = min(1.0, (clock.step + 1) / max(1, steps // 20))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * clock.progress))
+            out = method(batch, clock)
+            optimizer.zero_grad()
+            out["loss"].backward()
+            optimizer.step()
+            losses.append(out["loss"].item())
+            accuracies.append(out["rotation_accuracy"].item())
+            if clock.step % 200 == 199:
+                print(f"  step {clock.step + 1}: loss {sum(losses[-20:]) / 20:.2f}", flush=True)
+            clock = Clock(clock.step + 1, steps, per_epoch, seed)
+    method.eval()
+    smooth = [sum(losses[i : i + EVERY]) / EVERY for i in range(0, len(losses) - EVERY + 1, EVERY)]
+    return smooth, sum(accuracies[-50:]) / len(accuracies[-50:])
 
-    def note(row: str, column: str, value: float, where=table) -> None:
-        where.setdefault(row, {}).setdefault(column, []).append(value)
 
+def train_supervised(
+    backbone: ConvNet, data: Data, steps: int, seed: int, lr: float, batch_size: int, size: int = 16
+) -> float:
+    """The same network, view, steps and optimizer, with labels; the accuracy of its own head on the test split."""
+    backbone.to(default_device())
+    return controls.train_supervised(
+        backbone,
+        data,
+        view(size),
+        steps,
+        batch_size,
+        evaluation_view=View.center(size, **PLAIN),
+        lr=lr,
+        weight_decay=DECAY,
+        seed=seed,
+        progress=False,
+    )
+
+
+def accuracy_of(method: Rotation, data: Data, size: int = 16) -> float:
+    """Rotation accuracy on the test split, in percent."""
+    right = total = 0
+    for batch in data.evaluation_batches("test", View.center(size, **PLAIN)):
+        x = batch.views[0].to(default_device())
+        with torch.no_grad():
+            chosen = method.head(method.backbone(rotate(x))).argmax(1)
+        right += (chosen == targets(len(x), chosen.device)).sum().item()
+        total += len(chosen)
+    return 100 * right / total
+
+
+def features(backbone: nn.Module, data: Data, size: int = 16) -> list[Tensor]:
+    see = View.center(size, **PLAIN)
+    return [t for split in ("train", "test") for t in extract_features(backbone, data, split, see, progress=False)]
+
+
+def score(backbone: nn.Module, data: Data, size: int = 16) -> dict[str, float]:
+    found = features(backbone, data, size)
+    return {"kNN": knn.accuracy(*found), "linear": linear.probe(*found).accuracy}
+
+
+def by_stage(backbone: ConvNet, data: Data, size: int = 16) -> dict[str, float]:
+    probed = [linear.probe(*features(Stage(backbone, stage), data, size)).accuracy for stage in range(4)]
+    return {f"stage {stage + 1}": value for stage, value in enumerate(probed)}
+
+
+def note(table: Table, row: str, values: dict[str, float]) -> None:
+    for column, value in values.items():
+        table.setdefault(row, {}).setdefault(column, []).append(round(value, 3))
+    print(row, {column: round(value, 2) for column, value in values.items()}, flush=True)
+
+
+def shapes(seed: int, **knobs: float) -> Data:
+    return Data(shapes=Shapes(num_train=NUM_TRAIN, num_test=NUM_TEST, seed=seed, **(KNOBS | knobs)))
+
+
+def held_out(seed: int = 0) -> Data:
+    """Training images alone: those to learn from, and in the place of test images the last `HELD_OUT` of them."""
+    x, known = Shapes(num_train=NUM_TRAIN, num_test=1, seed=seed, **KNOBS).render("train")
+    y = known["shape"]
+    return Data.from_images(x[:-HELD_OUT], y[:-HELD_OUT], x[-HELD_OUT:], y[-HELD_OUT:], Shapes.class_names)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def settings(seeds: list[int]) -> None:
+    """Learning rates: rotation accuracy, and the supervised controls' own accuracy, on held-out training images."""
+    table: Table = {}
+    data = held_out()
     for seed in seeds:
-        data = shapes(seed)
-        torch.manual_seed(seed)
+        for lr in LRS:
+            torch.manual_seed(100 + seed)
+            fresh = ConvNet()
+            method = Rotation(copy.deepcopy(fresh), view(16))
+            train(method, data, SETTINGS_STEPS, 100 + seed, lr)
+            values = {METHOD: accuracy_of(method, data)}
+            for name, batch_size in ((SUPERVISED, BATCH), (SAME_ROWS, 4 * BATCH)):
+                backbone = copy.deepcopy(fresh)
+                values[name] = train_supervised(backbone, data, SETTINGS_STEPS, 100 + seed, lr, batch_size)
+            note(table, f"learning rate {lr:g}", values)
+        about = {"shapes": KNOBS, "shapes seed": 0, "steps": SETTINGS_STEPS, "batch": BATCH, "held out": HELD_OUT}
+        results.save("rotation_settings", table, seeds=seeds[: seeds.index(seed) + 1], settings=about)
+
+
+def measure(seeds: list[int]) -> None:
+    """The method beside its controls on test images: pooled features, and every stage."""
+    table: Table = {row: {} for row in (METHOD, RANDOM, PIXELS, SUPERVISED, SAME_ROWS)}
+    stages: Table = {row: {} for row in (METHOD, RANDOM, SUPERVISED, SAME_ROWS)}
+    for seed in seeds:
+        data = shapes(1 + seed)
+        torch.manual_seed(1 + seed)
         fresh = ConvNet()
-        pixels = features(nn.Flatten(), data)
-        note("pixels", "kNN", knn.accuracy(*pixels))
-        note("pixels", "linear", linear.probe(*pixels).accuracy)
-
-        method = Rotation(copy.deepcopy(fresh), VIEW)
-        train(method, data, steps, seed)
-        labeled = copy.deepcopy(fresh)
-        own_head = controls.train_supervised(
-            labeled, data, VIEW, steps, BATCH, evaluation_view=SEE, lr=LR, weight_decay=DECAY, seed=seed,
-            progress=False,
-        )  # fmt: skip
-        note("rotation prediction", "rotation accuracy", accuracy_of(method, data))
-        note("supervised", "own head", own_head)
-        for name, backbone in (
-            ("random weights", fresh),
-            ("rotation prediction", method.backbone),
-            ("supervised", labeled),
-        ):
-            x = features(backbone, data)
-            note(name, "kNN", knn.accuracy(*x))
-            note(name, "linear", linear.probe(*x).accuracy)
-            for stage in range(4):
-                x = features(Stage(backbone, stage), data)
-                note(name, f"stage {stage + 1}", linear.probe(*x).accuracy, stages)
-        print(seed, table, stages, flush=True)
-        settings = {"shapes": KNOBS, "images": 3000, "steps": steps, "batch": BATCH, "lr": LR, "weight_decay": DECAY}
-        order = ["pixels", "random weights", "rotation prediction", "supervised"]
-        done = list(seeds)[: list(seeds).index(seed) + 1]
-        results.save("rotation_shapes", {row: table[row] for row in order}, seeds=done, settings=settings)
-        results.save("rotation_stages", stages, seeds=done, settings=settings)
-
-
-def labels(seeds=(1, 2), steps=600) -> None:
-    """The supervised control again, with as many rows a step as rotation prediction has: four times the images."""
-    table: dict[str, dict[str, list[float]]] = {}
-    name = "supervised, same rows"
-    for seed in seeds:
-        data = shapes(seed)
-        torch.manual_seed(seed)
-        backbone = ConvNet()
-        own_head = controls.train_supervised(
-            backbone, data, VIEW, steps, 4 * BATCH, evaluation_view=SEE, lr=LR, weight_decay=DECAY, seed=seed,
-            progress=False,
-        )  # fmt: skip
-        x = features(backbone, data)
-        values = {"kNN": knn.accuracy(*x), "linear": linear.probe(*x).accuracy, "own head": own_head}
-        for stage in range(4):
-            values[f"stage {stage + 1}"] = linear.probe(*features(Stage(backbone, stage), data)).accuracy
-        for column, value in values.items():
-            table.setdefault(name, {}).setdefault(column, []).append(value)
-        print(seed, table, flush=True)
-        settings = {"shapes": KNOBS, "images": 3000, "steps": steps, "batch": 4 * BATCH, "lr": LR}
-        done = list(seeds)[: list(seeds).index(seed) + 1]
-        results.save("rotation_labels", table, seeds=done, settings=settings)
-
-
-# -- broken on purpose -------------------------------------------------------------------------------------------------
+        note(table, PIXELS, score(nn.Flatten(), data))
+        method = Rotation(copy.deepcopy(fresh), view(16))
+        train(method, data, STEPS, 1 + seed)
+        note(table, METHOD, {"rotation accuracy": accuracy_of(method, data)})
+        trained = {METHOD: method.backbone, RANDOM: fresh}
+        for name, lr, batch_size in ((SUPERVISED, LR_SUPERVISED, BATCH), (SAME_ROWS, LR_SAME_ROWS, 4 * BATCH)):
+            trained[name] = copy.deepcopy(fresh)
+            note(table, name, {"own head": train_supervised(trained[name], data, STEPS, 1 + seed, lr, batch_size)})
+        for name, backbone in trained.items():
+            note(table, name, score(backbone, data))
+            note(stages, name, by_stage(backbone, data))
+        about = {"shapes": KNOBS, "images": NUM_TRAIN, "steps": STEPS, "batch": BATCH, "weight_decay": DECAY}
+        about |= {"lr": {METHOD: LR, SUPERVISED: LR_SUPERVISED, SAME_ROWS: LR_SAME_ROWS}}
+        done = [1 + s for s in seeds[: seeds.index(seed) + 1]]
+        results.save("rotation_shapes", table, seeds=done, settings=about)
+        results.save("rotation_stages", stages, seeds=done, settings=about)
 
 
 def light_from_above(x: Tensor) -> Tensor:
     """Brightness rises by 10 % from the middle to the upper edge."""
-    return x * (1 + 0.1 * torch.linspace(1, -1, x.shape[-1])[:, None])
+    return x * (1 + 0.1 * torch.linspace(1, -1, x.shape[-1], device=x.device)[:, None])
 
 
 def watermark(x: Tensor) -> Tensor:
@@ -216,11 +258,10 @@ def no_up(x: Tensor) -> Tensor:
 class OneRotation(Rotation):
     """Each image in one rotation of its own; with four times the images, a step has as many rows as before."""
 
-    def forward(self, batch, clock):
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (x,) = batch.views
-        y = (4 * rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, 1)[:, 0]).long()
-        turned = rotate(x)[y * len(x) + torch.arange(len(x))]
-        logits = self.head(self.backbone(turned))
+        y = (4 * rng.uniform(clock.seed, clock.epoch, batch.index, rng.METHOD, 1)[:, 0]).long().to(x.device)
+        logits = self.head(self.backbone(rotate(x)[y * len(x) + torch.arange(len(x), device=x.device)]))
         accuracy = 100 * (logits.argmax(1) == y).float().mean()
         return {"loss": F.cross_entropy(logits, y), "rotation_accuracy": accuracy}
 
@@ -228,64 +269,132 @@ class OneRotation(Rotation):
 class WrongOrder(Rotation):
     """Targets 0 1 2 3 0 1 2 3 for rows that are grouped by rotation."""
 
-    def forward(self, batch, clock):
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         (x,) = batch.views
-        y = torch.arange(4).repeat(len(x))
+        y = torch.arange(4, device=x.device).repeat(len(x))
         logits = self.head(self.backbone(rotate(x)))
         accuracy = 100 * (logits.argmax(1) == y).float().mean()
         return {"loss": F.cross_entropy(logits, y), "rotation_accuracy": accuracy}
 
 
-BROKEN = {
+ONE_EACH = "one rotation each"
+BROKEN: dict[str, dict] = {
     "as it should be": {},
     "light from above": {"change": light_from_above},
     "watermark": {"change": watermark},
     "any way up": {"knobs": {"orientation": 1.0}},
     "no up in the image": {"change": no_up},
-    "one rotation each": {"method": OneRotation, "batch_size": 4 * BATCH},
+    ONE_EACH: {"method": OneRotation, "batch_size": 4 * BATCH},
     "targets out of order": {"method": WrongOrder},
 }
 
 
-def break_it(names=(), seeds=(1,), steps=400) -> None:
-    """All of `BROKEN`; or some by name, and the others as the files have them."""
-    table: dict[str, dict[str, list[float]]] = {}
-    curves: dict[str, dict[str, list[float]]] = {}
-    if names:
-        table = {k: v for k, v in results.load("rotation_broken").values.items() if k not in names}
-        curves = {k: v for k, v in results.load("rotation_curves").values.items() if k not in names}
+def broken_run(name: str, seed: int, steps: int, plain: Data) -> tuple[dict[str, float], list[float]]:
+    """One run of `BROKEN`: its figures, kNN on unchanged test images, and its curve."""
+    how = BROKEN[name]
+    data = shapes(seed, **how["knobs"]) if "knobs" in how else plain
+    torch.manual_seed(seed)
+    method = how.get("method", Rotation)(ConvNet(), view(16))
+    losses, accuracy = train(
+        method, data, steps, seed, change=how.get("change"), batch_size=how.get("batch_size", BATCH)
+    )
+    near = knn.accuracy(*features(method.backbone, plain))
+    last = sum(losses[-5:]) / 5
+    row = {"loss at step 50": losses[50 // EVERY - 1], "last loss": last, "rotation accuracy": accuracy, "kNN": near}
+    return row, [round(loss, 4) for loss in losses]
+
+
+def break_it(seeds: list[int]) -> None:
+    """Each run of `BROKEN`, and the curves of their losses."""
+    table: Table = {}
+    curves: Table = {}
     for seed in seeds:
-        plain = shapes(seed)
-        for name in names or BROKEN:
-            how = BROKEN[name]
-            data = plain
-            if "knobs" in how:
-                data = Data(shapes=Shapes(num_train=3000, num_test=1000, seed=seed, **(KNOBS | how["knobs"])))
-            torch.manual_seed(seed)
-            method = how.get("method", Rotation)(ConvNet(), VIEW)
-            losses, accuracy = train(method, data, steps, seed, how.get("change"), how.get("batch_size", BATCH))
-            row = {
-                "loss at step 50": losses[4],
-                "last loss": sum(losses[-5:]) / 5,
-                "rotation accuracy": accuracy,
-                "kNN": knn_of(method.backbone, plain),
-            }
-            for column, value in row.items():
-                table.setdefault(name, {}).setdefault(column, []).append(value)
-            curves.setdefault(name, {})[f"seed {seed}"] = [round(v, 4) for v in losses]
-            print(seed, name, {k: round(v, 2) for k, v in row.items()}, flush=True)
-        settings = {"shapes": KNOBS, "images": 3000, "steps": steps, "batch": BATCH, "lr": LR, "curve every": 10}
-        done = list(seeds)[: list(seeds).index(seed) + 1]
-        results.save("rotation_broken", {k: table[k] for k in BROKEN}, seeds=done, settings=settings)
-        results.save("rotation_curves", {k: curves[k] for k in BROKEN}, seeds=done, settings=settings)
+        plain = shapes(1 + seed)
+        for name in BROKEN:
+            row, curve = broken_run(name, 1 + seed, BROKEN_STEPS, plain)
+            note(table, name, row)
+            curves.setdefault(name, {})[f"seed {1 + seed}"] = curve
+        about = {"shapes": KNOBS, "images": NUM_TRAIN, "steps": BROKEN_STEPS, "batch": BATCH, "lr": LR}
+        done = [1 + s for s in seeds[: seeds.index(seed) + 1]]
+        results.save("rotation_broken", table, seeds=done, settings=about)
+        results.save("rotation_curves", curves, seeds=done, settings=about | {"steps a point": EVERY})
+
+
+def patience(seeds: list[int]) -> None:
+    """One rotation for each image, for four times the steps of `break`: the curve, and the figures at its end."""
+    curves: Table = {}
+    for seed in seeds:
+        row, curve = broken_run(ONE_EACH, 1 + seed, PATIENT_STEPS, shapes(1 + seed))
+        print(row, flush=True)
+        curves.setdefault(ONE_EACH, {})[f"seed {1 + seed}"] = curve
+        for column in ("rotation accuracy", "kNN"):
+            curves[ONE_EACH].setdefault(column, []).append(round(row[column], 3))
+        about = {"shapes": KNOBS, "images": NUM_TRAIN, "steps": PATIENT_STEPS, "batch": 4 * BATCH, "lr": LR}
+        done = [1 + s for s in seeds[: seeds.index(seed) + 1]]
+        results.save("rotation_patience", curves, seeds=done, settings=about | {"steps a point": EVERY})
+
+
+def photographs(seeds: list[int]) -> None:
+    """CIFAR-10: the method beside its controls on test images, and every stage; the checkpoint is of the first seed."""
+    from safetensors.torch import save_file
+
+    from sslbook.notebook import photographs as source
+
+    found = source.cifar10(*PHOTOGRAPHS)
+    if found is None:
+        raise SystemExit("no photographs: set SSLBOOK_DATA, or --data, to a folder that holds CIFAR-10")
+    data = Data.from_images(
+        found.train, found.train_labels, found.test, found.test_labels, found.classes, "photographs"
+    )
+    table: Table = {row: {} for row in (METHOD, RANDOM, PIXELS, SUPERVISED)}
+    stages: Table = {row: {} for row in (METHOD, RANDOM, SUPERVISED)}
+    about = {"data": found.name, "images": len(found.train), "test images": len(found.test), "batch": BATCH}
+    about |= {"steps": PHOTOGRAPH_STEPS, "width": PHOTOGRAPH_WIDTH, "stride": 2, "weight_decay": DECAY}
+    about |= {"lr": {METHOD: LR, SUPERVISED: LR_SAME_ROWS}}
+    note(table, PIXELS, score(nn.Flatten(), data, 32))
+    for seed in seeds:
+        torch.manual_seed(seed)
+        fresh = ConvNet(PHOTOGRAPH_WIDTH, stride=2)
+        method = Rotation(copy.deepcopy(fresh), view(32))
+        train(method, data, PHOTOGRAPH_STEPS, seed)
+        note(table, METHOD, {"rotation accuracy": accuracy_of(method, data, 32)})
+        if seed == seeds[0]:
+            path = results.book() / "checkpoints" / "rotation_cifar10.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}, path)
+            facts = {"command": "python book/chapters/rotation/experiments.py photographs", "seed": seed, **about}
+            path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        labeled = copy.deepcopy(fresh)
+        own_head = train_supervised(labeled, data, PHOTOGRAPH_STEPS, seed, LR_SAME_ROWS, 4 * BATCH, 32)
+        note(table, SUPERVISED, {"own head": own_head})
+        for name, backbone in ((METHOD, method.backbone), (RANDOM, fresh), (SUPERVISED, labeled)):
+            note(table, name, score(backbone, data, 32))
+            note(stages, name, by_stage(backbone, data, 32))
+        done = seeds[: seeds.index(seed) + 1]
+        results.save("rotation_photographs", table, seeds=done, settings=about)
+        results.save("rotation_photographs_stages", stages, seeds=done, settings=about)
+
+
+COMMANDS = {
+    "settings": settings,
+    "shapes": measure,
+    "break": break_it,
+    "patience": patience,
+    "photographs": photographs,
+}
+SEEDS = {"settings": 1, "shapes": 3, "break": 3, "patience": 1, "photographs": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(COMMANDS))
+    parser.add_argument("--seeds", type=int, default=None, help=f"how many; by default {SEEDS}")
+    parser.add_argument("--data", default=None, help="folder that holds CIFAR-10; as the variable SSLBOOK_DATA")
+    arguments = parser.parse_args()
+    if arguments.data is not None:
+        os.environ["SSLBOOK_DATA"] = arguments.data
+    torch.set_num_threads(1)
+    COMMANDS[arguments.what](list(range(arguments.seeds or SEEDS[arguments.what])))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    wanted, names = sys.argv[1:2] or ["measure", "labels", "break"], sys.argv[2:]
-    if "measure" in wanted:
-        measure()
-    if "labels" in wanted:
-        labels()
-    if "break" in wanted:
-        break_it(names)
+    main()
