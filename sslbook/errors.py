@@ -1,4 +1,7 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and imports of what may be missing that raise it."""
+
+import importlib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -32,3 +35,33 @@ def at_least_one(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"{name} is {count}: give 1 or more")
+
+
+def import_attribute(path: str, what: str) -> Any:
+    """What the import path `package.module.name` names.
+
+    Args:
+        path: the import path.
+        what: what it is for, as the message says it: `method`.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{what} {path}: cannot be imported ({error}); check the path, or set PYTHONPATH") from None
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """A module of a package that only `sslbook[extra]` brings.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f'{package} is not installed: python -m pip install "sslbook[{extra}]"') from None

@@ -138,11 +138,12 @@ def view_of(facts: dict[str, Any], resize: int | None) -> View:
         raise UserError("the backbone's description does not say its view (size, mean, std); export it again") from None
 
 
-def own_data(run: str) -> list[str]:
-    """Options that choose the images a run learned from.
+def own_data(run: str) -> tuple[str, dict[str, Any]]:
+    """The file that says which images a run learned from, and the options of data that choose them.
 
     Raises:
-        UserError: the run is not there, or does not say.
+        UserError: the run is not there, does not say, or learned from a class of one's own: a description is data, and
+            must not choose what code is run.
     """
     path = Path(run)
     description = (path / "backbone.json") if path.is_dir() else path.with_suffix(".json")
@@ -154,40 +155,28 @@ def own_data(run: str) -> list[str]:
         except ValueError:
             raise UserError(f"{description}: not valid JSON") from None
     else:
-        facts = checkpoint.load(checkpoint.find(path), "description")["description"]
+        description = checkpoint.find(path)
+        facts = checkpoint.load(description, "description")["description"]
     data = facts.get("data") if isinstance(facts, dict) else None
     options = data.get("init_args", data) if isinstance(data, dict) else None
-    if not options:
+    if not isinstance(options, dict) or not options:
         raise UserError(f"{run}: does not say which images it learned from; give --data.folder or --data.name")
-    if "." in str(options.get("name", "")):  # a description is data, and must not choose what code is run
+    if "." in str(options.get("name", "")):
         raise UserError(f"{run}: learned from {options['name']}, a class of your own; give it again as --data.name")
-    return [f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+    return str(description), {"data": options}
 
 
-def command_line(argv: list[str]) -> list[str]:
-    """The words of a command as options: the run first, names of protocols, the run's own data by default.
-
-    Raises:
-        UserError: no run is named.
-    """
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv[0] = f"--run={argv[0]}"
-    if "--protocols" in argv:
-        first = argv.index("--protocols")
-        last = next((i for i in range(first + 1, len(argv)) if argv[i].startswith("-")), len(argv))
-        if not any("{" in word for word in argv[first + 1 : last]):
-            names = [w for word in argv[first + 1 : last] for w in word.strip("[]").replace(",", " ").split()]
-            classes = [find(name) for name in names]
-            argv[first:last] = [f"--protocols={json.dumps([f'{c.__module__}.{c.__qualname__}' for c in classes])}"]
-    run = next((word.partition("=")[2] for word in argv if word.startswith("--run=")), None)
-    if run is None and "--run" in argv[:-1]:
-        run = argv[argv.index("--run") + 1]
-    if any(word == "-h" or word.endswith("help") or ".help=" in word or word.startswith("--config") for word in argv):
+def protocols_as_classes(argv: list[str]) -> list[str]:
+    """The words of a command, with protocols given by name, `--protocols knn linear`, written as a list of classes."""
+    if "--protocols" not in argv:
         return argv
-    if run is None:
-        raise UserError("which run? Name its folder first, an exported backbone.safetensors, or a checkpoint")
-    return argv if any(word.startswith("--data") for word in argv) else [*argv, *own_data(run)]
+    first = argv.index("--protocols")
+    last = next((i for i in range(first + 1, len(argv)) if argv[i].startswith("-")), len(argv))
+    if any("{" in word for word in argv[first + 1 : last]):
+        return argv
+    names = [w for word in argv[first + 1 : last] for w in word.strip("[]").replace(",", " ").split()]
+    classes = [f"{found.__module__}.{found.__qualname__}" for found in map(find, names)]
+    return [*argv[:first], f"--protocols={json.dumps(classes)}", *argv[last:]]
 
 
 @contextmanager
@@ -242,7 +231,8 @@ def main() -> None:
                 f"--{option} is an option of a protocol now: "
                 f"""--protocols '[{{"class_path": "KNN", "init_args": {{"{option}": VALUE}}}}]'"""
             )
-    cli(evaluate, command_line(sys.argv[1:]), prog="python -m sslbook.evaluate RUN")
+    words = protocols_as_classes(sys.argv[1:])
+    cli(evaluate, words, prog="python -m sslbook.evaluate RUN", own_data=own_data)
 
 
 if __name__ == "__main__":

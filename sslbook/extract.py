@@ -13,7 +13,6 @@ text, `paths` are the bytes of all of them, each ended by a zero byte.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from sslbook import checkpoint
 from sslbook.data.datasets.base import FileList
 from sslbook.data.loader import Data
 from sslbook.errors import UserError, at_least_one
-from sslbook.evaluate import choose_device, command_line, quiet_about_skipped, require_writable, tell_skipped, view_of
+from sslbook.evaluate import choose_device, own_data, quiet_about_skipped, require_writable, tell_skipped, view_of
 from sslbook.evaluation.features import Split, extract_with_index
 from sslbook.weights.backbone import load_backbone
 
@@ -123,7 +122,7 @@ def main() -> None:
     """`python -m sslbook.extract RUN --data.folder PHOTOS --out FILE`."""
     from sslbook.cli.common import cli
 
-    cli(extract, command_line(sys.argv[1:]), prog="python -m sslbook.extract RUN")
+    cli(extract, prog="python -m sslbook.extract RUN", own_data=own_data)
 
 
 if __name__ == "__main__":

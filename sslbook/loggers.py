@@ -6,7 +6,7 @@ from typing import Literal
 from sslbook import distributed
 from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
-from sslbook.errors import UserError, at_least_one
+from sslbook.errors import UserError, at_least_one, import_extra
 
 
 class OnlineKNN(Hook):
@@ -78,10 +78,9 @@ class TensorBoard(Hook):
     def start(self, run: Run) -> None:
         self.writer = None
         if distributed.is_main():
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError('TensorBoard is not installed: pip install "sslbook[tensorboard]"') from None
+            import_extra("tensorboard", "tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.clock.step + 1)
 
     def step(self, run: Run) -> None:
@@ -117,11 +116,7 @@ class WandB(Hook):
     def start(self, run: Run) -> None:
         self.wandb = None
         if distributed.is_main():
-            try:
-                import wandb
-            except ImportError:
-                raise UserError('Weights & Biases is not installed: pip install "sslbook[wandb]"') from None
-            self.wandb = wandb.init(
+            self.wandb = import_extra("wandb", "wandb").init(
                 project=self.project,
                 name=run.folder.name,
                 dir=str(run.folder),

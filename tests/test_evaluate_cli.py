@@ -135,14 +135,33 @@ def test_evaluate_refuses_to_overwrite_and_unlabeled_images(
     assert "which only the Shapes data set has" in capsys.readouterr().err
 
 
-def test_a_description_does_not_choose_code(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("command", [evaluate, extract])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "evil_module.Set"}, "a class of your own"),
+        ({"name=evil_module.Set": ""}, "unknown option data.name=evil_module.Set"),
+        ({"shapes": {"class_path": "evil_module.Set"}}, "unknown option data.shapes.class_path"),
+        ({"folder": {"class_path": "evil_module.Set"}}, "data.folder"),
+        ({"limit --batch_size": 2}, "unknown option"),
+        (["evil_module.Set"], "does not say which images"),
+        ({}, "does not say which images"),
+    ],
+)
+def test_a_description_does_not_choose_code(
+    command, options, message: str, run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
     for name in ("backbone.safetensors", "backbone.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     facts = json.loads((tmp_path / "backbone.json").read_text())
-    facts["data"]["init_args"]["name"] = "somebody.elses.Dataset"
+    facts["data"]["init_args"] = options
     (tmp_path / "backbone.json").write_text(json.dumps(facts))
-    assert call(monkeypatch, evaluate, tmp_path) == 2
-    assert "a class of your own" in capsys.readouterr().err
+    assert call(monkeypatch, command, tmp_path, *(["--out", tmp_path / "x.npz"] if command is extract else [])) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_extract_to_npz(run: Path, photos: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -53,5 +53,5 @@ def test_a_run_on_a_data_set_from_a_file_outside_the_package(stripes, tmp_path) 
 
 
 def test_a_misspelled_import_path_says_what_is_wrong(stripes) -> None:
-    with pytest.raises(UserError, match=r"cannot import the data set my_stripes\.Strips .*no attribute 'Strips'"):
+    with pytest.raises(UserError, match=r"data set my_stripes\.Strips: cannot be imported .*no attribute 'Strips'"):
         Data("my_stripes.Strips")

@@ -25,29 +25,56 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(141)
 
 
-def cli(function: Callable, argv: list[str] | None = None, *, prog: str) -> object:
+def cli(
+    function: Callable,
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    own_data: Callable[[str], tuple[str, Values]] | None = None,
+) -> object:
     """Call `function` with what the command line says; its signature and docstring are the options and the help.
 
     The first word may be the function's first argument without its name: `python -m sslbook.evaluate RUN`.
 
+    Args:
+        function: what is called.
+        argv: the words; by default those of this process.
+        prog: the command, as the help prints it.
+        own_data: for a function with the parameters `run` and `data`: the options of data that a run learned from, and
+            the file that names them. They are in force where no option of data is given.
+
     Raises:
         UserError: an option that does not exist, or a value of another type.
     """
+    parameters = inspect.signature(function).parameters
     parser = Parser(prog=prog, description=(inspect.getdoc(function) or "").split("Args:")[0].strip())
     parser.add_argument("--config", type=str, help="a YAML file with options; may be given several times")
-    parser.add_function_arguments(function)
+    parser.add_function_arguments(function, skip={"data"} & set(parameters))
+    if "data" in parameters:
+        from sslbook.data.loader import Data  # torch, which the list of commands does not wait for
+
+        parser.add_class_arguments(Data, "data")
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     if argv and not argv[0].startswith("-"):
-        argv[0] = f"--{next(iter(inspect.signature(function).parameters))}={argv[0]}"
+        argv[0] = f"--{next(iter(parameters))}={argv[0]}"
     pairs = split_words(argv)
     if any(is_question(name) for name, _ in pairs):
         parser.parse_args([word for word in argv if not word.startswith("--config")])  # prints and leaves
     values: Values = {}
+
+    def layer(source: str, given: Values) -> Values:
+        given = with_classes(given, parser)
+        parser.refuse_unknown(given, source)
+        return merge(values, given)
+
     for path in [value for name, value in pairs if name == "config"]:
-        layer = with_classes(read_yaml(path), parser)
-        parser.refuse_unknown(layer, path)
-        values = merge(values, layer)
-    values = from_words([pair for pair in pairs if pair[0] != "config"], values, parser)
-    options = vars(parser.construct(parser.parse(values)))
+        values = layer(path, read_yaml(path))
+    pairs = [pair for pair in pairs if pair[0] != "config"]
+    if own_data and "data" not in values and not any(name.split(".")[0] == "data" for name, _ in pairs):
+        run = next((value for name, value in reversed(pairs) if name == "run"), values.get("run"))
+        if run is None:
+            raise UserError("which run? Name its folder first, an exported backbone.safetensors, or a checkpoint")
+        values = layer(*own_data(str(run)))
+    options = vars(parser.construct(parser.parse(from_words(pairs, values, parser))))
     options.pop("config", None)
     return function(**options)

@@ -4,7 +4,6 @@ A run's options are laid one upon the other: a base (`recipes/_shapes.yaml`), th
 every `--config FILE` in order, and the options of the command line.
 """
 
-import importlib
 import inspect
 import sys
 import textwrap
@@ -22,7 +21,7 @@ from sslbook.cli.parser import Parser
 from sslbook.cli.renamed import RENAMED
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
 from sslbook.data.loader import Data
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, import_attribute, nearest
 from sslbook.methods.base import Method
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -37,11 +36,7 @@ def method_class(name: str) -> type[Method]:
     """
     if "." not in name:
         return methods.load(name)
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"method {name}: cannot be imported ({error})") from None
+    found = import_attribute(name, "method")
     if not isinstance(found, type) or not issubclass(found, Method):
         raise UserError(f"method {name}: is not a subclass of sslbook.methods.base.Method")
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, import_attribute, nearest
 from sslbook.evaluation.features import Features, Split, extract_with_index
 from sslbook.results import Table
 
@@ -120,30 +120,19 @@ def find(name: str) -> type[Protocol]:
     Raises:
         UserError: there is none.
     """
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        if name.lower() not in available():
-            raise UserError(
-                f"protocol {name}: choose among {', '.join(available())}, or give the import path of your own"
-                f"{nearest(name, available())}"
-            )
-        module_name, attribute = f"{FOLDER}.{name.lower()}", ""
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"protocol {name}: cannot be imported ({error})") from None
-    found = [
-        value
-        for key, value in vars(module).items()
-        if isinstance(value, type)
-        and issubclass(value, Protocol)
-        and (key == attribute if attribute else value.__module__ == module_name)
-    ]
-    if len(found) != 1:
+    if "." in name:
+        found = import_attribute(name, "protocol")
+    elif name.lower() in available():
+        module = importlib.import_module(f"{FOLDER}.{name.lower()}")
+        found = next(value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__)
+    else:
         raise UserError(
-            f"protocol {name}: {module_name} has no subclass {attribute} of sslbook.evaluation.base.Protocol"
+            f"protocol {name}: choose among {', '.join(available())}, or give the import path of your own"
+            f"{nearest(name, available())}"
         )
-    return found[0]
+    if not (isinstance(found, type) and issubclass(found, Protocol)):
+        raise UserError(f"protocol {name}: is not a subclass of sslbook.evaluation.base.Protocol")
+    return found
 
 
 def chosen(names: Sequence[str] | None, backbone: nn.Module, data: Data) -> list[Protocol]:

@@ -5,7 +5,6 @@ name of a method: `forward_map` and `forward_stages` give feature maps, `forward
 in place of masked patches. A network of your own offers what it has; `require` reports what is missing.
 """
 
-import importlib
 import inspect
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, import_attribute, import_extra, nearest
 
 
 @runtime_checkable
@@ -187,10 +186,7 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     Raises:
         UserError: timm is not installed, or has no such model.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError('models of timm need timm: python -m pip install "sslbook[timm]"') from error
+    timm = import_extra("timm", "timm")
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name}{nearest(name, timm.list_models())}")
     model: Any = timm.create_model(name, num_classes=0, **options)
@@ -236,13 +232,9 @@ def build(description: dict[str, Any]) -> nn.Module:
         raise UserError(
             f"the backbone {path or '(none)'} is not one of sslbook.nn: build it yourself and pass --backbone"
         )
-    module_name, _, name = path.rpartition(".")
+    make = import_attribute(path, "backbone")
     try:
-        make = getattr(importlib.import_module(module_name), name)
         inspect.signature(make).bind(**init_args)
-    except (ImportError, AttributeError, TypeError) as error:
+        return make(**init_args)
+    except TypeError as error:
         raise UserError(f"the backbone {path} cannot be built: {error}") from None
-    module = make(**init_args)
-    if not isinstance(module, nn.Module):
-        raise UserError(f"{path} does not make a module")
-    return module

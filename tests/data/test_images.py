@@ -510,7 +510,7 @@ def test_imported_dataset(module, tmp_path) -> None:
 
 
 def test_rejects_invalid_imports(module) -> None:
-    with pytest.raises(UserError, match=r"cannot import the data set nowhere\.Set"):
+    with pytest.raises(UserError, match=r"data set nowhere\.Set: cannot be imported"):
         Data("nowhere.Set")
     with pytest.raises(UserError, match="no __len__"):
         Data(f"{module}.Number")

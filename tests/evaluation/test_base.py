@@ -46,7 +46,7 @@ def test_every_protocol_of_the_package_is_found_by_its_file_name() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("knm", "did you mean knn"), ("no.such.Thing", "cannot be imported"), ("torch.nn.Linear", "no subclass Linear")],
+    [("knm", "did you mean knn"), ("no.such.Thing", "cannot be imported"), ("torch.nn.Linear", "is not a subclass")],
 )
 def test_rejects_names_that_are_no_protocols(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

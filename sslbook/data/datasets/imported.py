@@ -1,6 +1,5 @@
 """A user's map-style dataset by its import path."""
 
-import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from sslbook.data.datasets.base import DECODING_ERRORS, DatasetSource, Splits
-from sslbook.errors import UserError
+from sslbook.errors import UserError, import_attribute
 
 
 def load_imported(name: str, root: str | Path) -> Splits:
@@ -20,9 +19,8 @@ def load_imported(name: str, root: str | Path) -> Splits:
     Raises:
         UserError: it cannot be imported, needs other arguments, is not map-style, or has unusable labels.
     """
-    module, _, attribute = name.rpartition(".")
+    dataset_class = import_attribute(name, "data set")
     try:
-        dataset_class = getattr(importlib.import_module(module), attribute)
         signature = inspect.signature(dataset_class)
         options: dict[str, Any] = {"root": root} if "root" in signature.parameters else {}
         splits: list[dict[str, Any]] = [{}]
@@ -31,9 +29,8 @@ def load_imported(name: str, root: str | Path) -> Splits:
         elif "split" in signature.parameters:
             splits = [{"split": "train"}, {"split": "test"}]
         signature.bind(**options, **splits[0])
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        cure = "check the path or set PYTHONPATH; its class gets root, train and split only"
-        raise UserError(f"cannot import the data set {name} ({error}): {cure}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data set {name}: {error}; its class gets root, train and split only") from error
     datasets = [dataset_class(**options, **split) for split in splits]
     labels = [_labels(dataset) for dataset in datasets]
     texts = sorted({label for part in labels for label in part if isinstance(label, str)})
