@@ -152,7 +152,7 @@ def plot_curves(run: Run) -> None:
         return
     alt = f"Training loss from {losses[0][1]:.3g} to {losses[-1][1]:.3g} over {losses[-1][0]} steps."
     shape = {"width": 5.6, "height": 2.6 * (1 + bool(measured)), "squeeze": False, "sharex": True}
-    figure, axes = style.figure(alt, 1 + bool(measured), 1, **shape)
+    figure, axes = style.figure(alt, 1 + bool(measured), 1, caption=None, **shape)
     axes[0, 0].plot(*zip(*losses), color=style.BLUE)
     axes[0, 0].set(ylabel="loss")
     axes[-1, 0].set(xlabel="step")
@@ -184,7 +184,8 @@ def plot_views(run: Run, rows: int = 4, columns: int = 7) -> None:
             titles.append("" if row else f"view {stream + 1}" if len(views) > 1 else "view")
     alt = f"{rows} images, each followed by {columns} random views of it."
     inch = 0.9 if views[0].size < 64 else 1.2
-    _save(plots.grid(torch.stack(shown), titles, alt=alt, columns=columns + 1, inch=inch), run.folder / "views.png")
+    figure = plots.grid(torch.stack(shown), titles, alt=alt, caption=None, columns=columns + 1, inch=inch)
+    _save(figure, run.folder / "views.png")
 
 
 def plot_reconstructions(run: Run, rows: int = 6) -> None:
@@ -206,7 +207,7 @@ def plot_reconstructions(run: Run, rows: int = 6) -> None:
     ]
     titles = [title if i < 6 else "" for i, title in enumerate(["image", "visible", "reconstructed"] * rows)]
     alt = "Images, the patches of them that the encoder saw, and the images reconstructed by the decoder."
-    figure = plots.grid(torch.stack(columns, dim=1).flatten(0, 1), titles, alt=alt, columns=6, inch=1.1)
+    figure = plots.grid(torch.stack(columns, dim=1).flatten(0, 1), titles, alt=alt, caption=None, columns=6, inch=1.1)
     _save(figure, run.folder / "reconstructions.png")
 
 
@@ -230,7 +231,7 @@ def plot_neighbors(run: Run, features: Features, split: Split, when: str, rows: 
     y = features.y
     same = torch.stack([y[row] == y[q] for q, row in zip(queries, kept)]) if y.max() >= 0 else None
     alt = f"Each row: an image and its {k} nearest neighbors {when} training; green frames share its class."
-    figure = plots.neighbors(torch.stack([image(q) for q in queries]), sheet, same, alt=alt)
+    figure = plots.neighbors(torch.stack([image(q) for q in queries]), sheet, same, alt=alt, caption=None)
     figure.suptitle(f"nearest neighbors {when} training", fontsize=10)
     _save(figure, run.folder / f"neighbors_{when}.png")
 
@@ -249,6 +250,7 @@ def plot_umap(run: Run, features: Features, split: Split) -> None:
         labels,
         run.data.class_names if named else (),
         alt=f"UMAP map of the features of {len(some)} {split} images{by}.",
+        caption=None,
         title=f"{type(run.method).__name__}: UMAP of {len(some):,} {split} images{by}",
     )
     _save(figure, run.folder / "umap.png")

@@ -1,1 +1,6 @@
-"""One folder a chapter: `chapter.ipynb`, its `exercises` (instant checks) and its `experiments` (longer runs)."""
+"""One folder a chapter: `chapter.ipynb`, its `figures`, its `exercises` (instant checks) and `experiments` (long runs).
+
+`CHAPTERS` lists the folders in the order of the table of contents: the first is chapter 1.
+"""
+
+CHAPTERS = ("learning_without_labels", "rotation", "simclr", "mae")

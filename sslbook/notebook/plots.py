@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
+from matplotlib.axes import Axes
+from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 
 from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD
+from sslbook.errors import UserError
 from sslbook.notebook import style
 
 
@@ -21,27 +24,85 @@ def denormalize(
     return (images * scale + shift).clamp(0, 1)
 
 
+SMALLEST = 64  # pixels of the page: no image of a grid is shown smaller, on a phone the grid scrolls
+
+
 def grid(
     images: Shaped[Tensor, "n c h w"],
     titles: Sequence[str] | None = None,
     *,
     alt: str,
+    caption: str | None = "",
+    name: str | None = None,
     columns: int = 8,
     inch: float = 0.75,
+    pairs: bool = False,
 ) -> style.Figure:
-    """Images (uint8, or floats in [0, 1]) in rows of `columns`, each with its title above it, (n, c, h, w)."""
-    columns = min(columns, len(images))
+    """Images (uint8, or floats in [0, 1]) in rows of `columns`, each with its title above it, (n, c, h, w).
+
+    Args:
+        images: in reading order.
+        titles: one for each image.
+        alt: what the grid shows.
+        caption: the finding; None where something else shows the figure.
+        name: the figure's name in the chapter's list.
+        columns: images in a row.
+        inch: side of an image; at least 64 of the page's pixels are taken.
+        pairs: images 0 and 1, 2 and 3, ... belong together: a bracket joins them, and a gap parts them from the next.
+
+    Raises:
+        UserError: pairs in an odd number of columns or of images, or no chapter lists the name.
+    """
+    columns, inch = min(columns, len(images)), max(inch, (SMALLEST + 2) / 96)
+    if pairs and (columns % 2 or len(images) % 2):
+        raise UserError(
+            f"pairs of {len(images)} images in {columns} columns are torn apart: give an even number of both"
+        )
     rows = -(-len(images) // columns)
-    above = 0.25 if titles else 0.0
-    fig, axes = style.figure(alt, rows, columns, width=columns * inch, height=rows * (inch + above), squeeze=False)
-    for i, ax in enumerate(axes.flat):
+    widths = [1.0] * columns
+    if pairs:
+        widths = ([1.0, 1.0, GAP] * (columns // 2))[:-1]
+    above, below = 0.25 if titles else 0.0, 0.12 if pairs else 0.0
+    width, height = sum(widths) * inch, rows * (inch + above + below)
+    shape = {
+        "width": width,
+        "height": height,
+        "squeeze": False,
+        "width_ratios": widths,
+        "least": sum(widths) * (SMALLEST + 2),
+    }
+    fig, axes = style.figure(alt, rows, len(widths), caption=caption, name=name, **shape)
+    shown = [ax for row in axes for ax, wide in zip(row, widths) if wide == 1.0]
+    for ax in axes.flat:
         ax.set_axis_off()
-        if i < len(images):
-            _show_image(ax, images[i])
-            if titles:
-                ax.set_title(titles[i], fontsize=8, pad=2)
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # pyrefly: ignore
+    for i, image in enumerate(images):
+        _show_image(shown[i], image)
+        if titles:
+            shown[i].set_title(titles[i], fontsize=8, pad=2)
+    if pairs:
+        for left, right in zip(shown[: len(images) : 2], shown[1 : len(images) : 2]):
+            _bracket(fig, left, right)
+    space = {"w_pad": 0.02, "h_pad": 0.02 + below / 2, "wspace": 0, "hspace": 0}
+    fig.get_layout_engine().set(**space)  # pyrefly: ignore
     return fig
+
+
+GAP = 0.25  # between two pairs, in images
+
+
+def _bracket(fig: style.Figure, left: Axes, right: Axes) -> None:
+    """A bracket under two neighboring images."""
+    low, high = -0.09, -0.02
+    for a, b, start, end in (
+        (left, right, (0.04, low), (0.96, low)),
+        (left, left, (0.04, low), (0.04, high)),
+        (right, right, (0.96, low), (0.96, high)),
+    ):
+        line = ConnectionPatch(
+            start, end, "axes fraction", "axes fraction", axesA=a, axesB=b, color=style.GRAY, linewidth=1.5
+        )
+        line.set_in_layout(False)
+        fig.add_artist(line)
 
 
 def neighbors(
@@ -50,16 +111,20 @@ def neighbors(
     same: Bool[Tensor, "n k"] | None = None,
     *,
     alt: str,
+    caption: str | None = "",
+    name: str | None = None,
     inch: float = 0.75,
 ) -> style.Figure:
     """One row per query: the query, a gap, its nearest neighbors.
 
-    Where `same` is given, a neighbor of the query's class has a solid green frame and another a dashed orange one.
+    Where `same` is given, a neighbor of the query's class has a solid green frame and another a dotted orange one.
+    `alt`, `caption`, `name` and `inch` as for `grid`.
     """
     n, k = found.shape[:2]
-    fig, axes = style.figure(
-        alt, n, k + 2, width=(k + 1.4) * inch, height=n * inch, squeeze=False, width_ratios=[1, 0.3, *[1] * k]
-    )
+    inch = max(inch, (SMALLEST + 5) / 96)
+    width = (k + 1.4) * inch
+    shape = {"width": width, "height": n * inch, "squeeze": False, "width_ratios": [1, 0.3, *[1] * k]}
+    fig, axes = style.figure(alt, n, k + 2, caption=caption, name=name, least=(k + 1.4) * (SMALLEST + 5), **shape)
     for row in range(n):
         for ax in axes[row, :2]:
             ax.set_axis_off()
@@ -83,12 +148,17 @@ def scatter(
     names: Sequence[str] = (),
     *,
     alt: str,
+    caption: str | None = "",
+    name: str | None = None,
     title: str = "",
     width: float = 6.4,
     height: float = 5.2,
 ) -> style.Figure:
-    """A map of points, colored by class; each class is labeled near its median point, without labels overlapping."""
-    fig, ax = style.figure(alt, width=width, height=height)
+    """A map of points, colored by class; each class is labeled near its median point, without labels overlapping.
+
+    `alt`, `caption` and `name` as for `grid`.
+    """
+    fig, ax = style.figure(alt, width=width, height=height, caption=caption, name=name)
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
     xy, which, texts = points.cpu().numpy(), labels.cpu().numpy(), []
