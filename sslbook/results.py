@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sslbook.checkpoint import write_text
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, first_line, nearest
 
 PROFILES = ("smoke", "colab", "full")
 
@@ -225,25 +225,55 @@ class Table:
         self.note = note
 
     def _repr_html_(self) -> str:
-        def line(cells: list[str], tag: str) -> str:
-            head, scope = ("col", ' scope="col"') if tag == "th" else ("row", "")
-            first = f'<th scope="{head}" style="text-align:left">{html.escape(cells[0])}</th>'
-            others = "".join(f'<{tag}{scope} style="text-align:right">{html.escape(c)}</{tag}>' for c in cells[1:])
-            return f"<tr>{first}{others}</tr>"
-
-        body = "".join(line(row, "td") for row in self.rows)
-        return (
-            f'<table class="dataframe"><thead>{line(self.header, "th")}</thead><tbody>{body}</tbody></table>'
-            f'<p class="sslbook-origin"><small>{html.escape(self.note)}</small></p>'
-        )
+        return _table_html(self.header, self.rows, [self.note])
 
     def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:])]).rstrip()
-            for cells in [self.header, *self.rows]
-        ]
-        return "\n".join([*lines, self.note] if self.note else lines)
+        return _table_text(self.header, self.rows, [self.note])
+
+
+def _table_html(
+    header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], words: Sequence[int] = ()
+) -> str:
+    """A table as HTML: the first column and those in `words` left-aligned, the others numbers.
+
+    Numbers never wrap and stand apart, on a phone too; there the table scrolls.
+    """
+    pad, number_style = (
+        "padding:.3em .8em;vertical-align:baseline;",
+        "text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums",
+    )
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        parts = []
+        for i, cell in enumerate(cells):
+            style = pad + ("text-align:left" if i == 0 or i in words else number_style)
+            kind, scope = (
+                ("th", ' scope="row"') if i == 0 and tag == "td" else (tag, ' scope="col"' if tag == "th" else "")
+            )
+            parts.append(f'<{kind}{scope} style="{style}">{html.escape(cell)}</{kind}>')
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    below = "<br>".join(html.escape(note) for note in notes if note)
+    return (
+        '<div style="overflow-x:auto;max-width:100%"><table class="dataframe" style="border-collapse:collapse">'
+        f"<thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table></div>"
+        f'<p class="sslbook-origin"><small>{below}</small></p>'
+    )
+
+
+def _table_text(
+    header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], words: Sequence[int] = ()
+) -> str:
+    """The same as aligned text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 or i in words else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
+        ).rstrip()
+        for cells in [header, *rows]
+    ]
+    return "\n".join([*lines, *filter(None, notes)])
 
 
 def show(
@@ -260,3 +290,71 @@ def show(
     result = load(name)
     chosen = {row: result[row] for row in (result.values if rows is None else rows)}
     return Table(chosen, columns, result.origin(), digits)
+
+
+# -- paper and here ----------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Claims of a paper beside what was measured here; made by `compare`."""
+
+    header = ("claim", "paper", "where", "here")
+
+    def __init__(self, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+        self.rows, self.notes = rows, notes
+
+    def _repr_html_(self) -> str:
+        return _table_html(self.header, self.rows, self.notes, words=(2,))
+
+    def __repr__(self) -> str:
+        return _table_text(self.header, self.rows, self.notes, words=(2,))
+
+
+def compare(*, paper: str, here: Mapping[str, Sequence[str]], digits: int = 1) -> Comparison:
+    """What a paper reports beside what was measured here: mean and standard deviation, the origins below.
+
+    The paper's side is `book/results/papers/KEY.json`: `{"source": citation key, "claims": {claim: {"value": number,
+    "unit": "%", "where": "table 5"}}}`.
+
+    Args:
+        paper: the file's name, without `.json`.
+        here: for each claim, in this order, `(result, row, column)`.
+        digits: digits behind the point of what was measured here; the paper's numbers stand as it prints them.
+
+    Raises:
+        UserError: no such paper, claim, result, row or column, or a claim that lacks value, unit or where.
+    """
+    claims, source = _claims(paper)
+    rows, origins = [], {}
+    for claim, place in here.items():
+        if claim not in claims:
+            known = list(claims)
+            raise UserError(f"{paper} has no claim {claim!r}; it has {', '.join(known)}{nearest(claim, known)}")
+        if isinstance(place, str) or len(place) != 3:
+            raise UserError(f"here[{claim!r}] must be (result, row, column), not {place!r}")
+        name, row, column = place
+        result = load(name)
+        if not isinstance(result[row], Mapping) or column not in result[row]:
+            known = list(result[row]) if isinstance(result[row], Mapping) else []
+            raise UserError(f"{name}, {row} has no {column!r}; it has {', '.join(known)}{nearest(column, known)}")
+        told = claims[claim]
+        unit = f" {told['unit']}" if told["unit"] else ""
+        rows.append([claim, f"{told['value']}{unit}", told["where"], number(result[row][column], digits) + unit])
+        origins[name] = result.origin()
+    return Comparison(rows, [f"Paper: {source}.", *(f"Here: {origin}" for origin in origins.values())])
+
+
+def _claims(paper: str) -> tuple[dict[str, Any], str]:
+    where = book() / "results" / "papers"
+    if not (where / f"{paper}.json").is_file():
+        known = sorted(path.stem for path in where.glob("*.json"))
+        raise UserError(f"no paper {paper!r} in book/results/papers{nearest(paper, known)}")
+    try:
+        content = json.loads((where / f"{paper}.json").read_text(encoding="utf-8"))
+        claims, source = content["claims"], content["source"]
+        for claim, told in claims.items():
+            if lacking := [key for key in ("value", "unit", "where") if key not in told]:
+                raise UserError(f"book/results/papers/{paper}.json: the claim {claim!r} lacks {', '.join(lacking)}")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"book/results/papers/{paper}.json must hold source and claims ({first_line(error)})") from None
+    return claims, content.get("title", source)
