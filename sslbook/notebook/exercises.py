@@ -1,27 +1,38 @@
-"""Instant checks for exercises, whose messages name the misconception.
+"""Exercises with instant checks, each declared once: solution, inputs, mistakes.
 
-A check runs the reader's function on random inputs and compares it with a reference. Where the answer is wrong it looks
-among the answers that known mistakes give, and says which mistake it was. A chapter's checks live in its folder,
-`book/chapters/NAME/exercises.py`:
+A chapter's exercises live in its folder, `book/chapters/NAME/exercises.py`:
 
-    @exercise
-    def knn_vote(check, answer):
-        scores = check.call(answer, similarity, labels, ...)
-        check.shape(scores, (8, 3), "one row per query, one column per class")
-        check.close(scores, expected, mistakes={"the temperature divides ...": wrong_scores})
+    @exercise(
+        inputs=lambda random: [(random.normal(8, 40), tau) for tau in (0.1, 0.5)],
+        returns={"weights": "one row per query, one column per neighbor"},
+        mistakes={
+            "the temperature multiplies: divide by it": {"power": 1},
+            "a constant factor is missing": lambda s, tau: 2 * weights.solution(s, tau),
+        },
+    )
+    def weights(similarity, temperature, *, power=-1):
+        return (similarity * temperature**power).exp()
 
-In a chapter `from sslbook.book.chapters.NAME import exercises as check`, then `check.knn_vote(knn_vote)`. It prints
-one line that lists what was compared, or raises `CheckFailed`. A stub (it returns `...` or raises NotImplementedError)
-is reported as not written yet and raises nothing, so that a chapter with unsolved exercises runs to its end.
+A mistake is a wrong function, or the solution with other values of its keyword-only options, or a list of such. In a
+chapter `from sslbook.book.chapters.NAME import exercises as check`, then `check.weights(my_function)`. It prints one
+line that lists what was compared, or raises `CheckFailed` with the message of the mistake that gives the same wrong
+values. A stub (it returns `...` or raises NotImplementedError) is reported as not written yet and raises nothing, so
+that a chapter with unsolved exercises runs to its end.
+
+One test (`tests/book/test_exercises.py`) proves of every exercise what the declaration promises.
 """
 
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+NO_GRADIENT = "no gradient flows back: is there a .detach(), .item() or torch.no_grad() on the way?"
 
 
 class CheckFailed(AssertionError):
@@ -35,149 +46,201 @@ class _NotWritten(Exception):
     pass
 
 
-class Check:
-    """What a check function compares with; keeps the list of what was compared. Made by `exercise`.
+class Random:
+    """Seeded random inputs: an exercise has the same ones every time.
 
     Args:
-        name: the exercise's function.
+        name: the exercise's name, from which the seed is made.
     """
 
     def __init__(self, name: str):
-        self.name = name
-        self.compared: list[str] = []
-        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # the same inputs every time
+        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
-    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers."""
-        return torch.randn(*shape, generator=self.generator, dtype=dtype)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Integers from 0 to `high - 1`."""
         return torch.randint(high, shape, generator=self.generator)
 
-    def call(self, answer: Callable, *args: Any, **kwargs: Any) -> Any:
-        """What the reader's function returns; errors become one line, and its inputs must be left as they were."""
-        before = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+
+@dataclass
+class Outcome:
+    """What a function gave for one case: its parts by name, and an error that no right answer has."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    error: str = ""
+
+
+class Exercise:
+    """A declared exercise; called with the reader's function, it checks it.
+
+    Args:
+        solution: the right function; what a mistake may change stands behind `*`, with the right value as default.
+        inputs: from `Random` to the cases, each a tuple of arguments.
+        mistakes: from a message to a wrong function, to other values of the solution's options, or to a list of both.
+        returns: what the solution returns, by name, with a hint that is shown where the shape is wrong.
+        compare: from a returned value to what matters of it, where several are right (a ratio, an order).
+        gradient: compare the gradients for all floating-point arguments, too.
+        rtol: relative tolerance; it must let an epsilon in a denominator pass.
+        atol: absolute tolerance.
+    """
+
+    def __init__(
+        self,
+        solution: Callable,
+        *,
+        inputs: Callable[[Random], Sequence[tuple]],
+        mistakes: Mapping[str, Any],
+        returns: Mapping[str, str] | None = None,
+        compare: Callable[[Tensor], Tensor] = lambda value: value,
+        gradient: bool = False,
+        rtol: float = 1e-3,
+        atol: float = 1e-5,
+    ):
+        self.solution, self.inputs, self.compare, self.gradient = solution, inputs, compare, gradient
+        self.returns, self.rtol, self.atol = dict(returns or {"value": ""}), rtol, atol
+        self.mistakes: dict[str, list[Callable]] = {}
+        for message, wrong in mistakes.items():
+            variants = wrong if isinstance(wrong, list) else [wrong]
+            self.mistakes[message] = [functools.partial(solution, **v) if isinstance(v, dict) else v for v in variants]
+        functools.update_wrapper(self, solution)
+        self.name: str = solution.__name__
+
+    def __call__(self, answer: Any) -> None:
+        if not callable(answer):
+            raise CheckFailed(f"{self.name}: give the function itself, as in check.{self.name}(my_function)")
+        expected = self.outcomes(self.solution)
         try:
-            returned = answer(*args, **kwargs)
-        except NotImplementedError:
+            found = self.outcomes(answer)
+        except _NotWritten:
+            print(f"{self.name}: not written yet")
+            return
+        if message := self._diagnose(found, expected):
+            raise CheckFailed(f"{self.name}: {message}")
+        print(f"{self.name}: passed ({', '.join(expected[0].parts)}; inputs: {len(expected)})")
+
+    def outcomes(self, function: Callable) -> list[Outcome]:
+        """What `function` gives for every case."""
+        return [self._outcome(function, arguments) for arguments in self.inputs(Random(self.name))]
+
+    def _outcome(self, function: Callable, arguments: tuple) -> Outcome:
+        given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        try:
+            outcome = Outcome(self._parts(function(*given)))
+        except (NotImplementedError, _NotWritten):
             raise _NotWritten from None
-        except CheckFailed:
-            raise
+        except _Malformed as error:
+            return Outcome(error=str(error))
         except Exception as error:
-            self.fail(f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            first = str(error).splitlines()[0] if str(error) else ""
+            return Outcome(error=f"raised {type(error).__name__}: {first}")
+        for i, (now, before) in enumerate(zip(given, arguments)):
+            if isinstance(now, Tensor) and not torch.equal(now.nan_to_num(), before.nan_to_num()):
+                outcome.error = f"changed its argument number {i + 1} in place: work on a copy, the caller needs it"
+        if self.gradient and not outcome.error:
+            gradients = self._gradients(function, arguments)
+            outcome.parts.update(gradients)
+            outcome.error = "" if gradients else NO_GRADIENT
+        return outcome
+
+    def _parts(self, returned: Any) -> dict[str, Tensor]:
+        """The returned values as tensors: Python numbers, lists, numpy arrays and bool are as good."""
         if returned is ...:  # pyrefly: ignore
             raise _NotWritten
         if returned is None:
-            self.fail("returned None: is the return statement missing?")
-        for i, (a, b) in enumerate(zip(args, before)):
-            if isinstance(a, Tensor) and not torch.equal(a.detach().nan_to_num(), b.nan_to_num()):
-                self.fail(f"changed its argument number {i + 1} in place: work on a copy, the caller still needs it")
-        return returned
-
-    def that(self, holds: bool | Tensor, message: str, what: str | None = None) -> None:
-        """Any condition; `what` is added to the list of what was compared."""
-        if not bool(holds):
-            self.fail(message)
-        self._note(what)
-
-    def shape(self, value: Any, shape: Sequence[int], hint: str = "") -> None:
-        if not isinstance(value, Tensor):
-            self.fail(f"must return a tensor, not {type(value).__name__}")
-        if tuple(value.shape) != tuple(shape):
-            self.fail(f"returned shape {tuple(value.shape)}, expected {tuple(shape)}{': ' * bool(hint)}{hint}")
-        self._note("shape")
-
-    def dtype(self, value: Tensor, dtype: torch.dtype, hint: str = "") -> None:
-        if value.dtype != dtype:
-            self.fail(f"returned {value.dtype}, expected {dtype}{': ' * bool(hint)}{hint}")
-        self._note("dtype")
-
-    def close(
-        self,
-        value: Any,
-        expected: Any,
-        *,
-        mistakes: Mapping[str, Any] | None = None,
-        what: str = "values",
-        rtol: float = 1e-4,
-        atol: float = 1e-5,
-    ) -> None:
-        """`value` equals `expected`; if it equals one of the `mistakes` instead, that message is the error.
-
-        Args:
-            value: what the reader's function returned.
-            expected: the reference.
-            mistakes: from a message to the value that this mistake would give.
-            what: the name in the list of what was compared.
-            rtol: relative tolerance.
-            atol: absolute tolerance.
-        """
-        value, expected = torch.as_tensor(value).detach(), torch.as_tensor(expected).detach()
-        if not torch.isfinite(value).all() and torch.isfinite(expected).all():
-            self.fail(f"{what}: {int((~torch.isfinite(value)).sum())} of {value.numel()} are not finite (NaN or Inf)")
-
-        def same(a: Tensor, b: Any) -> bool:
-            b = torch.as_tensor(b).detach()
-            return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol)
-
-        if not same(value, expected):
-            for message, wrong in (mistakes or {}).items():
-                if same(value, wrong):
-                    self.fail(message)
-            if value.shape != expected.shape:
-                self.fail(f"{what}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
-            off = (value.double() - expected.double()).abs()
-            at = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
-            place = f" at {list(at)}" if at else ""
-            self.fail(f"{what}: {value[at].item():.5g}{place}, expected {expected[at].item():.5g}")
-        self._note(what)
-
-    def gradient(
-        self,
-        answer: Callable[..., Tensor],
-        reference: Callable[..., Tensor],
-        *inputs: Tensor,
-        mistakes: Mapping[str, Callable[..., Tensor]] | None = None,
-        what: str = "gradient",
-    ) -> None:
-        """The gradients of `answer(*inputs).sum()` equal the reference's, for every floating-point input."""
-
-        def gradients(fn: Callable[..., Tensor], call: bool = False) -> list[Tensor]:
-            copies = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-            out = (self.call(fn, *copies) if call else fn(*copies)).sum()
-            if not out.requires_grad:
-                self.fail("no gradient flows back: is there a .detach(), .item() or torch.no_grad() on the way?")
-            wanted = [x for x in copies if x.requires_grad]
-            found = torch.autograd.grad(out, wanted, allow_unused=True)
-            return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found)]
-
-        wrongs = {message: gradients(fn) for message, fn in (mistakes or {}).items()}
-        expected = gradients(reference)
-        for i, (value, right) in enumerate(zip(gradients(answer, call=True), expected)):
-            self.close(value, right, mistakes={message: wrong[i] for message, wrong in wrongs.items()}, what=what)
-
-    def fail(self, message: str) -> Any:
-        raise CheckFailed(f"{self.name}: {message}")
-
-    def _note(self, what: str | None) -> None:
-        if what and what not in self.compared:
-            self.compared.append(what)
-
-
-def exercise(test: Callable[..., None]) -> Callable[[Callable], None]:
-    """Turn `test(check, answer)` into the check a chapter calls with the reader's function."""
-
-    @functools.wraps(test)
-    def run(answer: Any) -> None:
-        check = Check(test.__name__)
-        if not callable(answer):
-            check.fail(f"give the function itself, as in check.{test.__name__}(my_function)")
+            raise _Malformed("returned None: is the return statement missing?")
+        if len(self.returns) == 1:
+            returned = [returned]
         try:
-            test(check, answer)
-        except _NotWritten:
-            print(f"{test.__name__}: not written yet")
-            return
-        print(f"{test.__name__}: passed ({', '.join(check.compared)})")
+            fits = len(returned) == len(self.returns)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise _Malformed(f"return {len(self.returns)} values: {', '.join(self.returns)}")
+        return {name: _tensor(value) for name, value in zip(self.returns, returned)}
 
-    return run
+    def _gradients(self, function: Callable, arguments: tuple) -> dict[str, Tensor]:
+        """Of the sum of what is returned, for all floating-point arguments; empty where none flows back."""
+        leaves = [a.clone().requires_grad_() for a in arguments if _differentiable(a)]
+        each = iter(leaves)
+        try:
+            returned = function(*[next(each) * 1 if _differentiable(a) else a for a in arguments])
+            gradients = torch.autograd.grad(returned.sum(), leaves, allow_unused=True, materialize_grads=True)
+        except (RuntimeError, AttributeError, TypeError):
+            return {}
+        return {f"gradient {i + 1}" if len(leaves) > 1 else "gradient": g for i, g in enumerate(gradients)}
+
+    def same(self, a: Outcome, b: Outcome, only: str | None = None) -> bool:
+        """Whether two outcomes agree in what matters, or in one part of it."""
+        names = [only] if only else list(b.parts)
+        return all(name in a.parts and self._close(a.parts[name], b.parts[name]) for name in names)
+
+    def _close(self, a: Tensor, b: Tensor) -> bool:
+        if a.numel() == b.numel() == 1:
+            a = a.reshape(b.shape)
+        if a.shape != b.shape:
+            return False
+        a, b = self.compare(a.double()), self.compare(b.double())
+        return torch.allclose(a, b, rtol=self.rtol, atol=self.atol, equal_nan=True)
+
+    def _diagnose(self, found: list[Outcome], expected: list[Outcome]) -> str:
+        """The message for a wrong answer, empty for a right one: a mistake that gives the same, else where it differs."""
+        for case, (value, right) in enumerate(zip(found, expected)):
+            part = next((name for name in right.parts if not self.same(value, right, name)), None)
+            if part is None and not value.error:
+                continue
+            if part is not None and part in value.parts:
+                return self._named(found, case, part) or self._difference(value.parts[part], right.parts[part], part)
+            return self._named(found, case, None) or value.error
+        return ""
+
+    def _named(self, found: list[Outcome], case: int, part: str | None) -> str:
+        """The mistake that explains all cases, or the first that is wrong."""
+        known = [(m, self.outcomes(fn)) for m, variants in self.mistakes.items() for fn in variants]
+        for message, wrong in known:
+            if all(self.same(a, b) and self.same(b, a) and a.error == b.error for a, b in zip(found, wrong)):
+                return message
+        if part is None:
+            return ""
+        return next(
+            (m for m, wrong in known if part in wrong[case].parts and self.same(found[case], wrong[case], part)), ""
+        )
+
+    def _difference(self, value: Tensor, right: Tensor, name: str) -> str:
+        if value.shape != right.shape and not value.numel() == right.numel() == 1:
+            hint = self.returns.get(name, "")
+            return f"{name}: shape {tuple(value.shape)}, expected {tuple(right.shape)}{': ' * bool(hint)}{hint}"
+        value, right = self.compare(value.double().reshape(right.shape)), self.compare(right.double())
+        lost = ~torch.isfinite(value) & torch.isfinite(right)
+        if lost.any():
+            return f"{name}: {int(lost.sum())} of {value.numel()} are not finite (NaN or Inf)"
+        off = (value - right).abs()
+        at = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+        place = f" at {list(at)}" if at else ""
+        return f"{name}: {value[at].item():.5g}{place}, expected {right[at].item():.5g}"
+
+
+class _Malformed(Exception):
+    pass
+
+
+def _tensor(value: Any) -> Tensor:
+    try:
+        if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            value = torch.stack([torch.as_tensor(v) for v in value])
+        return torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value)).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise _Malformed(f"must return numbers (a tensor, an array, a list), not {type(value).__name__}") from None
+
+
+def _differentiable(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def exercise(**declaration: Any) -> Callable[[Callable], Exercise]:
+    """Declare the decorated function an exercise's solution; see `Exercise` for the arguments."""
+    return lambda solution: Exercise(solution, **declaration)

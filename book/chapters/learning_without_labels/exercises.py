@@ -1,316 +1,274 @@
-"""Checks for the chapter *Learning without labels*."""
+"""The exercises of the chapter *Learning without labels*."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from sslbook import distributed
-from sslbook.data.datasets.shapes import Shapes
-from sslbook.data.loader import Data
-from sslbook.data.views import View
-from sslbook.notebook.exercises import Check, exercise
+from sslbook.book.chapters.learning_without_labels.processes import views_of_process as views_of_process
+from sslbook.notebook.exercises import exercise
 
 
-def views_of_process(shapes: Shapes, view: View, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Indices and views of this process's part of the epoch's first batch; for `sslbook.distributed.launch`."""
-    part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    batch = next(iter(Data(shapes=shapes).batches((view,), batch_size, seed=seed, epoch=epoch, **part)))
-    return batch.index, batch.views[0]
+def _overwritten(s, y, k, tau, num_classes):
+    top, index = s.topk(k)
+    scores = torch.zeros(len(s), num_classes)
+    scores[torch.arange(len(s))[:, None], y[index]] += (top / tau).exp()
+    return scores
 
 
-def _vote(
-    similarity: Float[Tensor, "query bank"], labels: Int[Tensor, "bank"], k: int, temperature: float, classes: int
-) -> Float[Tensor, "query classes"]:
-    top, index = similarity.topk(k, dim=1)
-    scores = torch.zeros(len(similarity), classes)
-    return scores.scatter_add(1, labels[index], (top / temperature).exp())
+@exercise(
+    inputs=lambda r: [
+        *[(r.normal(8, 40).tanh(), r.integers(3, 40), k, tau, 3) for k, tau in ((5, 0.5), (1, 0.5), (20, 0.1))],
+        (r.normal(4, 6).tanh(), torch.zeros(6, dtype=torch.int64), 3, 0.5, 5),
+    ],
+    returns={"votes": "one row per query, one column per class (num_classes, not labels.max())"},
+    compare=lambda scores: scores / scores.sum(-1, keepdim=True),  # a factor for each query decides nothing
+    mistakes={
+        "every neighbor has one vote: weigh each by exp(similarity / temperature)": {"weight": lambda s, tau: s**0},
+        "the temperature multiplies: the weight is exp(similarity / temperature)": {
+            "weight": lambda s, t: (s * t).exp()
+        },
+        "the temperature has no effect: the weight is exp(similarity / temperature)": {
+            "weight": lambda s, tau: s.exp()
+        },
+        "the exponential is missing: the weight is exp(similarity / temperature)": {"weight": lambda s, tau: s / tau},
+        "the whole bank votes: keep only the k most similar": lambda s, y, k, *rest: knn_vote.solution(
+            s, y, len(y), *rest
+        ),
+        "the k least similar vote: take the largest similarities": {"largest": False},
+        "of two neighbors with one class only one is counted: add their weights (scatter_add)": _overwritten,
+    },
+)
+def knn_vote(s, y, k, tau, num_classes, *, weight=lambda s, tau: ((s - 1) / tau).exp(), largest=True):
+    """`(similarity (query, bank), labels, k, temperature, num_classes) -> scores`, up to a factor for each query."""
+    top, index = s.topk(k, largest=largest)
+    return torch.zeros(len(s), num_classes).scatter_add(1, y[index], weight(top, tau))
 
 
-@exercise
-def knn_vote(check: Check, answer: Callable) -> None:
-    """`answer(similarity, labels, k, temperature, num_classes) -> scores`, as in Wu et al. (2018), section 3.4."""
-    for k, tau in ((5, 0.5), (1, 0.5), (20, 0.1)):
-        similarity, labels = check.random(8, 40).tanh(), check.integers(3, 40)
-        scores = check.call(answer, similarity, labels, k, tau, 3)
-        check.shape(scores, (8, 3), "one row per query, one column per class")
-        check.dtype(scores, torch.float32, "sum the weights, not the labels")
-        expected = _vote(similarity, labels, k, tau, 3)
-        counts = _vote(similarity, labels, k, torch.inf, 3)
-        check.close(
-            scores,
-            expected,
-            mistakes={
-                "every neighbor has one vote: weigh each by exp(similarity / temperature)": counts,
-                "the temperature multiplies: the weight is exp(similarity / temperature)": _vote(
-                    similarity, labels, k, 1 / tau, 3
-                ),
-                "the temperature has no effect: the weight is exp(similarity / temperature)": _vote(
-                    similarity, labels, k, 1.0, 3
-                ),
-                "the whole bank votes: keep only the k most similar": _vote(similarity, labels, 40, tau, 3),
-                "the k least similar vote: take the largest similarities (topk, or sort descending)": _vote(
-                    -similarity, labels, k, -tau, 3
-                ),
-                "the scores are normalized: return the sums of the weights themselves": expected
-                / expected.sum(1, True),
-            },
-            what="weighted votes",
-        )
-    rare = check.call(answer, check.random(4, 6), torch.zeros(6, dtype=torch.int64), 3, 0.5, 5)
-    check.shape(rare, (4, 5), "a class without neighbors still has a column: use num_classes, not labels.max()")
-    check.that((rare[:, 1:] == 0).all(), "a class without a neighbor must score 0", "absent classes")
+def _state(r, known, new, start, rounded):
+    best, s = r.normal(6, known), r.normal(6, new)
+    best, s = (best.round(), s.round()) if rounded else (best, s)
+    return best.sort(1, descending=True)[0], torch.arange(known).repeat(6, 1) * (start // max(known, 1)), s, start
 
 
-def _merged(
-    similarity: Float[Tensor, "query seen"], index: Int[Tensor, "query seen"], k: int, largest: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The k best; of equals those that stand first."""
-    top, column = similarity.sort(dim=1, descending=largest, stable=True)
-    return top[:, :k], index.gather(1, column)[:, :k]
+def _last_of_equals(x, **how):
+    top, place = x.flip(1).sort(**how)
+    return top, x.shape[1] - 1 - place
 
 
-@exercise
-def merge_neighbors(check: Check, answer: Callable) -> None:
-    """`answer(best, index, similarity, start, k) -> (best, index)`; of equally similar ones the lower index first."""
-    for known, new, k, start, tied in ((5, 7, 5, 30, False), (0, 4, 6, 0, False), (4, 30, 6, 100, True)):
-        best, similarity = check.random(6, known), check.random(6, new)
-        if tied:
-            best, similarity = best.round(), similarity.round()
-        best = best.sort(1, descending=True).values
-        index = torch.arange(known).expand(6, known) * max(1, start // max(1, known))
-        returned = check.call(answer, best, index, similarity, start, k)
-        check.that(
-            isinstance(returned, tuple | list) and len(returned) == 2, "must return two tensors: similarities, indices"
-        )
-        top, found = returned
-        width = min(k, known + new)
-        check.shape(top, (6, width), "the k best, or all where fewer have been seen")
-        check.shape(found, (6, width), "one bank index per similarity")
-        check.dtype(found, torch.int64, "indices are integers")
-        column = torch.arange(new).expand(6, new)
-        both, ids = torch.cat([best, similarity], 1), torch.cat([index, start + column], 1)
-        shifted = torch.cat([index, start + known + column], 1)
-        expected, expected_index = _merged(both, ids, k)
-        check.close(
-            top,
-            expected,
-            mistakes={
-                "only the new chunk was searched: the k best so far compete as well": _merged(similarity, column, k)[0],
-                "the k least similar are kept: take the largest": _merged(both, ids, k, largest=False)[0],
-                "the similarities are not sorted: the nearest comes first": expected.flip(1),
-            },
-            what="similarities",
-        )
-        check.close(
-            found,
-            expected_index,
-            mistakes={
-                "columns of the chunk are not indices of the bank: add start": _merged(
-                    both, torch.cat([index, column], 1), k
-                )[1],
-                "these are columns of the concatenation: look up which bank entry stands there (gather)": _merged(
-                    both, torch.arange(known + new).expand(6, -1), k
-                )[1],
-                "start counts from the bank's first entry, whatever is known already": _merged(both, shifted, k)[1],
-            },
-            what="ties" if tied else "indices",
-        )
+@exercise(
+    inputs=lambda r: [(*_state(r, 5, 7, 30, 0), 5), (*_state(r, 0, 4, 0, 0), 6), (*_state(r, 4, 30, 100, 1), 6)],
+    returns={"similarities": "the k best, or all where fewer have been seen", "indices": "one for each similarity"},
+    mistakes={
+        "only the new chunk was searched: the k best so far compete as well": lambda best, index, *rest: (
+            merge_neighbors.solution(best[:, :0], index[:, :0], *rest)
+        ),
+        "the k least similar are kept: take the largest": {"largest": False},
+        "not sorted: the nearest comes first": lambda *a: [v.flip(1) for v in merge_neighbors.solution(*a)],
+        "columns of the chunk are not indices of the bank: add start": {"offset": lambda start, known: 0},
+        "columns of the concatenation are not indices of the bank: look up which entry stands there": {"lookup": False},
+        "start counts from the bank's first entry, whatever is known already": {
+            "offset": lambda start, known: start + known
+        },
+        "ties: of equally similar ones the lower index comes first (a stable sort, known before new)": [
+            {"sort": _last_of_equals},
+            {"sort": lambda x, **how: x.topk(x.shape[1], 1)},
+        ],
+    },
+)
+def merge_neighbors(
+    best, index, s, start, k, *, offset=lambda start, known: start, lookup=True, sort=torch.sort, largest=True
+):
+    """`(best, index, similarity, start, k) -> (best, index)`; of equally similar ones the lower index first."""
+    both = torch.cat([best, s], 1)
+    ids = torch.cat([index, (offset(start, best.shape[1]) + torch.arange(s.shape[1])).expand_as(s)], 1)
+    top, place = sort(both, dim=1, descending=largest, stable=True)
+    return top[:, :k], ids.gather(1, place[:, :k]) if lookup else place[:, :k]
 
 
-def _probe_gradient(
-    w: Float[Tensor, "dim classes"], z: Float[Tensor, "n dim"], y: Int[Tensor, "n"], decay: float, free: int = 1
-) -> Float[Tensor, "dim classes"]:
-    penalty = decay * w
-    if free:
-        penalty[-free:] = 0
-    return z.T @ ((z @ w).softmax(1) - F.one_hot(y, w.shape[1])) / len(z) + penalty
+@exercise(
+    inputs=lambda r: [(0.3, 2), (0.5, 3), (0.9, 2)],
+    returns={"posterior": ""},
+    mistakes={
+        "nothing changes: the copies vote as well": lambda p, m: p,
+        "above 1: divide by the sum over the classes": lambda p, m: m * p,
+        "these are the odds: the posterior is odds / (1 + odds)": lambda p, m: m * p / (1 - p),
+        "the other class has the copies": lambda p, m: p / (p + m * (1 - p)),
+        "copies raise the weight m times, not to the power m": lambda p, m: p**m / (p**m + (1 - p) ** m),
+    },
+)
+def posterior_with_copies(p, copies):
+    """`(posterior of class 1, copies) -> posterior` that the vote of all images gives when class 1 is stored `copies` times."""
+    return copies * p / (copies * p + 1 - p)
 
 
-@exercise
-def probe_gradient(check: Check, answer: Callable) -> None:
-    """`answer(w, z, y, decay) -> gradient` of the loss plus half the decay times the squared weights, bias excepted."""
+@exercise(
+    inputs=lambda r: [(0.1,), (0.5,), (0.8,)],
+    returns={"error": ""},
+    mistakes={
+        "this is the best rule's error: the neighbor's label is random as well": lambda eta: min(eta, 1 - eta),
+        "this is the upper bound, twice the best rule's error": lambda eta: 2 * min(eta, 1 - eta),
+        "half of it: the labels differ in two ways": lambda eta: eta * (1 - eta),
+        "this is the accuracy: the probability that the labels agree": lambda eta: eta**2 + (1 - eta) ** 2,
+    },
+)
+def nearest_neighbor_error(eta):
+    """`(probability of class 1) -> error` of the nearest neighbor, with endless training images."""
+    return 2 * eta * (1 - eta)
+
+
+def _probe_inputs(r):
     for n, dim, classes, decay in ((7, 4, 3, 0.5), (20, 3, 5, 0.01)):
-        w, y = check.random(dim, classes), check.integers(classes, n)
-        z = torch.cat([check.random(n, dim - 1), torch.ones(n, 1)], 1)
-        gradient = check.call(answer, w, z, y, decay)
-        check.shape(gradient, (dim, classes), "the shape of w: one number per weight")
-        expected, bare = _probe_gradient(w, z, y, decay), _probe_gradient(w, z, y, 0.0)
-        target, logits = F.one_hot(y, classes).float(), z @ w
-        penalty = expected - bare
-        check.close(
-            gradient,
-            expected,
-            mistakes={
-                "the decay is missing: add the gradient of the penalty": bare,
-                "the bias decays too: the last row of w belongs to the appended 1": _probe_gradient(w, z, y, decay, 0),
-                "the penalty has a half in front: its gradient is decay * w": bare + 2 * penalty,
-                "the decay has the wrong sign: it pulls the weights to zero": bare - penalty,
-                "this is the gradient of the sum: the loss is a mean over the images": bare * n + penalty,
-                "the sign of the loss is reversed: it is softmax minus one-hot": penalty - bare,
-                "the one-hot labels are missing: without them the probe only learns to be unsure": z.T
-                @ logits.softmax(1)
-                / n
-                + penalty,
-                "the softmax is missing: logits are not probabilities": z.T @ (logits - target) / n + penalty,
-                "the softmax runs over the images: each row is one image's distribution (dim=1)": z.T
-                @ (logits.softmax(0) - target)
-                / n
-                + penalty,
-            },
-            what="gradient",
+        yield (
+            r.normal(dim, classes),
+            torch.cat([r.normal(n, dim - 1), torch.ones(n, 1)], 1),
+            r.integers(classes, n),
+            decay,
         )
-    big = check.call(answer, 300 * torch.eye(3), torch.eye(3), torch.arange(3), 0.0)
-    check.that(torch.isfinite(big).all(), "not finite for logits of 300: use softmax, not exp", "large logits")
+    yield 300 * torch.eye(3), torch.eye(3), torch.arange(3), 0.0
 
 
-@exercise
-def standardize(check: Check, answer: Callable) -> None:
-    """`answer(train_x, test_x) -> (train_z, test_z)`, with mean and standard deviation of the training set."""
-    train, test = 3 * check.random(50, 4) + 2, 5 * check.random(20, 4) - 1
-    returned = check.call(answer, train, test)
-    check.that(isinstance(returned, tuple | list) and len(returned) == 2, "must return two tensors: train, test")
-    mean, std = train.mean(0), train.std(0, correction=0)
-    check.close(
-        returned[0],
-        (train - mean) / std,
-        mistakes={
-            "each image was standardized by itself: mean and standard deviation are those of a feature (dim=0)": (
-                train - train.mean(1, keepdim=True)
-            )
-            / train.std(1, keepdim=True, correction=0),
-            "one mean and one standard deviation for all features: each has its own": (train - train.mean())
-            / train.std(correction=0),
-            "the mean was not subtracted": train / std,
-            "divided by the variance: divide by its root": (train - mean) / std.square(),
+@exercise(
+    inputs=_probe_inputs,
+    returns={"gradient": "the shape of w"},
+    mistakes={
+        "the decay is missing: add the gradient of the penalty": {"penalty": 0},
+        "the bias decays too: the last row of w belongs to the appended 1": {"bias": 1},
+        "the penalty has a half in front: its gradient is decay * w": {"penalty": 2},
+        "the decay has the wrong sign: it pulls the weights to zero": {"penalty": -1},
+        "this is the gradient of the sum: the loss is a mean over the images": {"scale": len},
+        "the sign of the loss is reversed: it is softmax minus one-hot": {"scale": lambda z: -1},
+        "the one-hot labels are missing: without them the probe only learns to be unsure": {"target": 0},
+        "the softmax is missing: logits are not probabilities": {"p": lambda a: a},
+        "the softmax runs over the images: each row is one image's distribution (dim=1)": {"p": lambda a: a.softmax(0)},
+        "not finite for logits of 300: use softmax, not exp": {"p": lambda a: a.exp() / a.exp().sum(1, keepdim=True)},
+    },
+)
+def probe_gradient(w, z, y, decay, *, p=lambda a: a.softmax(1), target=1, scale=lambda z: 1, bias=0, penalty=1):
+    """`(w, z, y, decay) -> gradient` of the loss plus half the decay times the squared weights, bias excepted."""
+    pull = penalty * decay * torch.cat([w[:-1], bias * w[-1:]])
+    return scale(z) * z.T @ (p(z @ w) - target * F.one_hot(y, w.shape[1])) / len(z) + pull
+
+
+@exercise(
+    inputs=lambda r: [
+        (3 * r.normal(50, 4) + 2, 5 * r.normal(20, 4) - 1),
+        (
+            torch.cat([r.normal(30, 2), torch.full((30, 1), 0.5)], 1),
+            torch.cat([r.normal(9, 2), torch.full((9, 1), 0.5)], 1),
+        ),
+    ],
+    returns={"training features": "as given", "test features": "as given"},
+    rtol=2e-2,  # n or n - 1 in the variance: both are in use
+    atol=2e-2,
+    mistakes={
+        "each image was standardized by itself: mean and std are those of a feature (dim=0)": {"dim": 1},
+        "one mean and one std for all features: each has its own": {"dim": (0, 1)},
+        "the mean was not subtracted": {"shift": 0},
+        "divided by the variance: divide by its root": {"power": 2},
+        "the test features were standardized by themselves: the probe was trained in the other coordinates": {"of": 1},
+        "mean and std of both splits together: test images must not influence the training": lambda a, b: (
+            standardize.solution(torch.cat([a, b]), a)[1],
+            standardize.solution(torch.cat([a, b]), b)[1],
+        ),
+        "the test features are unchanged": lambda a, b: (standardize.solution(a, b)[0], b),
+        "a constant feature gives NaN: its standard deviation is 0, divide by 1 instead": {"least": -1},
+    },
+)
+def standardize(train, test, *, dim=0, shift=1, power=1, of=0, least=1e-6):
+    """`(train_x, test_x) -> both standardized`, with mean and standard deviation of the training set."""
+
+    def apply(x, source):
+        source = x if dim == 1 else source
+        std = source.std(dim, keepdim=True, correction=0)
+        return (x - shift * source.mean(dim, keepdim=True)) / torch.where(std > least, std, 1) ** power
+
+    return apply(train, train), apply(test, test if of else train)
+
+
+@exercise(
+    inputs=lambda r: [(0.5, 0.03, 1.96), (0.75, 0.021, 1.3), (0.9, 0.02, 1.96)],  # none near a whole number
+    returns={"images": "one number"},
+    rtol=0,
+    atol=0.1,
+    mistakes={
+        "rounded down: with one image less the interval is too wide (math.ceil)": [{"end": math.floor}, {"end": round}],
+        "not a whole number: round up": {"end": float},
+        "the interval reaches half_width to either side, so its whole width is twice that": {"by": 4},
+        "half_width is half the width already: do not halve it": {"by": 1 / 4},
+        "z is not used": lambda p, half, z: images_needed.solution(p, half, 1),
+        "the variance of one prediction is p (1 - p), not p": lambda p, half, z: math.ceil(p * (z / half) ** 2),
+        "the standard deviation falls with the root of n: square the ratio": lambda p, half, z: math.ceil(
+            math.sqrt(p * (1 - p)) * z / half
+        ),
+    },
+)
+def images_needed(p, half, z, *, by=1.0, end=math.ceil):
+    """`(accuracy, half_width, z) -> n`: the fewest test images for z standard deviations within half_width."""
+    return end(by * p * (1 - p) * (z / half) ** 2)
+
+
+@exercise(
+    inputs=lambda r: [(a := r.normal(n) > -0.6, (r.normal(n) > 1) ^ a) for n in (40, 300)],
+    returns={"difference": "one number", "standard deviation": "one number"},
+    rtol=2e-2,  # n or n - 1
+    mistakes={
+        "the sign is reversed: a minus b": {"sign": -1},
+        "in percent: give fractions": lambda a, b: [100 * v for v in paired_difference.solution(a, b)],
+        "this is the fraction on which they disagree": lambda a, b: ((a ^ b).double().mean(), 0),
+        "this is the standard deviation for two separate sets of images: here both use the same": {
+            "std": lambda d, a, b: sum(x.double().var() / len(d) for x in (a, b)).sqrt()
         },
-        what="training features",
-        rtol=2e-2,  # n or n - 1 under the root: both are in use
-        atol=2e-2,
-    )
-    both = torch.cat([train, test])
-    check.close(
-        returned[1],
-        (test - mean) / std,
-        mistakes={
-            "the test features were standardized by themselves: the probe was trained in the other coordinates": (
-                test - test.mean(0)
-            )
-            / test.std(0, correction=0),
-            "mean and std of both splits together: test images must not influence the training": (test - both.mean(0))
-            / both.std(0, correction=0),
-            "the test features are unchanged": test,
+        "this is the std of one image: the mean of n has it over sqrt(n)": {"std": lambda d, a, b: d.std()},
+        "this is the variance: take its root": {"std": lambda d, a, b: d.var() / len(d)},
+        "divided by n: the std of a mean falls with sqrt(n)": {"std": lambda d, a, b: d.std() / len(d)},
+    },
+)
+def paired_difference(a, b, *, sign=1, std=lambda d, a, b: d.std(correction=0) / len(d) ** 0.5):
+    """`(correct_a, correct_b) -> (difference, std)` of two accuracies on the same images, as fractions."""
+    d = a.double() - b.double()
+    return sign * d.mean(), std(d, a, b)
+
+
+@exercise(
+    inputs=lambda r: [
+        *[(r.normal(n, dim) @ r.normal(dim, dim) + 1,) for n, dim in ((60, 5), (200, 12))],
+        (r.normal(30, 1) @ r.normal(1, 6),),
+    ],
+    returns={"participation ratio": "one number"},
+    rtol=1e-2,
+    mistakes={
+        "the features are not centered: their mean counts as a direction of its own": {"center": 0},
+        "singular values instead of variances: square them first": {"values": lambda c: torch.linalg.svdvals(c)},
+        "the features' own variances: off-diagonal entries of the covariance count as well": {
+            "values": lambda c: c.var(0)
         },
-        what="test features",
-        rtol=2e-2,
-        atol=2e-2,
-    )
-    train[:, 0] = 0.1
-    dead, _ = check.call(answer, train, test)
-    check.that(
-        torch.isfinite(dead).all(), "a constant feature gives NaN: its standard deviation is 0, divide by 1 instead"
-    )
-    check.that((dead[:, 0].abs() < 1e-3).all(), "a constant feature must become 0, not grow", "constant features")
+        "upside down": {"power": -1},
+        "the trace is not squared": lambda h: participation_ratio.solution(h) / (h - h.mean(0)).square().sum(),
+    },
+)
+def participation_ratio(h, *, center=1, values=lambda c: torch.linalg.svdvals(c).square(), power=1):
+    """`(h) -> number`: (sum of variances)^2 / sum of squared variances, over the principal directions."""
+    variance = values((h - center * h.mean(0)).double())
+    return (variance.sum() ** 2 / variance.square().sum()) ** power
 
 
-@exercise
-def images_needed(check: Check, answer: Callable) -> None:
-    """`answer(accuracy, half_width, z) -> n`: the fewest test images for z standard deviations within half_width."""
-    for p, half, z in ((0.5, 0.01, 1.96), (0.9, 0.03, 1.96), (0.7, 0.02, 1.0)):
-        n = check.call(answer, p, half, z)
-        check.that(isinstance(n, int), "must return an int: half an image cannot be tested")
-        exact = p * (1 - p) * (z / half) ** 2
-        check.close(
-            n,
-            math.ceil(exact),
-            mistakes={
-                "rounded down: with one image less the interval is too wide (math.ceil)": math.floor(exact),
-                "the interval reaches half_width to either side, so its whole width is twice that": math.ceil(
-                    4 * exact
-                ),
-                "half_width is the whole width here: do not halve it": math.ceil(exact / 4),
-                "z is not used": math.ceil(exact / z**2),
-                "the variance of one prediction is p (1 - p), not p": math.ceil(p * (z / half) ** 2),
-                "the standard deviation falls with the root of n: square the ratio": math.ceil(
-                    math.sqrt(p * (1 - p)) * z / half
-                ),
-            },
-            what="images",
-            rtol=0,
-            atol=0.5,
-        )
-
-
-@exercise
-def paired_difference(check: Check, answer: Callable) -> None:
-    """`answer(correct_a, correct_b) -> (difference, std)` of two accuracies on the same images, as fractions."""
-    for n in (40, 300):
-        a = check.random(n) > -0.6
-        b = (check.random(n) > 1) ^ a
-        returned = check.call(answer, a, b)
-        check.that(
-            isinstance(returned, tuple | list) and len(returned) == 2,
-            "must return two numbers: difference, standard deviation",
-        )
-        d = a.double() - b.double()
-        difference, std = d.mean(), d.std(correction=0) / math.sqrt(n)
-        check.close(
-            returned[0],
-            difference,
-            mistakes={
-                "the sign is reversed: a minus b": -difference,
-                "in percent: give fractions": 100 * difference,
-                "this is the fraction on which they disagree": d.abs().mean(),
-            },
-            what="difference",
-        )
-        pa, pb = a.double().mean(), b.double().mean()
-        check.close(
-            returned[1],
-            std,
-            mistakes={
-                "this is the standard deviation for two separate sets of images: here both use the same images": (
-                    (pa * (1 - pa) + pb * (1 - pb)) / n
-                ).sqrt(),
-                "this is the standard deviation for one image: the mean of n has it over sqrt(n)": std * math.sqrt(n),
-                "this is the variance: take its root": std.square(),
-                "divided by n: the standard deviation of a mean falls with sqrt(n)": std / math.sqrt(n),
-            },
-            what="standard deviation",
-            rtol=2e-2,  # n or n - 1
-        )
-
-
-def _participation(h: Float[Tensor, "n dim"], center: bool = True) -> Float[Tensor, ""]:
-    variance = torch.linalg.svdvals((h - h.mean(0) if center else h).double()).square()
-    return variance.sum().square() / variance.square().sum()
-
-
-@exercise
-def participation_ratio(check: Check, answer: Callable) -> None:
-    """`answer(h) -> number`: (sum of variances)^2 / sum of squared variances, over the principal directions."""
-    for n, dim in ((60, 5), (200, 12)):
-        h = check.random(n, dim) @ check.random(dim, dim) + 1
-        c = (h - h.mean(0)).double()
-        gram, own = c.T @ c, c.square().sum(0)
-        singular = torch.linalg.svdvals(c)
-        check.close(
-            check.call(answer, h),
-            _participation(h),
-            mistakes={
-                "the features are not centered: their mean counts as a direction of its own": _participation(h, False),
-                "singular values instead of variances: square them first": singular.sum().square()
-                / singular.square().sum(),
-                "the features' own variances: off-diagonal entries of the covariance count as well": own.sum().square()
-                / own.square().sum(),
-                "upside down": 1 / _participation(h),
-                "the trace is not squared": gram.trace() / gram.square().sum(),
-            },
-            what="participation ratio",
-            rtol=1e-3,
-        )
-    line = check.random(30, 1) @ check.random(1, 6)
-    check.close(check.call(answer, line), 1.0, what="features on a line", rtol=1e-2)
+@exercise(
+    inputs=lambda r: [(0.5, 100, 0.0), (0.8, 1000, 0.6)],
+    returns={"optimism": ""},
+    mistakes={
+        "the correlation is not used: only what differs between the two decides": {"factor": lambda rho: 1},
+        "the variance of the difference is 2 (1 - rho)": [
+            {"factor": lambda rho: 1 - rho**2},
+            {"factor": lambda rho: (1 - rho) ** 2},
+            {"factor": lambda rho: 1 + rho},
+        ],
+        "half the distance: the maximum is the mean plus half of |a - b|": {"factor": lambda rho: 4 * (1 - rho)},
+        "without 1 / sqrt(pi), the mean of the larger of two": {"factor": lambda rho: math.pi * (1 - rho)},
+        "this is the variance: take its root": {"power": 1},
+        "in percent: give a fraction": lambda p, n, rho: 100 * optimism_of_two.solution(p, n, rho),
+    },
+)
+def optimism_of_two(p, n, rho, *, factor=lambda rho: 1 - rho, power=0.5):
+    """`(accuracy, images, correlation) -> optimism` of the better of two equally good settings."""
+    return (factor(rho) * p * (1 - p) / (math.pi * n)) ** power

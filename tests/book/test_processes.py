@@ -1,0 +1,32 @@
+"""What chapters run in two processes is what one process gets."""
+
+import pytest
+import torch
+
+from sslbook import distributed
+from sslbook.book.chapters.learning_without_labels import exercises as first
+from sslbook.book.chapters.simclr import exercises as contrast
+from sslbook.data.datasets.shapes import Shapes
+from sslbook.data.views import View
+from sslbook.methods import simclr
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_parts_of_one_batch() -> None:
+    shapes, view = Shapes(num_train=16, num_test=1), View(size=16, color_jitter=(0.4, 0.4, 0.4, 0.1))
+    index, views = first.views_of_process(shapes, view, 8, 3, 2)
+    parts = distributed.launch(first.views_of_process, 2, shapes, view, 8, 3, 2)
+    assert torch.equal(torch.cat([part[0] for part in parts]), index)
+    assert torch.equal(torch.cat([part[1] for part in parts]), views)
+
+
+def test_constant_candidates_leave_the_loss_but_not_the_gradient() -> None:
+    z_1, z_2 = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
+    found = contrast.shard_gradients(z_1, z_2, 0.2)
+    right = z_1.clone().requires_grad_()
+    value = simclr.nt_xent(right, z_2, 0.2)
+    (gradient,) = torch.autograd.grad(value, right)
+    torch.testing.assert_close(found["gather_with_grad"][1], gradient)
+    assert found["gather"][0] == pytest.approx(value.item(), rel=1e-5)
+    detached = found["gather"][1]
+    assert detached.norm() < 0.7 * gradient.norm()  # what others want of a row is lost: about half

@@ -1,0 +1,201 @@
+"""Right answers that a reader may well write, though no chapter does: every check accepts them."""
+
+import math
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslbook.book.chapters.learning_without_labels import exercises as first
+from sslbook.book.chapters.mae import exercises as mae
+from sslbook.book.chapters.rotation import exercises as rotation
+from sslbook.book.chapters.simclr import exercises as simclr
+from sslbook.notebook.exercises import Exercise
+
+
+def vote_by_loops(s: Tensor, y: Tensor, k: int, tau: float, classes: int) -> np.ndarray:
+    scores = np.zeros((len(s), classes))
+    for row, each in enumerate(s.tolist()):
+        for j in sorted(range(len(each)), key=lambda j: -each[j])[:k]:
+            scores[row, int(y[j])] += math.exp((each[j] - max(each)) / tau)
+    return scores
+
+
+def vote_as_softmax(s: Tensor, y: Tensor, k: int, tau: float, classes: int) -> Tensor:
+    top, index = s.topk(k, dim=1)
+    return ((top / tau).softmax(1)[:, :, None] * F.one_hot(y[index], classes)).sum(1)
+
+
+def merge_by_sorting_pairs(best: Tensor, index: Tensor, s: Tensor, start: int, k: int) -> tuple[list, list]:
+    rows = []
+    for b, i, new in zip(best.tolist(), index.tolist(), s.tolist()):
+        pairs = [*zip(b, i), *zip(new, range(start, start + len(new)))]
+        rows.append(sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:k])
+    return [[p[0] for p in row] for row in rows], [[p[1] for p in row] for row in rows]
+
+
+def standardize_with_epsilon(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = train.mean(0), train.std(0)
+    return (train - mean) / (std + 1e-6), (test - mean) / (std + 1e-6)
+
+
+def standardize_with_epsilon_in_the_root(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    mean, root = train.mean(0), (train.var(0) + 1e-5).sqrt()
+    return (train - mean) / root, (test - mean) / root
+
+
+def probe_by_autograd(w: Tensor, z: Tensor, y: Tensor, decay: float) -> Tensor:
+    w = w.clone().requires_grad_()
+    loss = F.cross_entropy(z @ w, y) + decay / 2 * w[:-1].square().sum()
+    return torch.autograd.grad(loss, w)[0]
+
+
+def needed_by_trying(p: float, half: float, z: float) -> int:
+    n = 1
+    while z * math.sqrt(p * (1 - p) / n) > half:
+        n += 1
+    return n
+
+
+def paired_by_counting(a: Tensor, b: Tensor) -> tuple[float, float]:
+    d = [int(x) - int(y) for x, y in zip(a, b)]
+    return statistics.mean(d), statistics.stdev(d) / math.sqrt(len(d))
+
+
+def nt_xent_by_blocks(z: Tensor, tau: float) -> Tensor:
+    a, b = F.normalize(z, dim=1, eps=1e-6).chunk(2)
+    eye = torch.eye(len(a), dtype=torch.bool)
+    aa, bb = ((x @ x.T / tau).masked_fill(eye, -1e9) for x in (a, b))
+    y = torch.arange(len(a))
+    ask_a = F.cross_entropy(torch.cat([a @ b.T / tau, aa], 1), y)
+    ask_b = F.cross_entropy(torch.cat([b @ a.T / tau, bb], 1), y)
+    return (ask_a + ask_b) / 2
+
+
+def nt_xent_row_by_row(z: Tensor, tau: float) -> Tensor:
+    z = z / z.norm(dim=1, keepdim=True)
+    n, losses = len(z) // 2, []
+    for i in range(2 * n):
+        others = torch.stack([z[i] @ z[k] / tau for k in range(2 * n) if k != i])
+        losses.append(torch.logsumexp(others, 0) - z[i] @ z[(i + n) % (2 * n)] / tau)
+    return sum(losses) / len(losses)
+
+
+def anchor_by_autograd(z: Tensor, i: int, j: int, tau: float) -> Tensor:
+    z_i = z[i].clone().requires_grad_()
+    s = torch.stack([z_i @ z[k] / tau for k in range(len(z)) if k != i])
+    return torch.autograd.grad(s.logsumexp(0) - z_i @ z[j] / tau, z_i)[0]
+
+
+def supcon_by_autograd(z: Tensor, label: Tensor, i: int, tau: float) -> Tensor:
+    z_i = z[i].clone().requires_grad_()
+    others = [k for k in range(len(z)) if k != i]
+    s = torch.stack([z_i @ z[k] / tau for k in others])
+    positives = [s[a] for a, k in enumerate(others) if label[k] == label[i]]
+    return torch.autograd.grad(s.logsumexp(0) - sum(positives) / len(positives), z_i)[0]
+
+
+def bound_by_probabilities(scores: Tensor) -> float:
+    s = scores.numpy().astype(np.float64)
+    p = np.exp(s) / np.exp(s).sum(1, keepdims=True)
+    return float(np.log(len(s) * np.diag(p)).mean())
+
+
+def floor_with_epsilon(joint: Tensor) -> float:
+    given = joint / joint.sum(0)
+    return -float((joint * torch.log(given + 1e-9)).sum())
+
+
+def floor_as_a_difference(joint: Tensor) -> Tensor:
+    def entropy(p: Tensor) -> Tensor:
+        return -torch.xlogy(p, p).sum()
+
+    return entropy(joint) - entropy(joint.sum(0))
+
+
+def rotate_in_numpy(x: Tensor) -> np.ndarray:
+    return np.concatenate([np.rot90(x.numpy(), k, axes=(2, 3)) for k in range(4)])
+
+
+def patchify_by_unfold(x: Tensor, P: int) -> Tensor:
+    columns = F.unfold(x, P, stride=P)  # (n, 3 * P * P, patches), color first
+    return columns.unflatten(1, (3, P * P)).permute(0, 3, 2, 1).flatten(2)
+
+
+def inverse_by_scatter(u: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    order = torch.argsort(u, dim=1)
+    positions = torch.arange(u.shape[1]).expand_as(u).contiguous()
+    return u.topk(keep, dim=1, largest=False).indices.int(), torch.zeros_like(order).scatter(1, order, positions)
+
+
+def loss_of_selected(prediction: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
+    own = patches[mask == 1]
+    target = (own - own.mean(1, keepdim=True)) / (own.std(1, keepdim=True) + 1e-6)
+    return F.mse_loss(prediction[mask.bool()], target)
+
+
+def block_by_loops(top: Tensor, left: Tensor, height: int, width: int, grid: int) -> list[list[bool]]:
+    return [
+        [t <= r < t + height and c <= q < c + width for r in range(grid) for q in range(grid)]
+        for t, c in zip(top.tolist(), left.tolist())
+    ]
+
+
+def limits_by_small_numbers(sigma: Tensor) -> list[Tensor]:
+    s, d = sigma.double(), sigma.double().diagonal().diag()
+    return [s @ torch.linalg.inv((1 - rho) * s + rho * d) for rho in (1e-7, 1 - 1e-7)]
+
+
+UNUSUAL: list[tuple[Exercise, Callable]] = [
+    (first.knn_vote, vote_by_loops),
+    (first.knn_vote, vote_as_softmax),
+    (first.merge_neighbors, merge_by_sorting_pairs),
+    (first.posterior_with_copies, lambda p, m: 1 / (1 + (1 / p - 1) / m)),
+    (first.nearest_neighbor_error, lambda eta: torch.tensor([1 - eta**2 - (1 - eta) ** 2])),
+    (first.probe_gradient, probe_by_autograd),
+    (first.standardize, standardize_with_epsilon),
+    (first.standardize, standardize_with_epsilon_in_the_root),
+    (first.images_needed, needed_by_trying),
+    (first.images_needed, lambda p, half, z: np.ceil(p * (1 - p) * (z / half) ** 2)),
+    (first.images_needed, lambda p, half, z: math.floor(p * (1 - p) * (z / half) ** 2) + 1),
+    (first.paired_difference, paired_by_counting),
+    (first.participation_ratio, lambda h: torch.cov(h.T).trace() ** 2 / torch.linalg.matrix_norm(torch.cov(h.T)) ** 2),
+    (first.optimism_of_two, lambda p, n, rho: math.sqrt(p * (1 - p) / n) * math.sqrt(1 - rho) / math.sqrt(math.pi)),
+    (simclr.nt_xent, nt_xent_by_blocks),
+    (simclr.nt_xent, nt_xent_row_by_row),
+    (simclr.nt_xent, lambda z, tau: nt_xent_by_blocks(z.double(), tau)),
+    (simclr.anchor_gradient, anchor_by_autograd),
+    (simclr.through_normalization, lambda u, g: torch.autograd.functional.jacobian(lambda v: v / v.norm(), u).T @ g),
+    (simclr.information_bound, bound_by_probabilities),
+    (simclr.loss_floor, lambda n, tau: torch.log1p((2 * n - 2) * torch.exp(torch.tensor(-2 / tau)))),
+    (simclr.false_negatives, lambda p, n: 2 * (n - 1) * sum(float(x) ** 2 for x in p)),
+    (simclr.supcon_gradient, supcon_by_autograd),
+    (rotation.rotate_without_rot90, rotate_in_numpy),
+    (rotation.bayes_accuracy, lambda w, folds: np.clip(45 / (w * folds), 0, 1)),
+    (
+        rotation.gradient_variance,
+        lambda g: (g.mean(1).var(0, correction=0).sum(), g.var(1, correction=0).mean(0).sum()),
+    ),
+    (rotation.mean_variance, lambda B, V, n, m: B / n + V * (1 / m - 1 / 4) * 4 / 3 / n),
+    (rotation.loss_floor, floor_with_epsilon),
+    (rotation.loss_floor, floor_as_a_difference),
+    (rotation.noise_floor, lambda e: (1 - e, -sum(q * math.log(q) for q in (1 - e, e / 3, e / 3, e / 3)))),
+    (mae.patchify, patchify_by_unfold),
+    (mae.mask, inverse_by_scatter),
+    (mae.loss, loss_of_selected),
+    (mae.block, block_by_loops),
+    (mae.simmim_cost, lambda L, d, rho: (6 * L * d + L * L) / (6 * (1 - rho) * L * d + ((1 - rho) * L) ** 2)),
+    (mae.absolute_error_minimizer, lambda x: min(x.tolist(), key=lambda c: float((x - c).abs().mean()))),
+    (mae.linear_limits, limits_by_small_numbers),
+    (mae.unpredictable_loss, lambda s, v: 1 - s / (s + v)),
+]
+
+
+@pytest.mark.parametrize(("check", "answer"), UNUSUAL, ids=[f"{e.name}-{i}" for i, (e, _) in enumerate(UNUSUAL)])
+def test_right_answers_pass(check: Exercise, answer: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    check(answer)
+    assert f"{check.name}: passed" in capsys.readouterr().out
