@@ -32,7 +32,7 @@ BATCH, TEMPERATURE = 256, 0.2
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2, 2e-2)
 HELD_OUT = 800  # training images at the end that settings are chosen on, and the ablations measured
-STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 120, 400, (10000, 2000)
+STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 120, 300, (8000, 2000)
 Table = dict[str, dict[str, list[float]]]
 
 
