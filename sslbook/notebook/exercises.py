@@ -69,7 +69,7 @@ class Random:
 
 @dataclass
 class Outcome:
-    """What a function gave for one case: its parts by name, and an error that no right answer has."""
+    """What a function gave for one case: its parts by name, and an error that the solution does not have."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     error: str = ""
@@ -188,7 +188,7 @@ class Exercise:
         return torch.allclose(a, b, rtol=self.rtol, atol=self.atol, equal_nan=True)
 
     def _diagnose(self, found: list[Outcome], expected: list[Outcome]) -> str:
-        """The message for a wrong answer, empty for a right one: a mistake that gives the same, else where it differs."""
+        """Empty if all agree; else the mistake that gives the same values, or where they differ."""
         for case, (value, right) in enumerate(zip(found, expected)):
             part = next((name for name in right.parts if not self.same(value, right, name)), None)
             if part is None and not value.error:

@@ -112,7 +112,7 @@ def exercise_inputs(exercise: Exercise) -> list[tuple]:
     return seen
 
 
-def test_a_wrong_answer_that_nobody_foresaw_fails(exercise: Exercise) -> None:
+def test_an_unforeseen_mistake_fails(exercise: Exercise) -> None:
     with pytest.raises(CheckFailed):
         exercise(
             lambda *args: parts(

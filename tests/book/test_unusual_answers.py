@@ -1,4 +1,4 @@
-"""Right answers that a reader may well write, though no chapter does: every check accepts them."""
+"""Solutions that a reader may well write, though no chapter does: every check accepts them."""
 
 import math
 import statistics
@@ -196,6 +196,6 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
 
 
 @pytest.mark.parametrize(("check", "answer"), UNUSUAL, ids=[f"{e.name}-{i}" for i, (e, _) in enumerate(UNUSUAL)])
-def test_right_answers_pass(check: Exercise, answer: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusual_solutions_pass(check: Exercise, answer: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     check(answer)
     assert f"{check.name}: passed" in capsys.readouterr().out

@@ -174,7 +174,7 @@ def loss_floor(n, tau, *, count=lambda n: 2 * n - 2, gap=2, one=1):
         "2N - 1 negatives: the positive is not among them": {"count": lambda n: 2 * n - 1},
         "as if all classes were equally frequent: 1 / C is only the best case": {"chance": lambda p: 1 / len(p)},
         "this counts the true negatives": {"chance": lambda p: 1 - p @ p},
-        "the anchor has the class by chance as well: sum the squares": {"chance": lambda p: p.max()},
+        "the anchor's own class is random as well: sum the squares": {"chance": lambda p: p.max()},
     },
 )
 def false_negatives(frequencies, n, *, count=lambda n: 2 * n - 2, chance=lambda p: p @ p):
