@@ -94,13 +94,13 @@ class Diagram:
     def image(self, column: float, row: float, label: str = "image", **marks: bool) -> Node:
         """An image: a frame with a hill and a sun."""
         node = self._node("image", column, row, 52, 52, label, marks)
-        node.parts += [_frame(node), *_scenery(node)]
+        node.parts += _scene(node, (0.42, 0.45), (0.75, 0.25), 0.09)
         return node
 
     def view(self, column: float, row: float, label: str = "view", **marks: bool) -> Node:
-        """A view: a part of an image, cut out and augmented."""
+        """A view: a smaller part of the image, in which its things are larger."""
         node = self._node("view", column, row, 42, 42, label, marks)
-        node.parts += [_frame(node, dash="none"), *_scenery(node, zoom=1.5)]
+        node.parts += _scene(node, (0.62, 0.3), (0.24, 0.3), 0.13)
         return node
 
     def patches(
@@ -395,24 +395,17 @@ def _text_height(node: Node) -> float:
     return 16.0 * (lines + marked) + (6.0 if lines or marked else 0.0) + (4.0 if marked else 0.0)
 
 
-def _frame(node: Node, dash: str = "") -> str:
-    x, y = node.x - node.width / 2, node.y - node.height / 2
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{node.width}" height="{node.height}" rx="3" fill="currentColor" '
-        f'fill-opacity=".07" {_INK}/>'
-    )
-
-
-def _scenery(node: Node, zoom: float = 1.0) -> list[str]:
-    """A hill and a sun, larger for a view."""
+def _scene(node: Node, peak: tuple[float, float], sun: tuple[float, float], size: float) -> list[str]:
+    """A frame with a hill and a sun; the peak and the sun's center and size are fractions of the side."""
     x, y, w, h = node.x - node.width / 2, node.y - node.height / 2, node.width, node.height
-    peak = x + w * (0.42 if zoom == 1 else 0.62)
-    top = y + h * (0.45 if zoom == 1 else 0.3)
-    hill = f"M{x + 1:.1f} {y + h - 1:.1f}L{peak:.1f} {top:.1f}L{x + w - 1:.1f} {y + h - 1:.1f}Z"
-    sun = f'<circle cx="{x + w * 0.75:.1f}" cy="{y + h * 0.25:.1f}" r="{w * 0.09:.1f}" fill="currentColor" fill-opacity=".55"/>'
-    if zoom != 1:
-        sun = f'<circle cx="{x + w * 0.24:.1f}" cy="{y + h * 0.3:.1f}" r="{w * 0.13:.1f}" fill="currentColor" fill-opacity=".55"/>'
-    return [f'<path d="{hill}" fill="currentColor" fill-opacity=".4" stroke-linejoin="round"/>', sun]
+    hill = f"M{x + 1:.1f} {y + h - 1:.1f}L{x + w * peak[0]:.1f} {y + h * peak[1]:.1f}L{x + w - 1:.1f} {y + h - 1:.1f}Z"
+    place = f'cx="{x + w * sun[0]:.1f}" cy="{y + h * sun[1]:.1f}" r="{w * size:.1f}"'
+    frame = f'x="{x:.1f}" y="{y:.1f}" width="{w}" height="{h}" rx="3"'
+    return [
+        f'<rect {frame} fill="currentColor" fill-opacity=".07" {_INK}/>',
+        f'<path d="{hill}" fill="currentColor" fill-opacity=".4" stroke-linejoin="round"/>',
+        f'<circle {place} fill="currentColor" fill-opacity=".55"/>',
+    ]
 
 
 def _step(side: str, length: float) -> tuple[float, float]:
