@@ -37,9 +37,9 @@ VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.5), graysca
 COLOR_KEPT = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.0))
 PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 BATCH, TEMPERATURE = 128, 0.2
-LR, LR_SUPERVISED = 3e-3, 3e-3  # the best of `settings`
-LRS = (1e-3, 3e-3, 1e-2)
-STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 240, 1200, (10_000, 2000)
+LR, LR_SUPERVISED = 1e-2, 1e-2  # the best of `settings`
+LRS = (1e-3, 3e-3, 1e-2, 3e-2)
+STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 240, 600, (10_000, 2000)
 PER_CLASS, SUBSETS = (1, 2, 5, 10, 30, 100), 5
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
