@@ -4,8 +4,8 @@ To recognize the rotation, the network must know which way up objects are, and t
 second network and no pair of views, only a classifier with four classes.
 
 Gidaris, Singh and Komodakis, 2018, "Unsupervised representation learning by predicting image rotations"
-(arXiv:1803.07728), section 3.1; equation 2 is the loss. As in the authors' code, all four rotations of an image are in
-one batch.
+(arXiv:1803.07728), sections 2.1 and 2.2; equations 2 and 3 are the loss. All four rotations of an image are in one batch
+(section 3.1).
 
 What differs from the paper:
 - The authors trained AlexNet and NIN; the defaults are those of OpenMMLab for ResNet-50, with random resized crops,
@@ -59,6 +59,6 @@ class Rotation(Method):
         (x,) = batch.views
         y = targets(len(x), x.device)  # the labels are free: we rotated the images ourselves
         logits = self.head(self.backbone(rotate(x))).float()  # (4 batch, 4)
-        loss = F.cross_entropy(logits, y)  # equation 2: the mean over images and their four rotations
+        loss = F.cross_entropy(logits, y)  # equations 2 and 3: the mean over images and rotations
         accuracy = 100 * (logits.argmax(dim=1) == y).float().mean()
         return {"loss": loss, "rotation_accuracy": accuracy}
