@@ -305,7 +305,8 @@ def photographs(seeds: int) -> None:
 def restore(name: str) -> MAE:
     method = make(0)
     left_out = method.load_state_dict(load_file(results.book() / "checkpoints" / f"{name}.safetensors"), strict=False)
-    assert not left_out.unexpected_keys and all("pos" in key for key in left_out.missing_keys)  # the fixed tables
+    assert not left_out.unexpected_keys
+    assert all("pos" in key for key in left_out.missing_keys)  # the fixed tables
     return method
 
 
