@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sslbook.errors import UserError, first_line
 
@@ -18,11 +19,16 @@ OLD_FORMAT = "sslbook checkpoint 1"  # its weights can be used, its runs not res
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    """Let `write` fill a file beside `path`, then put it in its place: a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be written; what was there is as it was.
+    """
+    name = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
+        os.close(handle)
         write(Path(name))
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
@@ -30,8 +36,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no OSError of their own
+        if not isinstance(error, OSError) and not _cannot_write(path.parent):
+            raise
+        reason = getattr(error, "strerror", None) or "no space left, or it may not be written"
+        raise UserError(f"{path}: cannot be written ({reason}); nothing was changed: mend that, then go on") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+
+
+def _cannot_write(folder: Path) -> bool:
+    """Whether a megabyte cannot be written there now."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError:
+        return True
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

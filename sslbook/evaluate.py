@@ -213,7 +213,7 @@ def require_writable(target: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def _new_file(out: str) -> Path:
-    target = Path(out)
+    target = Path(out).expanduser()
     require_writable(target, (".json",))
     if target.exists():
         raise UserError(f"--out {out}: exists already; choose another name, nothing is overwritten")

@@ -66,7 +66,7 @@ def extract(
     Raises:
         UserError: something the caller can mend.
     """
-    target = Path(out)
+    target = Path(out).expanduser()
     require_writable(target, (".npz", ".safetensors"))
     if target.exists() and not overwrite:
         raise UserError(f"--out {out}: exists already; choose another name, or give --overwrite true")

@@ -111,12 +111,12 @@ def pretrain(
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = max(1, round(epochs * steps_per_epoch)) if steps is None else steps
     save_every = in_steps(checkpoint_every, total_steps, steps_per_epoch)
-    folder, resumed = open_folder(method, data, out_dir, resume)
-    if resumed is not None and init_from is not None and resume != "auto":
+    if resume not in (None, "auto") and init_from is not None:
         raise UserError("--init_from starts a new run and --resume goes on with an old one: give one of them")
-    state = None if resumed is None else checkpoint.load(resumed, *CONTENTS)
+    folder, resumed, lock = open_folder(method, data, out_dir, resume)
 
-    with removed_if_unstarted(folder, new=state is None):
+    with removed_if_unstarted(folder, new=resumed is None), lock:
+        state = None if resumed is None else checkpoint.load(resumed, *CONTENTS)
         # -- model and optimizer ---------------------------------------------------------------------------------------
         initial = _set_up(method, data, run_device, init_from if state is None else None, channels_last)
         optim, plans = parameter_groups(
@@ -171,6 +171,7 @@ def pretrain(
                         train_state.compare()
                     stop = preemption.agreed(run_device) or stop
                     if stop or train_state.improved or (save_every and run.clock.step % save_every == 0):
+                        lock.require()
                         train_state.save(watchers, keep_last)
                     if epoch_ended:
                         break

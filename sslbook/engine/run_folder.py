@@ -1,7 +1,9 @@
 """The folder of a run: found or created, never that of another run, and gone again if no step was taken."""
 
 import itertools
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +13,19 @@ import yaml
 
 from sslbook import checkpoint, distributed
 from sslbook.data.loader import Data
+from sslbook.engine.run_lock import RunLock
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 
 RESULT_FILES = ("metrics.jsonl", "backbone.safetensors", "best.pt", "report.json")  # of a run that took a step
 START_FILES = ("config.yaml", "initial.safetensors", "initial.json")
+LOG_FOLDERS = ("tensorboard", "wandb")  # of hooks, which begin before the first step
 
 
-def open_folder(method: Method, data: Data, out_dir: str | None, resume: str | None) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to resume; the main process decides for all.
+def open_folder(
+    method: Method, data: Data, out_dir: str | Path | None, resume: str | Path | None
+) -> tuple[Path, Path | None, RunLock]:
+    """The run's folder, the checkpoint to resume, and the folder's lock; the main process decides for all.
 
     Args:
         method: names the folder where `out_dir` does not.
@@ -28,18 +34,22 @@ def open_folder(method: Method, data: Data, out_dir: str | None, resume: str | N
         resume: a run's folder or a checkpoint; `auto` is the newest run of this method and data, if there is one.
 
     Raises:
-        UserError: the folder holds another run or cannot be created, or there is nothing to resume.
+        UserError: the folder holds another run or anything else, lies in the images' folder or above it, cannot be
+            created, or a process works there; or there is nothing to resume.
     """
     answer: list[Any] = [None, None, None]
+    lock = None
     if distributed.is_main():
         try:
-            answer[:2] = _choose(method, data, out_dir, resume)
+            names = (None if name is None else os.path.expanduser(name) for name in (out_dir, resume))
+            answer[:2] = _choose(method, data, *names)
+            lock = RunLock(Path(answer[0])).acquire()
         except UserError as error:
             answer[2] = str(error)
     folder, path, refusal = distributed.broadcast(answer)
     if refusal is not None:
         raise UserError(refusal)
-    return Path(folder), None if path is None else Path(path)
+    return Path(folder), None if path is None else Path(path), lock or RunLock(Path(folder))
 
 
 def _choose(method: Method, data: Data, out_dir: str | None, resume: str | None) -> tuple[str, str | None]:
@@ -50,7 +60,7 @@ def _choose(method: Method, data: Data, out_dir: str | None, resume: str | None)
         path = checkpoint.find(Path(resume))
         folder = path.parent if out_dir is None else Path(out_dir)
         if folder.resolve() != path.parent.resolve():
-            _create_unused(folder)
+            _create_unused(folder, data)
         return str(folder), str(path)
     if resume == "auto":
         runs = [Path(out_dir)] if out_dir is not None else _runs_of(stem, data)
@@ -60,11 +70,11 @@ def _choose(method: Method, data: Data, out_dir: str | None, resume: str | None)
             return str(newest.parent), str(newest)
     if out_dir is not None:
         if resume != "auto" or not (Path(out_dir) / "config.yaml").exists():
-            _create_unused(Path(out_dir))
+            _create_unused(Path(out_dir), data)
         return out_dir, None
     folders = (Path("runs") / (stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
     folder = next(one for one in folders if not one.exists() or (one.is_dir() and not any(one.iterdir())))
-    _create_unused(folder)
+    _create_unused(folder, data)
     return str(folder), None
 
 
@@ -87,19 +97,32 @@ def _learns_from(run: Path, data: Data) -> bool:
     return Path(folder).expanduser().resolve() == Path(data.folder).expanduser().resolve()
 
 
-def _create_unused(folder: Path) -> None:
-    """Make sure that the folder is there and holds no other run."""
-    if checkpoint.checkpoints(folder):
+def _create_unused(folder: Path, data: Data) -> None:
+    """Make sure that the folder is there, is empty, and that what is written there is not taken for images."""
+    if _holds(folder, data.folder) or _holds(data.folder, folder):
+        where = "above the images'" if _holds(folder, data.folder) else "inside the images'"
+        reason = f"lies {where} folder {data.folder}, and its plots would be learned from;"
+    elif checkpoint.checkpoints(folder):
         reason = f"holds another run; go on with it by --resume {folder}, or"
     elif any((folder / name).exists() for name in RESULT_FILES):
         reason = "holds another run, without checkpoints; delete it, or"
+    elif folder.is_dir() and (others := [p.name for p in folder.iterdir() if not p.name.startswith(".")]):
+        reason = f"holds other files ({others[0]}), which are not overwritten;"
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return
         except OSError as error:
             reason = "is a file;" if folder.is_file() else f"cannot be created ({error.strerror});"
-    raise UserError(f"{folder}: {reason} choose another --out_dir")
+    raise UserError(f"{str(folder)[:200]}: {reason} choose another --out_dir")
+
+
+def _holds(outer: Path | None, inner: Path | None) -> bool:
+    """Whether `inner` is `outer` or lies in it."""
+    if outer is None or inner is None:
+        return False
+    outside, inside = (os.path.realpath(os.path.expanduser(path)) for path in (outer, inner))
+    return Path(inside).is_relative_to(outside)
 
 
 @contextmanager
@@ -113,6 +136,8 @@ def removed_if_unstarted(folder: Path, new: bool) -> Iterator[None]:
         if new and distributed.is_main() and not any(path.exists() for path in results):
             for name in START_FILES:
                 (folder / name).unlink(missing_ok=True)
+            for name in LOG_FOLDERS:
+                shutil.rmtree(folder / name, ignore_errors=True)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise

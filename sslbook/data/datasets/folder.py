@@ -15,13 +15,15 @@ from sslbook.data.datasets.base import FileList, Splits
 from sslbook.data.images import EXTENSIONS
 from sslbook.errors import UserError
 
+RUN_FILES = {"config.yaml", "initial.safetensors"}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 def scan(folder: Path) -> list[str]:
     """The images under `folder`, as sorted relative paths with `/`.
 
-    Hidden files are left out, links are followed, and a link back to a folder that contains it is not.
+    Hidden files and the folders of training runs are left out. Links are followed, but for a link back to a folder that
+    contains it.
 
     Raises:
         UserError: a folder may not be read.
@@ -33,12 +35,15 @@ def scan(folder: Path) -> list[str]:
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except PermissionError as error:
             raise UserError(f"may not read the folder {directory}: change its permissions") from error
+        if prefix and {entry.name for entry in entries} >= RUN_FILES:
+            warnings.warn(f"{directory} holds a training run: its plots are not used as images", stacklevel=2)
+            return
         for entry in entries:
             if entry.name.startswith("."):  # macOS leaves a ._name beside every name
                 continue
             try:
                 status = entry.stat() if entry.is_dir() else None
-                is_file = entry.is_file() or entry.is_symlink()  # no pipes
+                is_file = entry.is_file() or not os.path.exists(entry.path)  # a broken link, reported later; no pipes
             except OSError:  # a link to itself, or into a folder that may not be read
                 continue
             if status is not None:
