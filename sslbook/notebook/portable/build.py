@@ -155,11 +155,11 @@ def _installs(cell: dict[str, Any]) -> bool:
 
 def _cells(page: Page) -> list[dict[str, Any]]:
     """The cells of a notebook, or of Markdown cut at its code cells."""
-    import json
+    import nbformat
 
     text = page.path.read_text(encoding="utf-8")
     if page.path.suffix == ".ipynb":
-        return [{**cell, "source": "".join(cell["source"])} for cell in json.loads(text)["cells"]]
+        return list(nbformat.reads(text, as_version=4).cells)
     cells: list[dict[str, Any]] = []
     written: list[str] = []
     lines = strip_front_matter(text).split("\n")

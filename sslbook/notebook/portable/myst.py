@@ -133,8 +133,10 @@ class Writer:
         if block.name in ("exercise-end", "bibliography", "tableofcontents"):
             return ""
         if block.name == "prf:proof":
-            title = f" ({self.inline(block.argument)})" if block.argument else ""
-            return self._folds(block, f"Proof{title}", quote(f"*Proof{title}.* {self._inside(block.body)}"))
+            title = f"Proof ({self.inline(block.argument)})" if block.argument else "Proof"
+            body = self._inside(block.body)
+            gap = "\n\n" if body.startswith(("$$", "-", "1.", ">", "`")) else " "
+            return self._folds(block, title, quote(f"*{title}.*{gap}{body}"))
         if block.name.startswith("prf:") and kind in PROOFS:
             number = f" {self.labels[block.label].number}" if block.label else ""
             title = f" ({self.inline(block.argument)})" if block.argument else ""
