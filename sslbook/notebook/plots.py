@@ -53,7 +53,7 @@ def grid(
     Raises:
         UserError: pairs in an odd number of columns or of images, or no chapter lists the name.
     """
-    columns, inch = min(columns, len(images)), max(inch, (SMALLEST + 2) / 96)
+    columns, inch = min(columns, len(images)), max(inch, (SMALLEST + 4) / 96)
     if pairs and (columns % 2 or len(images) % 2):
         raise UserError(
             f"pairs of {len(images)} images in {columns} columns are torn apart: give an even number of both"
@@ -69,7 +69,7 @@ def grid(
         "height": height,
         "squeeze": False,
         "width_ratios": widths,
-        "least": sum(widths) * (SMALLEST + 2),
+        "least": sum(widths) * (SMALLEST + 4),
     }
     fig, axes = style.figure(alt, rows, len(widths), caption=caption, name=name, **shape)
     shown = [ax for row in axes for ax, wide in zip(row, widths) if wide == 1.0]
@@ -121,10 +121,10 @@ def neighbors(
     `alt`, `caption`, `name` and `inch` as for `grid`.
     """
     n, k = found.shape[:2]
-    inch = max(inch, (SMALLEST + 5) / 96)
+    inch = max(inch, (SMALLEST + 8) / 96)
     width = (k + 1.4) * inch
     shape = {"width": width, "height": n * inch, "squeeze": False, "width_ratios": [1, 0.3, *[1] * k]}
-    fig, axes = style.figure(alt, n, k + 2, caption=caption, name=name, least=(k + 1.4) * (SMALLEST + 5), **shape)
+    fig, axes = style.figure(alt, n, k + 2, caption=caption, name=name, least=(k + 1.4) * (SMALLEST + 8), **shape)
     for row in range(n):
         for ax in axes[row, :2]:
             ax.set_axis_off()
@@ -171,7 +171,14 @@ def scatter(
             nearest = part[np.linalg.norm(part - middle, axis=1).argmin()]  # a median may fall between two clusters
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": color, "alpha": 0.85}
             line = {"arrowstyle": "-", "color": color}
-            common = {"fontsize": 9, "color": "black", "ha": "center", "va": "center", "bbox": box, "arrowprops": line}
+            common = {
+                "fontsize": 9,
+                "color": "#000000",
+                "ha": "center",
+                "va": "center",
+                "bbox": box,
+                "arrowprops": line,
+            }
             texts.append(ax.annotate(names[label], nearest, (0, 0), textcoords="offset pixels", **common))
     for spine in ax.spines.values():
         spine.set_visible(False)

@@ -172,8 +172,10 @@ class Diagram:
 
     def text(self, column: float, row: float, label: str) -> Node:
         """Words at a place of their own."""
-        node = self._node("text", column, row, 0, 0, "", {})
-        node.parts += self._words(label.split("\n"), node.x, node.y + 4)
+        lines = label.split("\n")
+        wide = LETTER * SIZE * max(map(len, lines))
+        node = self._node("text", column, row, wide, 16.0 * len(lines), "", {})
+        node.parts += self._words(lines, node.x, node.y - 8.0 * len(lines) + 12.5)
         return node
 
     # -- arrows --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import matplotlib as mpl
 import matplotlib.figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from sslbook.notebook import numbering
 
@@ -272,7 +273,8 @@ def _formula(text: str, prop: Any, size: float) -> str:
 def encode(fig: matplotlib.figure.Figure, dpi: float = DPI) -> tuple[str, str]:
     """The figure as `(image, text)`: a `data:` URL without the text that a page sets, and that text as SVG elements.
 
-    The image is WebP, lossless or not, whichever is smaller.
+    The image is WebP, lossless or not, whichever is smaller. Text without a color of its own is the page's; write
+    "#000000" for one that is black on an image.
     """
     from PIL import Image
 
@@ -280,6 +282,9 @@ def encode(fig: matplotlib.figure.Figure, dpi: float = DPI) -> tuple[str, str]:
     canvas = fig.canvas if isinstance(fig.canvas, FigureCanvasAgg) else FigureCanvasAgg(fig)
     width, height = canvas.get_width_height(physical=True)
     renderer = _Renderer(width, height, dpi)
+    for text in fig.findobj(Text):
+        if text.get_color() == "black" and text.get_bbox_patch() is None:  # matplotlib's default: nobody chose it
+            text.set_color(TEXT)
     with mpl.rc_context(RC):
         fig.draw(renderer)
     image = Image.frombytes("RGBA", (int(width), int(height)), bytes(renderer.buffer_rgba()))
