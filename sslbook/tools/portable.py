@@ -1,6 +1,5 @@
 """Write the notebooks that Colab and Kaggle open: `python -m sslbook.tools portable --out FOLDER`."""
 
-import json
 from pathlib import Path
 
 from sslbook import results
@@ -32,7 +31,7 @@ def portable(out: str = "notebooks", site: str = SITE, revision: str = "main") -
             continue
         notebook = build.portable(page, labels, site, revision)
         path = folder / f"{name_of(page.name)}.ipynb"
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        build.write(notebook, path)
         listed.append(f"- {page.title}: [Colab]({colab(page.name)}), [Kaggle]({kaggle(page.name)})")
         print(path)
     (folder / "README.md").write_text("\n".join(listed) + "\n", encoding="utf-8")

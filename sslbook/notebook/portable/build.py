@@ -1,6 +1,7 @@
 """One page of the book as a notebook for Colab, Kaggle and Jupyter."""
 
 import ast
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -85,6 +86,11 @@ def portable(page: Page, labels: Labels, site: str = SITE, revision: str = "main
     for i, cell in enumerate(cells):
         cell["id"] = f"cell-{i}"  # the same in every build
     return v4.new_notebook(cells=cells, metadata=_metadata(gpu))
+
+
+def write(notebook: Any, path: Path) -> None:
+    """Write a notebook, in the form that git compares well."""
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _opening(v4: Any, cells: list[Any], writer: Writer, page: Page, site: str, revision: str) -> list[Any]:
