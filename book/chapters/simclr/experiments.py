@@ -47,6 +47,18 @@ class KeepsItself(SimCLR):
         return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
 
 
+class Fast(nn.Module):
+    """A backbone that trains in bfloat16, twice as fast where the processor has instructions for it."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.dim = backbone, backbone.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.training):
+            return self.backbone(x).float()
+
+
 NONE, TEXTURED = "as it should be", "textured background"
 VARIANTS: dict[str, dict] = {
     NONE: {},
@@ -188,19 +200,20 @@ def photographs(num_seeds: int) -> None:
     rows: Table = {name: {} for name in ("SimCLR", "random weights", "pixels", "supervised")}
     note(rows, "pixels", score(nn.Flatten(), data, 32))
     about = {"steps": PHOTOGRAPH_STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": len(found.train)}
-    about |= {"test images": len(found.test), "data": found.name}
+    about |= {"test images": len(found.test), "data": found.name, "precision": "bf16"}
     for seed in range(num_seeds):
         method = make(seed, view=PHOTOGRAPH)
         fresh = copy.deepcopy(method.backbone)
         note(rows, "random weights", score(fresh, data, 32))
+        network, method.backbone = method.backbone, Fast(method.backbone)
         log = train(method, data, PHOTOGRAPH_STEPS, seed)
-        note(rows, "SimCLR", score(method.backbone, data, 32))
+        note(rows, "SimCLR", score(network, data, 32))
         print(log, flush=True)
         if seed == 0:
             path = results.book() / "checkpoints" / "simclr_cifar10.safetensors"
             command = "python book/chapters/simclr/experiments.py photographs"
-            export_backbone(path, method.backbone, {"method": "SimCLR", "command": command, "seed": seed, **about})
-        train_supervised(fresh, data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
+            export_backbone(path, network, {"method": "SimCLR", "command": command, "seed": seed, "settings": about})
+        train_supervised(Fast(fresh), data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
         note(rows, "supervised", score(fresh, data, 32))
         results.save("simclr_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sslbook.notebook import plots, style
+from sslbook.notebook.schematic import Diagram
 
 FIGURES = (
-    "simclr.schematic",
     "simclr.crops",
+    "simclr.schematic",
     "simclr.circle",
     "simclr.effective",
     "simclr.bound",
@@ -23,6 +24,31 @@ FIGURES = (
     "simclr.texture",
     "simclr.photographs",
 )
+
+
+def schematic() -> Diagram:
+    """From one image to the loss: what is trained, kept and thrown away."""
+    diagram = Diagram(
+        alt="An image becomes two views. One backbone f maps both to features h, one projector g maps these to "
+        "projections z. The loss compares the projections of all images of the batch. Only f is kept.",
+        caption="SimCLR. Both views go through the same backbone and the same projector, and the gradient flows back "
+        "through both. Each projection must find the other one of its image among all of the batch. Afterwards the "
+        "projector is thrown away, and h is the representation.",
+        name="simclr.schematic",
+    )
+    image = diagram.image(0, 0.6)
+    for row, number in ((0, 1), (1.2, 2)):
+        view = diagram.view(1, row, f"view {number}")
+        backbone = diagram.network(2, row, "backbone", "f", kept=True)
+        h = diagram.vector(3, row, f"h, view {number}", kept=True)
+        projector = diagram.network(4, row, "projector", "g", thrown=True)
+        z = diagram.vector(5, row, f"z, view {number}", thrown=True)
+        if row == 0:
+            loss = diagram.loss(6.1, 0.6, "NT-Xent")
+        diagram.arrow(image, view, "augment" if row == 0 else "")
+        for start, end in ((view, backbone), (backbone, h), (h, projector), (projector, z), (z, loss)):
+            diagram.arrow(start, end)
+    return diagram
 
 
 def pairs(a: Tensor, b: Tensor, found: float, cue: str, what: str) -> style.Figure:
@@ -117,7 +143,7 @@ def neighbors(queries: Tensor, images: Tensor, same: Tensor) -> style.Figure:
     share = same.float().mean()
     caption = (
         f"Test images (left) and their eight nearest training images. {share:.0%} of these neighbors have the query's "
-        "shape (solid frames); the others (dotted) mostly share its position and size."
+        "shape (solid frames), the others another one (dotted)."
     )
     alt = f"{len(queries)} test images with eight nearest training images each; {share:.0%} show the same shape."
     return plots.neighbors(queries, images, same, inch=0.6, alt=alt, caption=caption, name="simclr.neighbors")
