@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 
 import pytest
@@ -61,6 +62,94 @@ def test_table(checkout):
     assert repr(part).splitlines()[1].split() == ["pixels", "20"]
     assert "book/results/shapes.json" in table._repr_html_()
     assert '<th scope="row"' in table._repr_html_()
+
+
+def test_numbers_of_a_table_stand_apart_and_never_wrap(checkout):
+    results.save("shapes", {"a": {"x": 95.0, "y": 90.0, "z": [80.0, 82.0]}})
+    page = results.show("shapes")._repr_html_()
+    cells = re.findall(r'<td style="(.*?)">(.*?)</td>', page)
+    assert [text for _, text in cells] == ["95.0", "90.0", "81.0 ± 1.4"]
+    for look, _ in cells:
+        assert "white-space:nowrap" in look
+        assert re.search(r"padding:\S+ \.8em", look)
+    assert page.startswith('<div style="overflow-x:auto')  # a wide one scrolls by itself on a phone
+
+
+CLAIMS = {"source": "chen2020simclr", "claims": {"linear": {"value": 69.3, "unit": "%", "where": "table 6"}}}
+
+
+@pytest.fixture
+def paper(checkout):
+    results.save("shapes", VALUES, seeds=[0, 1])
+    results.save("other", {"tau": {"best": 0.1}})
+    folder = checkout / "book" / "results" / "papers"
+    folder.mkdir()
+    claims = CLAIMS | {"claims": CLAIMS["claims"] | {"temperature": {"value": 0.5, "unit": "", "where": "figure 9"}}}
+    (folder / "simclr.json").write_text(json.dumps(claims))
+    return folder / "simclr.json"
+
+
+def test_paper_and_here_stand_side_by_side_with_their_origins(paper):
+    here = {"temperature": ("other", "tau", "best"), "linear": ("shapes", "SimCLR", "linear")}
+    table = results.compare(paper="simclr", here=here)
+    assert table.rows == [
+        ["temperature", "0.5", "figure 9", "0.1"],
+        ["linear", "69.3 %", "table 6", "71.2 ± 0.4 %"],
+    ]
+    text = repr(table).splitlines()
+    assert text[0].split() == ["claim", "paper", "where", "here"]
+    assert text[3] == "Paper: chen2020simclr."
+    assert [line.split(":")[1] for line in text[4:]] == [" book/results/other.json", " book/results/shapes.json"]
+    page = table._repr_html_()
+    assert re.search(r'nowrap[^>]*">69.3 %</td>', page)
+    assert not re.search(r'nowrap[^>]*">table 6</td>', page)
+    assert all(origin in page for origin in ("chen2020simclr", "book/results/shapes.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"paper": "simlcr"}, "no paper 'simlcr' in book/results/papers; did you mean simclr"),
+        (
+            {"here": {"liner": ("shapes", "SimCLR", "linear")}},
+            "simclr has no claim 'liner'; it has linear, .*mean linear",
+        ),
+        ({"here": {"linear": ("shape", "SimCLR", "linear")}}, "no result 'shape'"),
+        ({"here": {"linear": ("shapes", "SimCRL", "linear")}}, "shapes has no 'SimCRL'"),
+        ({"here": {"linear": ("shapes", "SimCLR", "liner")}}, "shapes, SimCLR has no 'liner'; it has kNN, linear; did"),
+        ({"here": {"linear": "shapes"}}, r"must be \(result, row, column\), not 'shapes'"),
+    ],
+)
+def test_a_comparison_names_what_is_missing_in_one_line(paper, arguments, message):
+    given = {"paper": "simclr", "here": {"linear": ("shapes", "SimCLR", "linear")}} | arguments
+    with pytest.raises(UserError, match=message) as failure:
+        results.compare(**given)
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"claims": {}}, r"simclr.json must hold source and claims \('source'\)"),
+        ({"source": "x", "claims": {"linear": {"value": 1}}}, "the claim 'linear' lacks unit, where"),
+        ("{", "must hold source and claims"),
+    ],
+)
+def test_a_broken_file_of_claims_is_named(paper, content, message):
+    paper.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        results.compare(paper="simclr", here={"linear": ("shapes", "SimCLR", "linear")})
+
+
+def test_committed_claims_hold_values_units_and_tables():
+    where = results.Path(results.__file__).parents[1] / "book" / "results" / "papers"
+    bibliography = (where.parents[1] / "references.bib").read_text()
+    for path in where.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert f"{{{content['source']}," in bibliography, path.name
+        for claim, told in content["claims"].items():
+            assert isinstance(told["value"], int | float), (path.name, claim)
+            assert re.match(r"(table|figure|section|appendix|equation)s? \S", told["where"]), (path.name, claim)
 
 
 def test_number():
