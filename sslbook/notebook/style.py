@@ -283,7 +283,7 @@ def encode(fig: matplotlib.figure.Figure, dpi: float = DPI) -> tuple[str, str]:
     width, height = canvas.get_width_height(physical=True)
     renderer = _Renderer(width, height, dpi)
     for text in fig.findobj(Text):
-        if text.get_color() == "black" and text.get_bbox_patch() is None:  # matplotlib's default: nobody chose it
+        if str(text.get_color()) == "black" and text.get_bbox_patch() is None:  # matplotlib's default: nobody chose it
             text.set_color(TEXT)
     with mpl.rc_context(RC):
         fig.draw(renderer)
