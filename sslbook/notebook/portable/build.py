@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from sslbook.errors import UserError
