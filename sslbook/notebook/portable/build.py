@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pathlib import Path
 from typing import Any
 
 from sslbook.errors import UserError
