@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from pathlib import Path
 from typing import Any
 
 from sslbook.errors import UserError
