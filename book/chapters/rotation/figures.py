@@ -130,6 +130,14 @@ def by_shape(accuracies: Sequence[float]) -> style.Figure:
     return fig
 
 
+def _name_ends(ax: Any, x: float, ends: Mapping[str, tuple[float, str]], gap: float) -> None:
+    """Names of curves beside their ends, moved apart where two ends are nearer than `gap`; name: (height, color)."""
+    last = -math.inf
+    for name, (y, color) in sorted(ends.items(), key=lambda item: item[1][0]):
+        last = max(y, last + gap)
+        ax.annotate(f"  {name}", (x, last), color=color, va="center", annotation_clip=False)
+
+
 def stages(values: Mapping[str, Mapping[str, Sequence[float]]]) -> style.Figure:
     """Linear accuracy by stage of the network, mean and standard deviation over seeds."""
     rows = {name: values[name] for name in ("random weights", "rotation prediction", "supervised, same rows")}
@@ -143,10 +151,12 @@ def stages(values: Mapping[str, Mapping[str, Sequence[float]]]) -> style.Figure:
         caption="Linear accuracy of each stage's map, mean and standard deviation over seeds. The last stage of "
         "rotation prediction is worse than the one before; with labels nothing is lost at the end.",
     )
+    ends = {}
     for (name, row), color in zip(rows.items(), (style.GRAY, style.BLUE, style.GREEN)):
         std = [np.std(row[f"stage {k}"], ddof=int(len(row[f"stage {k}"]) > 1)) for k in (1, 2, 3, 4)]
         ax.errorbar([1, 2, 3, 4], means[name], std, color=color, capsize=3)
-        ax.annotate(f"  {name}", (4, means[name][-1]), color=color, va="center", annotation_clip=False)
+        ends[name] = (means[name][-1], color)
+    _name_ends(ax, 4, ends, 8)
     ax.set(xlabel="stage", ylabel="linear accuracy, %", xticks=[1, 2, 3, 4], ylim=(0, 100))
     return fig
 
@@ -169,9 +179,12 @@ def pixels(images: Tensor, strength: Tensor, labels: Tensor, ratio: float) -> st
 def _losses(alt: str, curves: Mapping[str, Sequence[float]], **options: Any) -> style.Figure:
     """Curves of losses, ten steps a point, each with its name at its end; the first in gray."""
     fig, ax = style.figure(alt, width=6.2, height=2.8, **options)
+    ends: dict[int, dict[str, tuple[float, str]]] = {}
     for (name, y), color in zip(curves.items(), (style.GRAY, style.ORANGE)):
         ax.plot(10 * np.arange(1, len(y) + 1), y, color=color)
-        ax.annotate(f" {name}", (10 * len(y), y[-1]), color=color, va="center", annotation_clip=False)
+        ends.setdefault(10 * len(y), {})[name] = (y[-1], color)
+    for x, names in ends.items():
+        _name_ends(ax, x, names, 0.16)
     ax.axhline(math.log(4), color=style.GRAY, linestyle=":", linewidth=1)
     ax.set(xlabel="step", ylabel="loss, nats", ylim=(0, 1.7))
     return fig
