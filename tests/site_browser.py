@@ -67,11 +67,15 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        width, height = self.size
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if self.dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.look(*self.size, dark=self.dark)
         return self
+
+    def look(self, width: int, height: int, dark: bool) -> None:
+        """Change the size of the window and whether the reader prefers dark."""
+        self.size, self.dark = (width, height), dark
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def __exit__(self, *_: Any) -> None:
         self.session = None
@@ -145,17 +149,38 @@ class Browser:
         asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
         return [url for url in asked if not url.startswith(("data:", "blob:"))]
 
-    def errors(self) -> list[str]:
-        """What scripts have thrown or logged as an error since `open`."""
+    def messages(self) -> list[str]:
+        """What has reached the console since `open`, of any level: exceptions, the browser's own, what scripts log."""
         self.js("0")
-        details = [e["params"]["exceptionDetails"] for e in self.events if e.get("method") == "Runtime.exceptionThrown"]
-        thrown = [d.get("exception", {}).get("description", d["text"]) for d in details]
-        logged = [
-            e["params"]["entry"]["text"]
-            for e in self.events
-            if e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] == "error"
-        ]
-        return thrown + logged
+        found = []
+        for event in self.events:
+            given = event.get("params", {})
+            if event.get("method") == "Runtime.exceptionThrown":
+                details = given["exceptionDetails"]
+                found.append(details.get("exception", {}).get("description", details["text"]))
+            elif event.get("method") == "Log.entryAdded":
+                found.append(f"{given['entry']['level']}: {given['entry']['text']}")
+            elif event.get("method") == "Runtime.consoleAPICalled":
+                said = " ".join(str(a.get("value", a.get("description"))) for a in given["args"])
+                found.append(f"{given['type']}: {said}")
+        return found
+
+    def errors(self) -> list[str]:
+        """What scripts have thrown, and what was logged as an error, since `open`."""
+        quiet = ("log: ", "info: ", "debug: ", "warning: ", "verbose: ")
+        return [message for message in self.messages() if not message.startswith(quiet)]
+
+    def texts(self, selector: str) -> list[str]:
+        """The visible text of all elements that match a selector."""
+        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText.trim())")
+
+    def click(self, selector: str, nth: int = 0) -> None:
+        """Scroll to an element and click into its middle, as a mouse would."""
+        found = f"document.querySelectorAll({json.dumps(selector)})[{nth}]"
+        place = "(e => {e.scrollIntoView({block: 'center', behavior: 'instant'}); const r = e.getBoundingClientRect();"
+        x, y = self.js(f"{place} return [r.x + r.width / 2, r.y + r.height / 2]}})({found})")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, to: Path) -> None:
         to.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

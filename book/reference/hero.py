@@ -1,6 +1,9 @@
-"""`book/_static/readme.png`: nearest neighbors of six test images before and after SimCLR on the Shapes data set.
+"""Nearest neighbors of test images before and after SimCLR on the Shapes data set.
 
-python book/reference/hero.py            about a minute of training on two CPU cores
+    python book/reference/hero.py            about a minute of training on two CPU cores
+
+It writes `book/_static/readme.png` for the README, and for the front page `book/_static/neighbors.html`: fewer and larger
+images whose text takes the color of the page.
 """
 
 import copy
@@ -23,11 +26,12 @@ from sslbook.nn import ConvNet
 from sslbook.notebook import style
 from sslbook.schedules import Cosine, Warmup
 
-PAGE = Path(__file__).parents[1] / "_static" / "readme.png"
+STATIC = Path(__file__).parents[1] / "_static"
 SHAPES = ("crown", "flower", "boat", "ice cream", "house", "cat")  # one query of each
 RAW = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 LOOK = View.center(16, **RAW)
 K = 6
+FRONT_SHAPES, FRONT_K = ("flower", "boat", "house", "cat"), 3
 
 
 def train(backbone: nn.Module, data: Data) -> None:
@@ -87,18 +91,67 @@ def figure(data: Data, queries: Tensor, found: list[tuple[Tensor, float]]) -> Fi
     return fig
 
 
+def front(data: Data, queries: Tensor, found: list[tuple[Tensor, float]]) -> str:
+    """The figure of the front page as HTML: a row per query, three neighbors before and three after."""
+    train_images, train_factors = data.shapes.render("train")
+    test_images, test_factors = data.shapes.render("test")
+    before, after = (accuracy for _, accuracy in found)
+    truth = test_factors["shape"][queries]
+    same = [int((train_factors["shape"][index[:, :FRONT_K]] == truth[:, None]).sum()) for index, _ in found]
+    total = len(queries) * FRONT_K
+    alt = (
+        f"Four images of shapes, each with its {FRONT_K} nearest neighbors. Before training {same[0]} of {total} neighbors "
+        f"show the same shape, afterwards {same[1]}."
+    )
+    caption = (
+        "The images most similar to the one on the left, for a small network with random weights and for the same network "
+        "after about a minute of training without labels (SimCLR on a CPU). A solid frame marks the same shape. A vote of "
+        f"nearest neighbors names {before:.0f} % of new images correctly before training and {after:.0f} % after it."
+    )
+    fig, axes = style.figure(
+        alt, len(queries), 2 * FRONT_K + 3, width=6.9, height=3.95, caption=caption,
+        width_ratios=[1, 0.3, *[1] * FRONT_K, 0.3, *[1] * FRONT_K],
+    )  # fmt: skip
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for row, query in enumerate(queries):
+        axes[row, 0].imshow(test_images[query].permute(1, 2, 0))
+        for part, (index, _) in enumerate(found):
+            for rank, image in enumerate(index[row, :FRONT_K]):
+                right = train_factors["shape"][image] == test_factors["shape"][query]
+                ax = axes[row, 2 + part * (FRONT_K + 1) + rank]
+                ax.imshow(train_images[image].permute(1, 2, 0))
+                color, line = (style.GREEN, "-") if right else (style.ORANGE, (0, (2, 1.5)))
+                ax.spines[:].set(visible=True, color=color, linestyle=line, linewidth=2.5)
+    axes[0, 0].set_title("image")
+    axes[0, 2 + FRONT_K // 2].set_title("neighbors before")
+    axes[0, 3 + FRONT_K + FRONT_K // 2].set_title("neighbors after training")
+    return fig.html()
+
+
+def queries_of(names: tuple[str, ...], factors: dict[str, Tensor]) -> Tensor:
+    """The first test image of each of these shapes."""
+    classes = [Shapes.class_names.index(name) for name in names]
+    return torch.tensor([int((factors["shape"] == c).nonzero()[0]) for c in classes])
+
+
 def main() -> None:
     torch.manual_seed(0)
     data = Data(shapes=Shapes())
     _, factors = data.shapes.render("test")
-    classes = [Shapes.class_names.index(name) for name in SHAPES]
-    queries = torch.tensor([int((factors["shape"] == c).nonzero()[0]) for c in classes])
     backbone = ConvNet()
     untrained = copy.deepcopy(backbone)
     train(backbone, data)
-    fig = figure(data, queries, [nearest(network, data, queries) for network in (untrained, backbone)])
+    networks = (untrained, backbone)
+    queries = queries_of(SHAPES, factors)
+    fig = figure(data, queries, [nearest(network, data, queries) for network in networks])
     fig.canvas.draw()
-    Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").save(PAGE, optimize=True)
+    Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").save(STATIC / "readme.png", optimize=True)
+    queries = queries_of(FRONT_SHAPES, factors)
+    html = front(data, queries, [nearest(network, data, queries) for network in networks])
+    (STATIC / "neighbors.html").write_text(html + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
     python book/reference/results_tables.py
 
 Each table comes from a file that `python -m sslbook.compare` wrote. What stands between the two markers of a page is
-replaced, everything else stays.
+replaced, everything else stays. In `results.md` a method links to its file and its recipe, a table to its result file.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sslbook import results
 from sslbook.checkpoint import write_text
 from sslbook.errors import UserError
+from sslbook.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+FILES = "https://github.com/sslbook/sslbook/blob/main"
 TITLES = {
     "shapes": "The Shapes data set",
     "shapes_seeds": "The Shapes data set, three seeds",
@@ -40,22 +43,73 @@ CONTROLS = ["pixels", "random weights", "supervised", "chance"]
 Values = Mapping[str, Mapping[str, float | Sequence[float]]]
 
 
-def table(values: Values, columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
-    """A Markdown table with a line for every row of a result; a metric that a row lacks is left blank."""
+def table(
+    values: Values, columns: Mapping[str, tuple[str, int]] = COLUMNS, labels: Mapping[str, str] | None = None
+) -> str:
+    """A Markdown table with a line for every row of a result; a metric that a row lacks is left blank.
+
+    Args:
+        values: `{row: {column: number or one number per seed}}`.
+        columns: from a column to its title and its digits behind the point.
+        labels: what stands for the name of a row, such as a link.
+    """
     columns = {c: look for c, look in columns.items() if any(c in metrics for metrics in values.values())}
     lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |", "|---|" + "---:|" * len(columns)]
     for row, metrics in values.items():
         cells = [results.number(metrics[c], digits) if c in metrics else "" for c, (_, digits) in columns.items()]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        lines.append(f"| {(labels or {}).get(row, row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def names() -> dict[str, str]:
+    """From the name of a method's class, which is its row in a result, to the name of its file."""
+    return {path.rpartition(".")[2]: name for name, path in METHODS.items()}
+
+
+def links() -> dict[str, str]:
+    """Labels of rows: a method links to its file, a control stands in italics."""
+    files = {row: f"[{row}]({FILES}/sslbook/methods/{name}.py)" for row, name in names().items()}
+    return files | {control: f"*{control}*" for control in CONTROLS}
+
+
+def families() -> dict[str, str]:
+    """From the name of a method's file to the heading under which `methods.md` introduces it."""
+    found: dict[str, str] = {}
+    for section in re.split(r"^## ", (ROOT / "book/reference/methods.md").read_text(encoding="utf-8"), flags=re.M)[1:]:
+        heading, _, text = section.partition("\n")
+        for name in re.findall(r"\(`(\w+)`[;)]", text):
+            found.setdefault(name, heading.strip())
+    if missing := [name for name in METHODS if name not in found]:
+        raise UserError(f"methods.md introduces no {', '.join(missing)}: write (`name`; citation) in a paragraph")
+    return found
+
+
+def with_file(result: results.Result) -> str:
+    """Where a table's numbers come from, and a link to the file that holds them."""
+    return f"{result.origin()} ([file]({FILES}/book/results/{result.name}.json))"
+
+
+def overview() -> str:
+    """One line a method: its family, its recipe, and its accuracies on the two data sets that all methods have seen."""
+    data = {"Shapes": results.load("shapes"), "CIFAR-10": results.load("cifar10_jpeg_all")}
+    heads = ["method", *(f"{name}, {metric} (%)" for name in data for metric in ("kNN", "linear")), "family", "recipe"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * 4 + "---|---|"]
+    labels, family, file_of = links(), families(), names()
+    for row in data["Shapes"].values:
+        found = [result.values.get(row, {}).get(m) for result in data.values() for m in ("kNN", "linear")]
+        cells = ["" if value is None else results.number(value, 1) for value in found]
+        name = file_of.get(row)
+        last = [family[name], f"[{name}]({FILES}/sslbook/recipes/{name}/shapes.yaml)"] if name else ["*control*", ""]
+        lines.append("| " + " | ".join([labels[row], *cells, *last]) + " |")
     return "\n".join(lines)
 
 
 def all_tables() -> str:
-    """Every table, with its origin below it."""
-    parts = []
+    """The overview, then every table with its origin below it."""
+    parts = [f"## All methods\n\n{overview()}"]
     for name, title in TITLES.items():
         result = results.load(name)
-        parts.append("\n".join([f"## {title}", "", table(result.values), "", result.origin()]))
+        parts.append("\n".join([f"## {title}", "", table(result.values, labels=links()), "", with_file(result)]))
     return "\n\n".join(parts)
 
 
