@@ -155,7 +155,10 @@ def save(
 
 
 def commit(where: Path | None = None) -> str:
-    """The commit of the checkout with the folder `where`, ending in `+` where tracked files are changed, or ""."""
+    """The commit of the checkout with the folder `where`, or "".
+
+    It ends in `+` where tracked files are changed, other than results and checkpoints.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -163,7 +166,10 @@ def commit(where: Path | None = None) -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        # A command that writes several results must not mark the second for having written the first.
+        code = ["--", ":/", ":(top,exclude)book/results", ":(top,exclude)book/checkpoints"]
+        changed = git("status", "--porcelain", "--untracked-files=no", *code)
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

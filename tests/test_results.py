@@ -41,9 +41,15 @@ def test_the_commit_is_kept_and_a_changed_tree_is_marked(checkout):
     results.save("shapes", VALUES)
     clean = results.load("shapes").commit
     assert len(clean) == 40
+    assert clean == results.commit()
+    git("add", "book/results/shapes.json")
+    git("commit", "-qm", "two")
+    results.save("shapes", {"SimCLR": {"kNN": 1.0}})  # a tracked result changes
+    results.save("factors", VALUES)
+    assert not results.load("factors").commit.endswith("+")
     (checkout / "file").write_text("2")
     results.save("shapes", VALUES)
-    assert results.load("shapes").commit == clean + "+"
+    assert results.load("shapes").commit == results.load("factors").commit + "+"
 
 
 def test_a_result_that_json_cannot_hold_leaves_the_old_one(checkout):

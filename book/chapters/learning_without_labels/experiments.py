@@ -39,7 +39,7 @@ PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), g
 BATCH, TEMPERATURE = 128, 0.2
 LR, LR_SUPERVISED = 1e-2, 1e-2  # the best of `settings`
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
-STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 240, 600, (10_000, 2000)
+STEPS, PHOTOGRAPH_STEPS, PHOTOGRAPHS = 240, 400, (5000, 1000)
 PER_CLASS, SUBSETS = (1, 2, 5, 10, 30, 100), 5
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -169,7 +169,8 @@ def photographs(num_seeds: int) -> None:
             path = results.book() / "checkpoints" / f"{NAME}_cifar10.safetensors"
             command = f"python book/chapters/{NAME}/experiments.py photographs"
             export_backbone(path, method.backbone, {"method": "SimCLR", "command": command, "seed": seed, **about})
-        train_supervised(fresh, data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
+        with torch.autocast(default_device().type, torch.bfloat16):
+            train_supervised(fresh, data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
         note(rows, "supervised", score(features(fresh, data, 32)))
         results.save(f"{NAME}_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 

@@ -32,6 +32,8 @@ FIGURES = (
     "first.photographs_pixels",
 )
 
+BESIDE: Any = {"xytext": (8, 0), "textcoords": "offset points"}  # of a label: to the right of its point
+
 
 def knobs(knob: str, level: float) -> style.Figure:
     """The ten shapes with one nuisance at a level and every other off."""
@@ -84,7 +86,7 @@ def coverage(accuracy: Tensor, usual: Mapping[int, Tensor], wilson: Mapping[int,
         ax.set(xlabel="true accuracy (%)", ylim=(40, 101), title=f"{m} test images")
     axes[0].set(ylabel="covers it (%)")
     axes[0].annotate("usual", (4, 62), color=style.ORANGE)
-    axes[0].annotate("Wilson", (45, 97.5), color=style.BLUE)
+    axes[-1].annotate("Wilson", (30, 88), color=style.BLUE)
     return fig
 
 
@@ -95,7 +97,7 @@ def optimism(counts: Sequence[int], points: Mapping[int, Sequence[float]], **nam
     fig, ax = style.figure(alt=alt[0].upper() + alt[1:] + ".", height=2.6, **named)
     for (m, values), color in zip(points.items(), style.COLORS):
         ax.plot(counts, values, "o-", ms=4, color=color)
-        ax.annotate(f" {m:,} images", (counts[-1], values[-1]), color=color, va="center")
+        ax.annotate(f"{m:,} images", (counts[-1], values[-1]), color=color, va="center", **BESIDE)
     ax.set(xscale="log", xlabel="settings tried (all equally good)", ylabel="optimism (points)", xlim=(0.9, 700))
     return fig
 
@@ -112,7 +114,7 @@ def views(images: Tensor, strength: float, crop: float) -> style.Figure:
 
 
 def loss(values: Tensor, **named: str) -> style.Figure:
-    alt = f"The loss falls from {values[0]:.2f} to {values[-1]:.2f} in {len(values)} steps."
+    alt = f"The loss goes from {values[0]:.2f} to {values[-1]:.2f} in {len(values)} steps."
     fig, ax = style.figure(alt=alt, height=2.4, **named)
     ax.plot(values)
     ax.set(xlabel="step", ylabel="pretext loss (mean of 10)")
@@ -132,7 +134,7 @@ def labels(rows: Mapping[str, Mapping[str, Sequence[float]]], **named: str) -> s
         mean, std = values.mean(1), values.std(1)
         ax.plot(x, mean, "o-", color=color, ms=4)
         ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
-        ax.annotate(f" {name}", (x[-1], mean[-1]), color=color, va="center")
+        ax.annotate(name, (x[-1], mean[-1]), color=color, va="center", **BESIDE)
     ax.set(xscale="log", xlabel="labels per class", ylabel="linear accuracy (%)", xlim=(0.9, 900))
     return fig
 
@@ -149,7 +151,8 @@ def projections(dims: Sequence[int], found: Sequence[Sequence[float]], pixels: f
         ax.plot(dims, one, "o", ms=3, color=style.BLUE, alpha=0.6)
     ax.plot(dims, values.mean(1), color=style.BLUE)
     ax.axhline(pixels, color=style.GRAY, ls=":")
-    ax.annotate("pixels", (dims[0], pixels + 1), color=style.GRAY)
+    ax.annotate("pixels", (dims[0], pixels), color=style.GRAY, xytext=(0, 4), textcoords="offset points")
+    ax.set(ylim=(0, 1.25 * pixels))
     ax.set(xscale="log", xlabel="dimensions of the projection", ylabel="kNN accuracy (%)")
     return fig
 
@@ -176,7 +179,7 @@ def leak(parts: Sequence[float], curves: Mapping[int, Sequence[float]], **named:
     fig, ax = style.figure(alt=alt[0].upper() + alt[1:] + ".", height=2.6, **named)
     for (k, values), color in zip(curves.items(), (style.ORANGE, style.BLUE)):
         ax.plot([100 * part for part in parts], values, "o-", ms=4, color=color)
-        ax.annotate(f" k = {k}", (100 * parts[-1], values[-1]), color=color, va="center")
+        ax.annotate(f"k = {k}", (100 * parts[-1], values[-1]), color=color, va="center", **BESIDE)
     ax.set(xlabel="queries that are in the bank (%)", ylabel="kNN accuracy (%)", xlim=(-3, 120))
     return fig
 
