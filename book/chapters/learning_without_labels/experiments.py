@@ -46,6 +46,18 @@ Features = tuple[Tensor, Tensor, Tensor, Tensor]
 Rows = dict[str, dict[str, list[float]]]
 
 
+class InBf16(nn.Module):
+    """A network whose convolutions compute in bfloat16, as `precision="bf16"` does for a method."""
+
+    def __init__(self, f: ConvNet) -> None:
+        super().__init__()
+        self.f, self.dim = f, f.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.f(x).float()
+
+
 def make(seed: int, view: View = VIEW) -> SimCLR:
     """SimCLR around a fresh network."""
     torch.manual_seed(seed)
@@ -169,8 +181,7 @@ def photographs(num_seeds: int) -> None:
             path = results.book() / "checkpoints" / f"{NAME}_cifar10.safetensors"
             command = f"python book/chapters/{NAME}/experiments.py photographs"
             export_backbone(path, method.backbone, {"method": "SimCLR", "command": command, "seed": seed, **about})
-        with torch.autocast(default_device().type, torch.bfloat16):
-            train_supervised(fresh, data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
+        train_supervised(InBf16(fresh), data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
         note(rows, "supervised", score(features(fresh, data, 32)))
         results.save(f"{NAME}_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 
