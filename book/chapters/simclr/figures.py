@@ -217,7 +217,8 @@ def photographs(
             ax.set_axis_off()
         if row % len(names) == 0:
             axes[row, 0].imshow(queries[query].permute(1, 2, 0))
-        axes[row, 1].text(0.95, 0.5, name.replace(" ", "\n"), ha="right", va="center", fontsize=9)
+        label = {"ha": "right", "va": "center", "fontsize": 9, "color": style.TEXT}
+        axes[row, 1].text(0.95, 0.5, name.replace(" ", "\n"), transform=axes[row, 1].transAxes, **label)
         for column, at in enumerate(found[name][query].tolist()):
             ax = axes[row, column + 2]
             ax.imshow(images[at].permute(1, 2, 0))
