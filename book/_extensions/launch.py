@@ -10,11 +10,12 @@ from typing import Any
 from sslbook.notebook import portable
 from sslbook.notebook.portable import build
 from sslbook.notebook.portable.labels import Labels
+from sslbook.notebook.portable.sources import has_code
 
 
 def _buttons(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     listed = app.sslbook_labels.pages.get(page)
-    if listed is None or not build.has_code(listed):
+    if listed is None or not has_code(listed):
         return
     download = context["pathto"](f"notebooks/{portable.name_of(page)}.ipynb", 1)
     buttons = [
@@ -35,7 +36,7 @@ def _write_notebooks(app: Any, exception: Exception | None) -> None:
     if exception is None and app.builder.format == "html":
         folder = Path(app.outdir) / "notebooks"
         folder.mkdir(exist_ok=True)
-        for page in filter(build.has_code, app.sslbook_labels.pages.values()):
+        for page in filter(has_code, app.sslbook_labels.pages.values()):
             build.write(build.portable(page, app.sslbook_labels), folder / f"{portable.name_of(page.name)}.ipynb")
 
 

@@ -7,6 +7,7 @@ from sslbook.cli.common import cli, run
 from sslbook.errors import UserError
 from sslbook.notebook.portable import SITE, build, colab, kaggle, name_of
 from sslbook.notebook.portable.labels import Labels
+from sslbook.notebook.portable.sources import has_code
 
 
 def portable(out: str = "notebooks", site: str = SITE, revision: str = "main") -> None:
@@ -27,7 +28,7 @@ def portable(out: str = "notebooks", site: str = SITE, revision: str = "main") -
     folder.mkdir(parents=True, exist_ok=True)
     listed = ["# Notebooks\n\nMade from the chapters by `python -m sslbook.tools portable`; change those.\n"]
     for page in labels.pages.values():
-        if not build.has_code(page):
+        if not has_code(page):
             continue
         notebook = build.portable(page, labels, site, revision)
         path = folder / f"{name_of(page.name)}.ipynb"

@@ -19,11 +19,13 @@ from sslbook.notebook import numbering
 from sslbook.notebook.portable import build, colab, kaggle, myst, name_of
 from sslbook.notebook.portable.citations import Citations
 from sslbook.notebook.portable.labels import Labels
+from sslbook.notebook.portable.solutions import bound, rename, stubs
+from sslbook.notebook.portable.sources import has_code
 from tests.test_packaging import build_wheel
 
 ROOT = Path(__file__).parents[2]
 LABELS = Labels(ROOT)
-PAGES = [name for name, page in LABELS.pages.items() if build.has_code(page)]
+PAGES = [name for name, page in LABELS.pages.items() if has_code(page)]
 SECONDS_A_CELL = 600  # only against a cell that hangs
 
 each_page = pytest.mark.parametrize("name", PAGES)
@@ -108,10 +110,10 @@ def test_title_and_install_cell_come_first(name: str):
 def test_no_solution_rebinds_what_the_reader_writes(name: str):
     code = [cell for cell in portable(name).cells if cell.cell_type == "code"]
     solutions = [cell for cell in code if cell.source.startswith("# @title Solution")]
-    left = set().union(*(build.stubs(cell.source) for cell in code if cell not in solutions))
+    left = set().union(*(stubs(cell.source) for cell in code if cell not in solutions))
     assert left or not solutions
     for cell in solutions:
-        assert build.bound(cell.source) & left == set()
+        assert bound(cell.source) & left == set()
         assert cell.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
 
 
@@ -249,6 +251,10 @@ print("three")
 ```
 
 After.
+
+```python
+assert 1 + 1 == 2
+```
 """
 
 
@@ -337,11 +343,12 @@ def test_a_gpu_is_asked_for_where_the_chapter_uses_one(small: Labels):
 
 
 def test_markdown_with_cells_becomes_a_notebook(small: Labels):
-    title, install, text, code, after = cells(small, "book/background/background")
+    title, install, text, code, after, fence = cells(small, "book/background/background")
     assert title.source.startswith("# Background\n")
     assert "importlib" in install.source
     assert (text.source, after.source) == ("Text.", "After.")
     assert code.source == 'print("three")'
+    assert fence.source == "assert 1 + 1 == 2"
     assert code.metadata == build.OUTPUT_HIDDEN
 
 
@@ -375,8 +382,8 @@ def test_what_no_rule_knows_is_named(small: Labels, source: str, message: str):
 def test_rename_changes_the_name_and_nothing_else():
     source = "def f(x):\n    return 2 * f(x - 1)  # f calls f\n\n\ncheck.f(f)\nprint('f', f=f)"
     expected = "def f_solution(x):\n    return 2 * f_solution(x - 1)  # f calls f\n\n\n"
-    assert build.rename(source, {"f", "g"}) == expected + "check.f(f_solution)\nprint('f', f=f_solution)"
-    assert build.rename("y = f(1)", {"f"}) == "y = f(1)"
+    assert rename(source, {"f", "g"}) == expected + "check.f(f_solution)\nprint('f', f=f_solution)"
+    assert rename("y = f(1)", {"f"}) == "y = f(1)"
 
 
 def test_the_command_writes_notebooks_and_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
