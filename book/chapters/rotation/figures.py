@@ -242,22 +242,33 @@ def misjudged(photographs: Any, log_p: Tensor, count: int = 8) -> style.Figure:
     )
 
 
-def photo_neighbors(photographs: Any, trained: nn.Module, fresh: nn.Module, queries: int = 5, k: int = 5) -> Any:
-    """The nearest training photographs by the trained network's features, and the precision beside two controls."""
+def photo_neighbors(photographs: Any, trained: Any, fresh: Any, queries: int = 5, k: int = 5) -> style.Figure:
+    """The nearest training photographs by the second stage of the trained network, and their precision beside controls.
+
+    Args:
+        photographs: from `sslbook.notebook.photographs.cifar10`.
+        trained: a backbone with `stages`.
+        fresh: the same before training.
+        queries: test photographs, one a row.
+        k: neighbors of each.
+    """
     from sslbook.evaluation import knn
 
-    def precise(network: nn.Module) -> tuple[Tensor, Tensor]:
+    def second(backbone: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: nn.functional.adaptive_avg_pool2d(backbone.stages(x)[1], 2).flatten(1)
+
+    def nearest(features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            bank, query = (network(x.float() / 255) for x in (photographs.train, photographs.test))
+            bank, query = (features(x.float() / 255) for x in (photographs.train, photographs.test))
         found = knn.neighbors(bank, query, k=k)[1]
         return found, photographs.train_labels[found] == photographs.test_labels[:, None]
 
-    found, same = precise(trained)
-    share = {
-        name: precise(network)[1].float().mean() for name, network in (("random", fresh), ("pixels", nn.Flatten()))
-    }
-    text = f"{same.float().mean():.0%} of the five nearest photographs share the class; random weights find "
-    text += f"{share['random']:.0%}, pixels {share['pixels']:.0%}"
+    found, same = nearest(second(trained))
+    random, pixels = (nearest(features)[1].float().mean() for features in (second(fresh), nn.Flatten()))
+    text = (
+        f"{same.float().mean():.0%} of the five nearest photographs share the class; random weights find {random:.0%}"
+    )
+    text += f", pixels {pixels:.0%}"
     at = torch.arange(queries) + 3
     return plots.neighbors(
         photographs.test[at],
@@ -265,8 +276,8 @@ def photo_neighbors(photographs: Any, trained: nn.Module, fresh: nn.Module, quer
         same[at],
         name="rotation.photo_neighbors",
         alt=f"Five photographs and their neighbors. {text}.",
-        caption=f"Left, five test photographs; right, the training photographs with the nearest features. {text}, over "
-        "all test photographs.",
+        caption="Left, five test photographs; right, the training photographs with the nearest features of the second "
+        f"stage. {text}, over all test photographs.",
     )
 
 
