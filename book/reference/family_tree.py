@@ -68,7 +68,7 @@ TREE = {
     "colorization": Method("Colorization", 2016, "pretext", 1, 2, {}),
     "context_encoder": Method("Context\nencoder", 2016, "masks", 2, 2, {}),
     "rotation": Method(
-        "Rotation", 2018, "pretext", 0, 4, {"jigsaw": "classify what was done to the image; no patches, so no borders"}
+        "Rotation", 2018, "pretext", 0, 4, {"jigsaw": "classify what was done to the image, no patches, so no borders"}
     ),
     "npid": Method(
         "NPID",
@@ -76,7 +76,7 @@ TREE = {
         "instances",
         0,
         4,
-        {"exemplar": "every image its own class; a memory bank replaces the classifier"},
+        {"exemplar": "every image its own class, a memory bank replaces the classifier"},
     ),
     "cpc": Method("CPC", 2018, "instances", 1, 4, {}, outside=True),
     "bert": Method("BERT (text)", 2018, "masks", 1, 4, {}, outside=True),
@@ -87,7 +87,7 @@ TREE = {
         "instances",
         1,
         7,
-        {"npid": "features stored as negatives; a queue instead of a memory bank", "cpc": "the InfoNCE loss"},
+        {"npid": "features stored as negatives, a queue instead of a memory bank", "cpc": "the InfoNCE loss"},
     ),
     "pirl": Method(
         "PIRL", 2019, "instances", 0, 7, {"npid": "the memory bank", "jigsaw": "shuffled patches, now to be ignored"}
@@ -98,7 +98,7 @@ TREE = {
         "instances",
         0,
         8,
-        {"npid": "every image its own class", "cpc": "the InfoNCE loss; negatives from the batch"},
+        {"npid": "every image its own class", "cpc": "the InfoNCE loss, negatives from the batch"},
     ),
     "odc": Method(
         "ODC",
@@ -114,7 +114,7 @@ TREE = {
         "pairs",
         0,
         9,
-        {"moco": "the EMA network", "simclr": "augmentations and projector; a predictor instead of negatives"},
+        {"moco": "the EMA network", "simclr": "augmentations and projector, a predictor instead of negatives"},
     ),
     "swav": Method(
         "SwAV",
@@ -142,7 +142,7 @@ TREE = {
         {"moco": "the loss within an image", "odc": "online clusters, from which other positives come"},
     ),
     "wmse": Method(
-        "W-MSE", 2020, "pairs", 0, 10, {"simclr": "two views and projector; whitening instead of negatives"}
+        "W-MSE", 2020, "pairs", 0, 10, {"simclr": "two views and projector, whitening instead of negatives"}
     ),
     "simsiam": Method("SimSiam", 2020, "pairs", 0, 11, {"byol": "predictor and stop-gradient, without the EMA"}),
     "dvae": Method("dVAE", 2021, "masks", 0, 12, {}),
@@ -153,7 +153,7 @@ TREE = {
         "pairs",
         0,
         12,
-        {"simclr": "two views and projector; decorrelated dimensions instead of negatives"},
+        {"simclr": "two views and projector, decorrelated dimensions instead of negatives"},
     ),
     "moco_v3": Method(
         "MoCo v3",
@@ -172,7 +172,7 @@ TREE = {
         "teachers",
         0,
         12,
-        {"byol": "an EMA network as the target", "swav": "multi-crop; outputs as distributions"},
+        {"byol": "an EMA network as the target", "swav": "multi-crop, outputs as distributions"},
     ),
     "vicreg": Method(
         "VICReg", 2021, "pairs", 0, 13, {"barlow_twins": "decorrelated dimensions, in each view by itself"}
@@ -199,9 +199,9 @@ TREE = {
             "beit": "transformer and masked patches, here not encoded",
         },
     ),
-    "simmim": Method("SimMIM", 2021, "masks", 1, 14, {"beit": "mask tokens in the encoder; pixels as the target"}),
+    "simmim": Method("SimMIM", 2021, "masks", 1, 14, {"beit": "mask tokens in the encoder, pixels as the target"}),
     "maskfeat": Method(
-        "MaskFeat", 2021, "masks", 0.4, 15, {"beit": "mask tokens in the encoder; gradient histograms as the target"}
+        "MaskFeat", 2021, "masks", 0.4, 15, {"beit": "mask tokens in the encoder, gradient histograms as the target"}
     ),
     "data2vec": Method(
         "data2vec",
@@ -225,7 +225,7 @@ TREE = {
         "masks",
         1.4,
         16,
-        {"beit": "tokens as targets", "mae": "an encoder of visible patches; a regressor before the decoder"},
+        {"beit": "tokens as targets", "mae": "an encoder of visible patches, a regressor before the decoder"},
     ),
     "mixmim": Method(
         "MixMIM",
@@ -234,7 +234,7 @@ TREE = {
         2.4,
         16,
         {
-            "mae": "reconstruct pixels; patches of another image in place of masked ones",
+            "mae": "reconstruct pixels, patches of another image in place of masked ones",
             "simmim": "hierarchical encoders",
         },
     ),
@@ -270,7 +270,7 @@ TREE = {
     "pixmim": Method(
         "PixMIM", 2023, "masks", 2, 19, {"mae": "all but the target, without high frequencies, and the crop"}
     ),
-    "mff": Method("MFF", 2023, "masks", 3, 19, {"mae": "all; shallow layers reach the decoder too"}),
+    "mff": Method("MFF", 2023, "masks", 3, 19, {"mae": "all, shallow layers reach the decoder too"}),
     "lejepa": Method(
         "LeJEPA",
         2025,
