@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sslbook import checkpoint, results
-from sslbook.data.loader import Data
+from sslbook.data.loader import Data, relocated
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluation.base import DEFAULT, SUMMARY, Protocol, Representation, chosen, find, format_tables, measure
@@ -163,7 +163,7 @@ def own_data(run: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{run}: does not say which images it learned from; give --data.folder or --data.name")
     if "." in str(options.get("name", "")):
         raise UserError(f"{run}: learned from {options['name']}, a class of your own; give it again as --data.name")
-    return str(description), {"data": options}
+    return str(description), {"data": relocated(options, str(facts.get("cwd", "")))}
 
 
 def protocols_as_classes(argv: list[str]) -> list[str]:

@@ -200,3 +200,127 @@ def test_a_link_to_a_pipe_is_no_image_and_a_broken_link_is_reported(tmp_path: Pa
     (tmp_path / "x.png").symlink_to(tmp_path / "pipe")
     (tmp_path / "y.png").symlink_to(tmp_path / "nothing")
     assert scan(tmp_path) == ["y.png"]
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_options_of_a_resumed_run_are_written_down(tmp_path: Path, capsys) -> None:
+    train(out_dir=str(tmp_path), config={"steps": 2, "optimizer": {"lr": 0.1}, "gone": 1})
+    first = (tmp_path / "config.yaml").read_text()
+    train(resume=str(tmp_path), steps=4, config={"steps": 4, "optimizer": {"lr": 0.1}, "new": "x"})
+    written = (tmp_path / "config-from-step-00000002.yaml").read_text()
+    assert written.splitlines()[:3] == ["# gone: 1 -> None", "# new: None -> x", "# steps: 2 -> 4"]
+    assert "steps: 2 -> 4" in capsys.readouterr().out
+    assert (tmp_path / "config.yaml").read_text() == first
+    train(resume=str(tmp_path), steps=6, config={"steps": 2, "optimizer": {"lr": 0.1}, "gone": 1})
+    assert not (tmp_path / "config-from-step-00000004.yaml").exists()
+
+
+def test_another_optimizer_is_refused_at_resume(tmp_path: Path) -> None:
+    train(out_dir=str(tmp_path))
+    method = SimCLR(ConvNet(4), View(size=16), projector_dim=4)
+    data = Data(shapes=Shapes(num_train=16, num_test=4, size=16))
+    options = {"batch_size": 8, "steps": 4, "device": "cpu", "progress": False, "resume": str(tmp_path)}
+    with pytest.raises(UserError, match="written with optimizer AdamW, this run has SGD"):
+        pretrain(method, data, partial(torch.optim.SGD, lr=0.1), **options)
+
+
+def test_images_that_changed_meanwhile_are_noticed(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 8)
+    out = str(tmp_path / "run")
+    train(Data(folder=folder, workers=0), out_dir=out)
+    train(Data(folder=folder, workers=0), resume=out, steps=3)  # the same images: no warning, which would be an error
+    (folder / "a" / "0.png").rename(folder / "a" / "00.png")
+    with pytest.warns(UserWarning, match="not those that the run began with"):
+        train(Data(folder=folder, workers=0), resume=out, steps=4)
+
+
+def test_relative_paths_are_found_from_elsewhere(tmp_path: Path, monkeypatch, capsys) -> None:
+    from sslbook.evaluate import evaluate, own_data
+    from sslbook.train import main
+
+    photos(tmp_path / "photos", 8)
+    words = "simclr --batch_size 8 --steps 2 --report none --progress false --method.view.size 16 --data.workers 0"
+    words += " --method.backbone ConvNet --method.projector_dim 4 --data.folder photos --out_dir run --device cpu"
+    monkeypatch.chdir(tmp_path)
+    main(words.split())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _, options = own_data("../run")
+    assert options["data"]["folder"] == str(tmp_path / "photos")
+    main(["--resume", "../run", "--steps", "3"])
+    capsys.readouterr()
+    images = Data(folder=tmp_path / "photos", workers=0)
+    assert set(evaluate("../run", images, progress=False, controls=False, device="cpu")) == {"SimCLR", "chance"}
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 4, "grad_accum_steps": 4}])
+def test_one_image_has_no_negatives(options: dict, tmp_path: Path) -> None:
+    method = SimCLR(ConvNet(4), View(size=16), projector_dim=4)
+    data = Data(shapes=Shapes(num_train=16, num_test=4, size=16))
+    with pytest.raises(UserError, match="SimCLR compares at least 2 images and gets 1 at a time"):
+        pretrain(method, data, ADAMW, steps=1, device="cpu", out_dir=str(tmp_path), progress=False, **options)
+
+
+# -- folders that are sorted otherwise ---------------------------------------------------------------------------------
+
+
+def test_test_images_without_the_training_classes_are_replaced_by_held_out_ones(tmp_path: Path) -> None:
+    photos(tmp_path / "train", 10)
+    photos(tmp_path / "val" / "images")  # Tiny ImageNet's, whose classes stand in a text file
+    with pytest.warns(UserWarning, match="a tenth of the training images is held out"):
+        data = Data(folder=tmp_path, workers=0)
+    assert (data.num_train, data.num_test, data.has_test_labels) == (18, 2, True)
+
+
+def test_an_unlabeled_split_that_is_not_used_is_named(tmp_path: Path) -> None:
+    for name in ("train", "test", "val"):  # as in BSDS500
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "x.png")
+    with pytest.warns(UserWarning, match="not used: val/"):
+        Data(folder=tmp_path, workers=0)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_killed_between_two_epochs_is_one_line(tmp_path: Path) -> None:
+    data = Data(folder=photos(tmp_path), workers=2)
+    epoch = {"views": (View(size=16),), "batch_size": 4, "seed": 0}
+    assert len(list(data.batches(epoch=0, **epoch))) == 2
+    workers = data._idle[1]._loader._iterator._workers
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    with pytest.raises(UserError, match=r"a loader worker died .*or set --data\.workers 0"):
+        list(data.batches(epoch=1, **epoch))
+
+
+SMALL_SHARED_MEMORY = """
+set -e
+mount -t tmpfs -o size=64k tmpfs /dev/shm
+exec "$0" -m sslbook.train simclr --data.folder "$1" --out_dir "$2" --batch_size 8 --steps 2 --report none \\
+  --progress false --data.workers 1 --method.view.size 96 --method.backbone ConvNet --device cpu
+"""
+
+
+def test_a_small_shared_memory_is_one_line_and_not_for_ever(tmp_path: Path) -> None:
+    private = ["unshare", "--mount"]
+    try:
+        subprocess.run([*private, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no mounts of its own for a process here")
+    words = [
+        *private,
+        "bash",
+        "-c",
+        SMALL_SHARED_MEMORY,
+        sys.executable,
+        str(photos(tmp_path / "p")),
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: a loader worker")
+    assert "docker run --shm-size 2g" in done.stderr

@@ -5,6 +5,7 @@ every `--config FILE` in order, and the options of the command line.
 """
 
 import inspect
+import json
 import sys
 import textwrap
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from sslbook.cli.help import answer, is_question
 from sslbook.cli.parser import Parser
 from sslbook.cli.renamed import RENAMED
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
-from sslbook.data.loader import Data
+from sslbook.data.loader import Data, relocated
 from sslbook.errors import UserError, import_attribute, nearest
 from sslbook.methods.base import Method
 
@@ -133,6 +134,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     layers = [_read_layer(path) for path in ([resumed] if resumed else []) + files]
     if resumed:
         layers[0].values.pop("init_from", None)  # the run has begun from them already
+        if isinstance(data := layers[0].values.get("data"), dict):
+            layers[0].values["data"] = relocated(data, _began_in(resumed.parent))
     name = name or next((layer.method for layer in reversed(layers) if layer.method), "simclr")
     name = next((short for short, path in methods.METHODS.items() if path == name), name)
     method = method_class(name)
@@ -192,6 +195,14 @@ def _config_of_run(resume: str, out_dir: str | None) -> Path | None:
         raise UserError(f"--resume {resume}: no such run folder or checkpoint")
     written = (path if path.is_dir() else path.parent) / "config.yaml"
     return written if written.is_file() else None
+
+
+def _began_in(folder: Path) -> str:
+    """The working folder in which a run began, if its description says so."""
+    try:
+        return str(json.loads((folder / "initial.json").read_text(encoding="utf-8"))["cwd"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _overview(name: str, method: type[Method], recipe: str) -> str:

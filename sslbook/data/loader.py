@@ -5,6 +5,7 @@ Image files are decoded and cropped by worker processes, and their colors augmen
 a function of `(seed, epoch, index, stream)`: workers, processes and restarts change none.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from sslbook.data.datasets import load_named
-from sslbook.data.datasets.base import ImageSource, InMemory, Splits
+from sslbook.data.datasets.base import FileList, ImageSource, InMemory, Splits
 from sslbook.data.datasets.folder import load_folder
 from sslbook.data.datasets.listed import load_list
 from sslbook.data.datasets.shapes import Shapes, load_shapes
@@ -195,6 +196,13 @@ class Data:
         parts.append(f"{self.num_test:,} test images" if self.num_test else "no test images")
         return f"{self.name}: {', '.join(parts)}"
 
+    def fingerprint(self) -> str:
+        """A hash of the names of the files to train on, or the number of images; a run that goes on compares it."""
+        source = self._splits.pretrain
+        if not isinstance(source, FileList):
+            return str(len(source))
+        return hashlib.blake2b(source.paths.tobytes(), digest_size=16).hexdigest()
+
     def _source(self, split: Split) -> ImageSource:
         source = getattr(self._splits, split)
         if source is None:
@@ -340,3 +348,13 @@ class Data:
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def relocated(options: dict[str, Any], cwd: str) -> dict[str, Any]:
+    """Options of data whose relative paths are found from the folder `cwd`, where a run began, if not from this one."""
+
+    def found(value: Any) -> Any:
+        elsewhere = os.path.join(cwd, str(value))
+        return elsewhere if cwd and not os.path.exists(str(value)) and os.path.exists(elsewhere) else value
+
+    return {key: found(value) if key in ("folder", "list", "root") else value for key, value in options.items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sslbook.data.datasets.base import ImageSource
 from sslbook.data.executors import apply_one, crop_one
@@ -21,6 +21,10 @@ from sslbook.data.views import CropParams, View, sample_params
 from sslbook.errors import UserError, first_line
 
 DECODED_AT_ONCE = 8  # images of a camera are 36 MB each once decoded
+CURE = (
+    "for want of memory, of shared memory (docker run --shm-size 2g) or of open files (ulimit -n 4096): mend that, "
+    "or set --data.workers 0"
+)
 MAX_UNREADABLE_IN_A_ROW = 100  # after so many, the folder is at fault, not an image
 NO_IMAGES = torch.empty(0, dtype=torch.int64)
 
@@ -74,6 +78,11 @@ class CropDataset(Dataset):
         if not index:
             return CroppedBatch(unreadable=tuple(unreadable))
         made = tuple(torch.stack(one) for one in views)
+        if get_worker_info() is not None:
+            try:  # here, for the queue to the main process would lose a batch that does not fit, and both would wait
+                made = tuple(one.share_memory_() for one in made)
+            except (RuntimeError, OSError) as error:
+                return CroppedBatch(error=f"a loader worker cannot hand over its batch ({_reason(error)}), {CURE}")
         return CroppedBatch(torch.tensor(index), torch.tensor(shown), made, tuple(unreadable))
 
     def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
@@ -121,18 +130,20 @@ class CropLoader:
     def batches(self, epoch: int, positions: tuple[Tensor, ...]) -> Iterator[CroppedBatch]:
         """The batches of these images; a worker's death is the `error` of the last one."""
         self._keys[:] = [(epoch, one) for one in positions]
-        with _starting_workers():
-            iterator = iter(self._loader)
+        iterator = None
         for _ in positions:
             try:
+                if iterator is None:
+                    with _starting_workers():
+                        iterator = iter(self._loader)
                 batch = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
                 if not (self._loader.num_workers and _is_worker_death(error)):
                     raise
-                cure = "often for want of memory, or of /dev/shm: try a lower --data.workers, or 0"
-                batch = CroppedBatch(error=f"a loader worker died ({first_line(error).rstrip('. ')}), {cure}")
+                batch = CroppedBatch(error=f"a loader worker died ({_reason(error)}), {CURE}")
             if batch.error:
-                del iterator, self._loader  # ends the other workers
+                iterator = None
+                del self._loader  # ends the other workers
                 yield batch
                 return
             yield batch
@@ -144,8 +155,13 @@ def _identity(item: Any) -> Any:
 
 def _is_worker_death(error: Exception) -> bool:
     """Whether torch raises this because a worker has died, not because the dataset raised it in a worker."""
-    broken_off = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # while a batch was handed over
-    return "DataLoader worker (pid" in str(error) or (broken_off and not str(error).startswith("Caught"))
+    broken_off = isinstance(error, OSError | EOFError)  # while a batch was handed over
+    signs = ("DataLoader worker (pid", "Too many open files", "ancillary data", "DataLoader timed out")
+    return any(sign in str(error) for sign in signs) or (broken_off and not str(error).startswith("Caught"))
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(". ")[:160]
 
 
 @contextlib.contextmanager

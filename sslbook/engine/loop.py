@@ -20,7 +20,7 @@ from sslbook import checkpoint, distributed
 from sslbook.data.loader import Batch, Data
 from sslbook.engine.hooks import Hook, MetricsLog, Progress, require_monitored, watching
 from sslbook.engine.preemption import PreemptionHandler
-from sslbook.engine.resume import CONTENTS, TrainState, description
+from sslbook.engine.resume import CONTENTS, TrainState, description, record_changes
 from sslbook.engine.run import Run
 from sslbook.engine.run_folder import open_folder, removed_if_unstarted
 from sslbook.errors import UserError
@@ -106,7 +106,7 @@ def pretrain(
     # -- device and folder ---------------------------------------------------------------------------------------------
     config = config or _plain_values(locals())
     run_device = distributed.setup(device=device)
-    _require_even_parts(batch_size, grad_accum_steps)
+    _require_parts(method, batch_size, grad_accum_steps)
     require_monitored(monitor, hooks or [])
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = max(1, round(epochs * steps_per_epoch)) if steps is None else steps
@@ -188,7 +188,12 @@ def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, plain) and name not in paths}
 
 
-def _require_even_parts(batch_size: int, grad_accum_steps: int) -> None:
+def _require_parts(method: Method, batch_size: int, grad_accum_steps: int) -> None:
+    if (images := batch_size // grad_accum_steps) < method.min_images:
+        raise UserError(
+            f"{type(method).__name__} compares at least {method.min_images} images and gets {images} at a time: "
+            "raise --batch_size, or lower --grad_accum_steps"
+        )
     parts = grad_accum_steps * distributed.world_size()
     if batch_size % parts:
         raise UserError(
@@ -222,6 +227,8 @@ def _write_start(run: Run, initial: nn.Module, new: bool) -> None:
             checkpoint.write_text(run.folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
         if new:
             export_backbone(run.folder / "initial.safetensors", initial, description(run))
+        else:
+            record_changes(run)
 
 
 def _parallel(method: Method, device: torch.device, compile: bool) -> nn.Module:

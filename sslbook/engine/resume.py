@@ -1,11 +1,14 @@
 """What a checkpoint holds, how it is written, and how a run goes on from it to the bit."""
 
 import math
+import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from sslbook import checkpoint, distributed
 from sslbook.engine.hooks import Hook
@@ -63,6 +66,8 @@ class TrainState:
             contents = {
                 "method": run.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "optimizer_class": type(self.optimizer).__name__,
+                "images": run.data.fingerprint(),
                 "scaler": self.scaler.state_dict(),
                 "step": step,
                 "steps_per_epoch": run.clock.steps_per_epoch,
@@ -91,7 +96,11 @@ class TrainState:
             UserError: it belongs to a run with other options.
         """
         run = self.run
-        _require_same_run(state, run)
+        _require_same_run(state, run, type(self.optimizer).__name__)
+        if state.get("images", run.data.fingerprint()) != run.data.fingerprint():
+            warnings.warn(
+                "the images are not those that the run began with: it goes on, but not to the bit", stacklevel=3
+            )
         run.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -109,14 +118,16 @@ def description(run: Run) -> dict[str, Any]:
         "method": type(run.method).__name__,
         "view": {"size": view.size, "mean": list(view.mean), "std": list(view.std)},
         "data": run.config.get("data", {}),
+        "cwd": os.getcwd(),  # the data's paths may be relative
         "config": run.config,
     }
 
 
-def _require_same_run(state: dict[str, Any], run: Run) -> None:
+def _require_same_run(state: dict[str, Any], run: Run, optimizer: str) -> None:
     own = {"method": type(run.method).__name__, "batch_size": run.batch_size}
     own |= {"steps_per_epoch": run.clock.steps_per_epoch, "seed": run.clock.seed}
-    written = {**state, "method": state["description"]["method"]}
+    own |= {"optimizer": optimizer}
+    written = {**state, "method": state["description"]["method"], "optimizer": state.get("optimizer_class", optimizer)}
     own |= {f"shape of {name}": tuple(value.shape) for name, value in run.method.state_dict().items()}
     written |= {f"shape of {name}": tuple(value.shape) for name, value in state["method"].items()}
     for name, value in own.items():
@@ -125,6 +136,30 @@ def _require_same_run(state: dict[str, Any], run: Run) -> None:
                 f"--resume: the checkpoint was written with {name} {written.get(name)}, this run has {value}; "
                 "go on with the same options, or start anew from its weights with --init_from"
             )
+
+
+def record_changes(run: Run) -> None:
+    """Write down with which other options a run goes on: `config-from-step-N.yaml`, beside its first `config.yaml`."""
+    first = run.folder / "config.yaml"
+    if not first.is_file():
+        return
+    before, now = (_flat(values) for values in (yaml.safe_load(first.read_text(encoding="utf-8")), run.config))
+    changes = [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and name != "init_from"
+    ]
+    if changes:
+        path = run.folder / f"config-from-step-{run.clock.step:08d}.yaml"
+        lines = "".join(f"# {change}\n" for change in changes)
+        checkpoint.write_text(path, lines + yaml.safe_dump(run.config, sort_keys=False))
+        print(f"goes on with other options, written to {path.name}: {'; '.join(changes)[:500]}")
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {prefix.rstrip("."): values}
+    return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}
 
 
 def rename_newer_checkpoints(folder: Path, step: int) -> None:

@@ -63,6 +63,8 @@ class BarlowTwins(Method):
         projector: replaces the MLP behind the backbone.
     """
 
+    min_images = 2
+
     def __init__(
         self,
         backbone: nn.Module,

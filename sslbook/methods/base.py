@@ -21,6 +21,9 @@ class Method(nn.Module):
     backbone: nn.Module
     """The network that training is for: images `(n, 3, height, width)` to features `(n, backbone.dim)`."""
 
+    min_images = 1
+    """How many images a loss is for at least: 2 where other images are negatives, or where a batch has a variance."""
+
     def views(self) -> tuple[View, ...]:
         """The views made of each image; `batch.views` holds one tensor for each of them."""
         raise NotImplementedError

@@ -89,6 +89,8 @@ class LeJEPA(Method):
         projector: replaces the MLP behind the backbone; its output must have `projector_dim` values.
     """
 
+    min_images = 2
+
     def __init__(
         self,
         backbone: nn.Module,

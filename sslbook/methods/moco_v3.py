@@ -65,6 +65,8 @@ class MoCoV3(Method):
         predictor: replaces the MLP from the queries' projections to queries.
     """
 
+    min_images = 2
+
     def __init__(
         self,
         backbone: nn.Module,

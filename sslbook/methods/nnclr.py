@@ -60,6 +60,8 @@ class NNCLR(Method):
         predictor: replaces the MLP from projections to predictions.
     """
 
+    min_images = 2
+
     def __init__(
         self,
         backbone: nn.Module,

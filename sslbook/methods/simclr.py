@@ -69,6 +69,8 @@ class SimCLR(Method):
         projector: replaces the MLP behind the backbone.
     """
 
+    min_images = 2
+
     def __init__(
         self,
         backbone: nn.Module,

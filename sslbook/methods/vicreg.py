@@ -62,6 +62,8 @@ class VICReg(Method):
         projector: replaces the MLP behind the backbone.
     """
 
+    min_images = 2
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -64,7 +64,8 @@ def load_folder(folder: str | Path) -> Splits:
     `train/` beside one of `test/`, `val/`, `valid/`, `validation/` is a split; whatever else the folder holds is left
     out. Within a split (or the folder as a whole) the subfolders are classes if every image lies in one and there are at
     least two. Of several test folders the first labeled one is used, that is one with classes of the training images.
-    Of a labeled folder without a split, a tenth of each class is held out for evaluation, chosen by a hash of the paths.
+    Of a labeled folder without a split, or whose test folders have other classes, a tenth of each class is held out for
+    evaluation, chosen by a hash of the paths.
 
     Raises:
         UserError: there is no such folder, or no image in it.
@@ -91,7 +92,10 @@ def load_folder(folder: str | Path) -> Splits:
     names = _classes(train_paths)
     parts = [part(name) for name in tests]
     test_root, test_paths = next((one for one in parts if _shares_a_class(one[1], names)), parts[0])
-    others = sorted(set(by_lower) - {"train", *TEST_FOLDERS})
+    known = (
+        {"train", test_root.name.lower()} if not names else {"train", *TEST_FOLDERS}
+    )  # of labeled ones, one is enough
+    others = sorted(set(by_lower) - known)
     if others:
         what = ", ".join(f"{by_lower[name]}/" if name else "loose images" for name in others[:3])
         what += f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -101,9 +105,10 @@ def load_folder(folder: str | Path) -> Splits:
     test_names: tuple[str, ...] = ()
     if _shares_a_class(test_paths, names):
         names = test_names = tuple(sorted({*names, *_tops(test_paths)}))
-    elif names and "" not in _tops(test_paths):
-        what = f"the folders in {test_root} are not the training classes"
-        warnings.warn(f"{what}: its images count as unlabeled, unless you rename its folders", stacklevel=2)
+    elif names:
+        what = f"the images in {test_root} are not sorted into the training classes"
+        warnings.warn(f"{what}: a tenth of the training images is held out to evaluate on instead", stacklevel=2)
+        return held_out_split(file_list(train_root, train_paths, map(_top, train_paths), names), names)
     train = file_list(train_root, train_paths, map(_top, train_paths), names)
     return Splits(train, train, file_list(test_root, test_paths, map(_top, test_paths), test_names), names)
 
