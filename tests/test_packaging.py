@@ -59,7 +59,7 @@ def test_from_an_empty_folder_with_only_the_wheel(installed: Path, tmp_path: Pat
 def test_the_wheel_holds_the_book_without_its_site(installed: Path, tmp_path: Path) -> None:
     book = installed / "sslbook" / "book"
     for folder, pattern in (
-        ("results", "*.json"),
+        ("results", "**/*.json"),
         ("checkpoints", "*"),
         ("chapters", "*/*.py"),
         ("chapters", "*/*.ipynb"),
