@@ -2,8 +2,16 @@
 
 The book is in `book/`; the package holds the same algorithms. Start with `python -m sslbook.train`, or from Python:
 
->>> import sslbook
->>> run = sslbook.pretrain(method, data, optimizer)
+>>> import functools, torch, sslbook
+>>> from sslbook.methods import SimCLR
+>>> from sslbook.nn import ConvNet
+>>> data = sslbook.Data()  # images that the package renders; Data(folder="photos") for your own
+>>> method = SimCLR(ConvNet(), sslbook.View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1)))
+>>> adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
+>>> run = sslbook.pretrain(method, data, adamw, epochs=5, out_dir="runs/first")
+>>> backbone, facts = sslbook.load_backbone("runs/first")
+>>> backbone(torch.randn(8, 3, 16, 16)).shape
+torch.Size([8, 128])
 """
 
 import importlib

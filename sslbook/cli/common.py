@@ -57,7 +57,7 @@ def cli(
     if "data" in parameters:
         from sslbook.data.loader import Data  # torch, which the list of commands does not wait for
 
-        parser.add_class_arguments(Data, "data")
+        parser.add_class_arguments(Data, "data", skip={"train", "test"})
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--{next(iter(parameters))}={argv[0]}"

@@ -93,7 +93,7 @@ def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
     parser.add_argument("--recipe", type=str, help="shapes, folder, cifar10, imagenet, or a file")
     parser.add_argument("--config", type=str, help="a YAML file with options; may be given several times")
     parser.add_class_arguments(method, "method")
-    parser.add_class_arguments(Data, "data")
+    parser.add_class_arguments(Data, "data", skip={"train", "test"})
     parser.add_function_arguments(engine, skip={"method", "data", "config"})
     parser.add_argument(
         "--report",

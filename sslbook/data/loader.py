@@ -20,6 +20,7 @@ from torch import Tensor
 from sslbook.data.datasets import load_named
 from sslbook.data.datasets.base import FileList, ImageSource, InMemory, Splits
 from sslbook.data.datasets.folder import load_folder
+from sslbook.data.datasets.imported import splits_of
 from sslbook.data.datasets.listed import load_list
 from sslbook.data.datasets.shapes import Shapes, load_shapes
 from sslbook.data.executors import apply_batch, apply_color
@@ -64,6 +65,10 @@ class Data:
             altogether; `workers` does everything per image in the workers.
         workers: number of processes that decode images; null means one for each core, at most 8.
         start_method: how these processes start; null means Python's default.
+        train: from Python, a map-style dataset of images, or of images with labels (PIL, arrays or tensors).
+        test: likewise, to evaluate on.
+
+    >>> Data(train=torchvision.datasets.CIFAR10("data"), test=torchvision.datasets.CIFAR10("data", train=False))
     """
 
     def __init__(
@@ -79,9 +84,14 @@ class Data:
         augment: Literal["device", "workers"] = "device",
         workers: Annotated[int, Above(-1)] | None = None,
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+        train: Any = None,
+        test: Any = None,
     ) -> None:
+        if not isinstance(name, str):
+            raise UserError("a data set is named by a text; write Data(train=DATASET), or Data(folder=FOLDER)")
         if (name != "shapes") + (folder is not None) + (list is not None) > 1:
             raise UserError(f"data.name={name}, data.folder={folder}, data.list={list}: give one of them")
+        folder, list = (None if path is None else Path(path) for path in (folder, list))
         path = folder or list
         self.name = name if path is None else Path(os.path.abspath(Path(path).expanduser())).name  # links keep theirs
         self.folder = folder
@@ -98,7 +108,10 @@ class Data:
         """images that could not be read so far in this process, and why"""
         self._on_device: dict[tuple[int, str], Tensor] = {}
         self._idle: tuple[Any, CropLoader] | None = None
-        if path is not None or name != "shapes":
+        if train is not None:
+            splits = splits_of([train] if test is None else [train, test])
+            self.name, self._splits = type(train).__name__, splits if limit is None else splits.limited(limit)
+        elif path is not None or name != "shapes":
             _ = self._splits  # what is missing is reported at once; Shapes is rendered when it is needed
 
     @classmethod

@@ -32,6 +32,8 @@ from sslbook.types import PositiveFloat, PositiveInt
 from sslbook.weights.backbone import export_backbone
 from sslbook.weights.load import load_weights
 
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def pretrain(
     method: Method,
@@ -53,9 +55,9 @@ def pretrain(
     compile: bool = False,
     seed: int = 0,
     device: str | None = None,
-    out_dir: str | None = None,
-    resume: str | None = None,
-    init_from: str | None = None,
+    out_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    init_from: str | Path | None = None,
     checkpoint_every: Duration = 1,
     keep_last: int = 1,
     monitor: str | None = None,
@@ -105,6 +107,7 @@ def pretrain(
     """
     # -- device and folder ---------------------------------------------------------------------------------------------
     config = config or _plain_values(locals())
+    _require_objects(method=method, data=data, optimizer=optimizer, schedule=schedule, precision=precision)
     run_device = distributed.setup(device=device)
     _require_parts(method, batch_size, grad_accum_steps)
     require_monitored(monitor, hooks or [])
@@ -188,6 +191,20 @@ def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, plain) and name not in paths}
 
 
+def _require_objects(**given: Any) -> None:
+    """Texts stand for objects on the command line only; from Python they would fail later, and less clearly."""
+    wanted: dict[str, tuple[bool, str]] = {
+        "method": (isinstance(given["method"], nn.Module), "SimCLR(resnet18())"),
+        "data": (isinstance(given["data"], Data), "Data(folder='photos')"),
+        "optimizer": (callable(given["optimizer"]), "functools.partial(torch.optim.AdamW, lr=1e-3)"),
+        "schedule": (callable(given["schedule"]), "sslbook.schedules.Cosine()"),
+        "precision": (given["precision"] in PRECISIONS, "'float32', 'bf16' or 'fp16'"),
+    }
+    for name, (suits, example) in wanted.items():
+        if not suits:
+            raise UserError(f"pretrain({name}={given[name]!r}): give {example}")
+
+
 def _require_parts(method: Method, batch_size: int, grad_accum_steps: int) -> None:
     if (images := batch_size // grad_accum_steps) < method.min_images:
         raise UserError(
@@ -202,7 +219,9 @@ def _require_parts(method: Method, batch_size: int, grad_accum_steps: int) -> No
         )
 
 
-def _set_up(method: Method, data: Data, device: torch.device, init_from: str | None, channels_last: bool) -> nn.Module:
+def _set_up(
+    method: Method, data: Data, device: torch.device, init_from: str | Path | None, channels_last: bool
+) -> nn.Module:
     """Bring the method to its device and size, and load weights; returns the backbone with its initial weights."""
     if distributed.world_size() > 1:
         convert_batch_norm(method)  # in place: a method is not a normalization itself
@@ -275,7 +294,7 @@ def _forward_backward(
     Raises:
         UserError: the loss is NaN or infinite; the batch and the state are kept for `sslbook.tools.replay`.
     """
-    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = PRECISIONS[precision]
     metrics: dict[str, float] = {}
     for part in range(grad_accum_steps):
         batch = next(batches)

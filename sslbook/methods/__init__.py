@@ -1,7 +1,7 @@
 """The self-supervised methods, one file each; a file is meant to be read from top to bottom."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sslbook.errors import UserError, nearest
 
@@ -66,3 +66,16 @@ def load(name: str) -> type["Method"]:
         raise UserError(f"there is no method {name}{nearest(name, list(METHODS))}")
     module, _, cls = METHODS[name].rpartition(".")
     return getattr(import_module(module), cls)
+
+
+_CLASSES = {path.rpartition(".")[2]: name for name, path in METHODS.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return load(_CLASSES[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_CLASSES])

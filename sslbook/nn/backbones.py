@@ -120,6 +120,8 @@ def backbone_dim(backbone: nn.Module) -> int:
         dim = getattr(backbone, name, None)
         if isinstance(dim, int):
             return dim
+    if isinstance(backbone, str):
+        raise UserError(f"the backbone {backbone!r} is a text: give the network, such as sslbook.nn.resnet18()")
     raise UserError(
         f"the backbone {type(backbone).__name__} does not say how wide its features are: give it an attribute `dim`"
     )

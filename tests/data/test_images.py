@@ -252,15 +252,17 @@ def test_warns_of_images_outside_the_split(tmp_path) -> None:
     assert (data.num_train, data.num_test, data.has_test_labels) == (2, 2, True)
 
 
-def test_test_folders_that_are_no_classes_are_unlabeled(tmp_path) -> None:
+def test_test_folders_that_are_no_classes_are_replaced_by_held_out_images(tmp_path) -> None:
     for name in ("train/n1/images/1", "train/n2/images/1", "val/images/1", "test/images/1"):  # as Tiny ImageNet
         save(tmp_path / f"{name}.png")
-    with pytest.warns(UserWarning, match=r"the folders in .*test are not the training classes: .* unlabeled"):
+    for name in ("train/n1/images/2", "train/n2/images/2"):
+        save(tmp_path / f"{name}.png")
+    with pytest.warns(UserWarning, match=r"the images in .*test are not sorted into the training classes: a tenth"):
         sets = load_folder(tmp_path)
     assert sets.class_names == ("n1", "n2")
     assert sets.train.labels.tolist() == [0, 1]
     assert sets.test is not None
-    assert sets.test.labels.tolist() == [-1]
+    assert sets.test.labels.tolist() == [0, 1]
 
 
 def test_unlabeled_training_images_with_a_labeled_test_folder(tmp_path) -> None:

@@ -31,7 +31,15 @@ def load_imported(name: str, root: str | Path) -> Splits:
         signature.bind(**options, **splits[0])
     except (TypeError, ValueError) as error:
         raise UserError(f"data set {name}: {error}; its class gets root, train and split only") from error
-    datasets = [dataset_class(**options, **split) for split in splits]
+    return splits_of([dataset_class(**options, **split) for split in splits])
+
+
+def splits_of(datasets: list[Any]) -> Splits:
+    """The splits of map-style datasets: the first to train on, the second, where there is one, to evaluate on.
+
+    Raises:
+        UserError: one is not map-style, or has unusable labels.
+    """
     labels = [_labels(dataset) for dataset in datasets]
     texts = sorted({label for part in labels for label in part if isinstance(label, str)})
     numbers = {text: i for i, text in enumerate(texts)}
@@ -50,7 +58,8 @@ def _labels(dataset: Any) -> list[Any]:
     """
     name = type(dataset).__name__
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
-        raise UserError(f"{name} has no __len__ and __getitem__, or no images: give a map-style dataset with images")
+        cure = "give a map-style dataset, as list(dataset) is one"
+        raise UserError(f"{name} has no __len__ and __getitem__, or no images: {cure}")
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is not None:
         return labels.tolist() if hasattr(labels, "tolist") else list(labels)
