@@ -29,7 +29,6 @@ FIGURES = (
     "first.collapse",
     "first.leak",
     "first.photographs",
-    "first.photographs_pixels",
 )
 
 BESIDE: Any = {"xytext": (8, 0), "textcoords": "offset points"}  # of a label: to the right of its point
