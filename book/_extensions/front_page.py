@@ -1,7 +1,7 @@
 """The front page's list of chapters and their map, made from the cards that the chapters themselves open with.
 
-`{front-picture}` draws what self-supervised learning does. `{chapter-cards}` shows each chapter of `_toc.yml` with its
-question, times, prerequisites and buttons. `{chapter-map}` draws which chapter needs which, once lying for a wide window
+`{front-schematic}` shows what self-supervised learning does. `{chapter-cards}` shows each chapter of `_toc.yml` with its
+question, times, prerequisites and buttons. `{chapter-map}` shows which chapter needs which, once lying for a wide window
 and once standing for a phone.
 """
 
@@ -119,10 +119,10 @@ def chapters(root: Path) -> list[Chapter]:
     return [chapter(root, page, i) for i, page in enumerate(pages, start=1)]
 
 
-# -- picture -----------------------------------------------------------------------------------------------------------
+# -- schematic ---------------------------------------------------------------------------------------------------------
 
 
-def picture() -> Diagram:
+def schematic() -> Diagram:
     """What self-supervised learning does, in two steps."""
     d = Diagram(
         alt="Pre-training: two views of an image without a label go through the same backbone f and a head; the loss asks "
@@ -131,21 +131,22 @@ def picture() -> Diagram:
         caption="Above: a task computed from the images alone trains a network. Here it is to give two views of one image "
         "similar outputs; other chapters rotate the image or mask a part of it. Below: the head and the task are thrown "
         "away, and the network turns new images into features from which a simple classifier learns with few labels.",
+        legend=False,
     )
     image = d.image(0, 0.42, "image,\nno label")
-    views = [d.view(1, row, label) for row, label in ((0, ""), (0.84, "two views"))]
-    backbones = [d.network(2, 0, "", "f"), d.network(2, 0.84, "backbone", "f", kept=True)]
-    heads = [d.network(3, 0, "", "g"), d.network(3, 0.84, "head", "g", thrown=True)]
-    loss = d.loss(4, 0.42, "agree?")
+    views = [d.view(0.8, row, label) for row, label in ((0, ""), (0.84, "two views"))]
+    backbones = [d.network(1.6, 0, "", "f"), d.network(1.6, 0.84, "backbone", "f", kept=True)]
+    heads = [d.network(2.45, 0, "", "g"), d.network(2.45, 0.84, "head", "g", thrown=True)]
+    loss = d.loss(3.25, 0.42, "agree?")
     for view, backbone, head in zip(views, backbones, heads):
         d.arrow(image, view)
         d.arrow(view, backbone)
         d.arrow(backbone, head)
         d.arrow(head, loss)
-    new = d.image(0, 2.0, "new image")
-    frozen = d.frozen(2, 2.0, "frozen", "f")
-    features = d.vector(3, 2.0, "features")
-    label = d.text(4, 2.0, "label")
+    new = d.image(0, 2.05, "new image")
+    frozen = d.frozen(1.6, 2.05, "frozen", "f")
+    features = d.vector(2.35, 2.05, "features")
+    label = d.text(3.4, 2.05, "label")
     d.arrow(new, frozen)
     d.arrow(backbones[1], frozen, out="bottom", into="top")
     d.arrow(frozen, features)
@@ -153,11 +154,11 @@ def picture() -> Diagram:
     return d
 
 
-class FrontPicture(Directive):
-    """The picture as SVG in the colors of the page."""
+class FrontSchematic(Directive):
+    """The schematic as SVG in the colors of the page."""
 
     def run(self) -> list[nodes.Node]:
-        return [nodes.raw("", picture()._repr_html_(), format="html")]
+        return [nodes.raw("", schematic()._repr_html_(), format="html")]
 
 
 # -- cards -------------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def places(all_: list[Chapter]) -> dict[str, tuple[int, int]]:
 def drawing(all_: list[Chapter], address: Callable[[str], str], standing: bool) -> str:
     """The map as SVG; lying, from left to right, or standing, from top to bottom."""
     where = places(all_)
-    width, height, along, across = (150, 62, 34, 20) if standing else (178, 74, 40, 22)
+    width, height, along, across = (161, 64, 34, 18) if standing else (178, 74, 40, 22)
     step = (width + across, height + along) if standing else (width + along, height + across)
 
     def corner(page: str) -> tuple[float, float]:
@@ -303,7 +304,7 @@ def _outdated(app: Any, env: Any, *_: Any) -> Iterator[str]:
 
 def setup(app: Any) -> dict[str, Any]:
     app.add_node(chapter_map)
-    app.add_directive("front-picture", FrontPicture)
+    app.add_directive("front-schematic", FrontSchematic)
     app.add_directive("chapter-cards", ChapterCards)
     app.add_directive("chapter-map", ChapterMap)
     app.connect("doctree-resolved", _draw)

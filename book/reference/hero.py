@@ -112,7 +112,7 @@ def front(data: Data, queries: Tensor, found: list[tuple[Tensor, float]]) -> str
         alt, len(queries), 2 * FRONT_K + 3, width=6.9, height=3.95, caption=caption,
         width_ratios=[1, 0.3, *[1] * FRONT_K, 0.3, *[1] * FRONT_K],
     )  # fmt: skip
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    fig.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.0, hspace=0.0)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
