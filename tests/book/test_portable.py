@@ -19,6 +19,7 @@ from sslbook.notebook import numbering
 from sslbook.notebook.portable import build, colab, kaggle, myst, name_of
 from sslbook.notebook.portable.citations import Citations
 from sslbook.notebook.portable.labels import Labels
+from sslbook.notebook.portable.plain import details
 from sslbook.notebook.portable.solutions import bound, rename, stubs
 from sslbook.notebook.portable.sources import has_code
 from tests.test_packaging import build_wheel
@@ -314,9 +315,9 @@ def test_exercises_hints_and_solutions(small: Labels):
     assert exercise.source.startswith("## 2.2. Exercises\n\n### Exercise 2.1. The sum\n\nWrite it, from (2.1).")
     assert "<summary><b>Hint 1</b></summary>\n\nUse `+`.\n\n</details>" in exercise.source
     assert stub.source == STUB
-    assert solution.source == myst.details("Solution to exercise 2.1", "Add them.")
+    assert solution.source == details("Solution to exercise 2.1", "Add them.")
     assert code.source.startswith("# @title Solution to exercise 2.1\ndef total_solution(a, b):")
-    assert last.source == myst.details("Solution to exercise 2.1", "```python\none + two\n```")
+    assert last.source == details("Solution to exercise 2.1", "```python\none + two\n```")
     names: dict[str, Any] = {}
     exec(stub.source, names)
     mine = names["total"]

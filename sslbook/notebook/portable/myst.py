@@ -6,14 +6,15 @@ Formulas in a quote stand on one line, since Jupyter would take the `>` before a
 import html
 import posixpath
 import re
-import unicodedata
 from collections import Counter
+from pathlib import Path
 
 from sslbook.errors import UserError
 from sslbook.notebook import numbering
 from sslbook.notebook.portable import REPOSITORY, blocks
 from sslbook.notebook.portable.citations import Citations
 from sslbook.notebook.portable.labels import COUNTED, PROOFS, Label, Labels, Page, section_number
+from sslbook.notebook.portable.plain import capital, details, indented, quote, term_id
 
 INLINE = re.compile(
     r"\{(?P<role>[a-z][\w:+-]*)\}(?P<ticks>`+)(?P<content>.+?)(?P=ticks)"
@@ -132,15 +133,8 @@ class Writer:
             return details(f"Solution to {self.shown(block.argument)}", self._inside(block.body))
         if block.name in ("exercise-end", "bibliography", "tableofcontents"):
             return ""
-        if block.name == "prf:proof":
-            title = f"Proof ({self.inline(block.argument)})" if block.argument else "Proof"
-            body = self._inside(block.body)
-            gap = "\n\n" if body.startswith(("$$", "-", "1.", ">", "`")) else " "
-            return self._folds(block, title, quote(f"*{title}.*{gap}{body}"))
-        if block.name.startswith("prf:") and kind in PROOFS:
-            number = f" {self.labels[block.label].number}" if block.label else ""
-            title = f" ({self.inline(block.argument)})" if block.argument else ""
-            return quote(f"**{kind.capitalize()}{number}**{title}\n\n{self._inside(block.body)}")
+        if block.name == "prf:proof" or (block.name.startswith("prf:") and kind in PROOFS):
+            return self._proof(block, kind)
         if block.name == "math":
             return self._formula("\n".join(part for part in (block.argument, block.body) if part), block.label)
         if block.name in ("figure", "image"):
@@ -154,6 +148,14 @@ class Writer:
         title = self.inline(block.argument if named else block.name.capitalize().replace("Seealso", "See also"))
         body = self._inside(block.body if named else "\n".join(filter(None, (block.argument, block.body))))
         return self._folds(block, title, quote(f"**{title}**\n\n{body}"), body)
+
+    def _proof(self, block: blocks.Directive, kind: str) -> str:
+        title, body = f" ({self.inline(block.argument)})" if block.argument else "", self._inside(block.body)
+        if kind == "proof":
+            gap = "\n\n" if body.startswith(("$$", "-", "1.", ">", "`")) else " "
+            return self._folds(block, f"Proof{title}", quote(f"*Proof{title}.*{gap}{body}"))
+        number = f" {self.labels[block.label].number}" if block.label else ""
+        return quote(f"**{kind.capitalize()}{number}**{title}\n\n{body}")
 
     def _folds(self, block: blocks.Directive, title: str, shown: str, body: str | None = None) -> str:
         if "dropdown" not in block.classes:
@@ -249,36 +251,5 @@ class Writer:
         name = posixpath.normpath(posixpath.join(posixpath.dirname(self.page.name), path)).lstrip("/")
         return f"{REPOSITORY}/raw/main/{name}"
 
-    def _book(self):
+    def _book(self) -> Path:
         return self.labels.root / "book"
-
-
-def details(title: str, body: str) -> str:
-    """A folded part; the empty lines let Markdown go on inside."""
-    bold = re.sub(r"`([^`]+)`", lambda code: f"<code>{html.escape(code[1])}</code>", title)
-    return f"<details>\n<summary><b>{bold}</b></summary>\n\n{body.strip()}\n\n</details>"
-
-
-def quote(text: str) -> str:
-    """A block quote, with every displayed formula on one line."""
-    parts = []
-    for block in blocks.blocks(text):
-        if isinstance(block, blocks.Formula):
-            parts.append("$$ " + " ".join(block.tex.split("\n")) + " $$")
-        elif isinstance(block, blocks.Text | blocks.Code):
-            parts.append(block.text)
-    return "\n".join(f"> {line}".rstrip() for line in "\n\n".join(parts).split("\n"))
-
-
-def indented(text: str, indent: str) -> str:
-    return "\n".join(indent + line if line else line for line in text.split("\n"))
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def term_id(term: str) -> str:
-    """The id that Sphinx gives a term of the glossary."""
-    plain = unicodedata.normalize("NFKD", f"term-{term}").encode("ascii", "ignore").decode()
-    return re.sub(r"^[-0-9._]+|-+$", "", re.sub(r"[^a-zA-Z0-9._]+", "-", " ".join(plain.split())))
