@@ -25,7 +25,7 @@ def test_sections_have_their_labels() -> None:
 def test_block_runs_alone_and_checks_its_property(label: str) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", SECTIONS[label], re.MULTILINE | re.DOTALL)
     assert len(block.splitlines()) <= 12
-    assert max(map(len, block.splitlines())) <= 100
+    assert max(map(len, block.splitlines())) <= 86
     assert "assert " in block
     for seed in range(5):
         torch.manual_seed(seed)
