@@ -35,7 +35,7 @@ PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # pixels from 0 to 1;
 BATCH, DECAY = 32, 0.01
 LR, LR_SUPERVISED, LR_SAME_ROWS = 4e-3, 2e-3, 4e-3  # the best of `settings`; of two that are equal, the lower
 LRS = (1e-3, 2e-3, 4e-3)
-STEPS, BROKEN_STEPS, SETTINGS_STEPS, PATIENT_STEPS = 400, 200, 300, 600
+STEPS, BROKEN_STEPS, SETTINGS_STEPS, PATIENT_STEPS = 400, 400, 300, 1000
 NUM_TRAIN, NUM_TEST, HELD_OUT = 3000, 1000, 600
 PHOTOGRAPHS, PHOTOGRAPH_STEPS, PHOTOGRAPH_WIDTH = (10000, 2000), 500, 24
 EVERY = 10  # steps that a point of a curve averages
@@ -323,7 +323,7 @@ def break_it(seeds: list[int]) -> None:
 
 
 def patience(seeds: list[int]) -> None:
-    """One rotation for each image, for three times the steps of `break`: the curve, and the figures at its end."""
+    """One rotation for each image, for many more steps than `break` takes: the curve, and the figures at its end."""
     curves: Table = {}
     for seed in seeds:
         row, curve = broken_run(ONE_EACH, 1 + seed, PATIENT_STEPS, shapes(1 + seed))
