@@ -19,7 +19,7 @@ line that lists what was compared, or raises `CheckFailed` with the message of t
 values. A stub (it returns `...` or raises NotImplementedError) is reported as not written yet and raises nothing, so
 that a chapter with unsolved exercises runs to its end.
 
-One test (`tests/book/test_exercises.py`) proves of every exercise what the declaration promises.
+One test (`tests/book/test_chapter_exercises.py`) proves of every exercise what the declaration promises.
 """
 
 import functools
