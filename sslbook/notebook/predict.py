@@ -18,13 +18,13 @@ RIGHT, WRONG = "✓", "✗"
 # Inline, not a <script>: notebooks insert outputs by innerHTML, which runs handlers but no scripts.
 _CHOOSE = """
 var box=this.closest('.sslbook-predict'),at=[].indexOf.call(box.querySelectorAll('button'),this),
-told=box.querySelectorAll('details dd')[at],right=told.textContent.trim().charAt(0)==='✓';
+answer=box.querySelectorAll('details dd')[at],right=answer.textContent.trim().charAt(0)==='✓';
 this.setAttribute('aria-pressed','true');
 this.style.borderWidth='2px';
 this.style.borderStyle=right?'solid':'dashed';
 this.style.borderColor=right?'#009e73':'#d55e00';
 this.querySelector('.mark').textContent=right?'✓':'✗';
-this.nextElementSibling.innerHTML=told.innerHTML
+this.nextElementSibling.innerHTML=answer.innerHTML
 """.replace("\n", "")
 
 _BUTTON = (

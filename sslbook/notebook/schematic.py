@@ -1,4 +1,4 @@
-"""Schematics of methods in one drawing vocabulary: what becomes of an image on its way to the loss.
+"""Schematics of methods in one vocabulary of symbols: what becomes of an image on its way to the loss.
 
 A diagram is a grid of nodes (columns to the right, rows downwards, fractions allowed) and arrows between them. It
 shows itself as SVG in the page's own text color, so it reads in light and in dark; on a phone it scrolls rather than
@@ -14,53 +14,33 @@ shrink its letters below ten pixels.
 """
 
 import html
-from dataclasses import dataclass, field
 
 from sslbook.errors import UserError
 from sslbook.notebook import numbering, style
-
-COLUMN, ROW = 112.0, 108.0  # distance of two nodes, in the page's pixels
-SIZE, LEAST = 13.5, 10.5  # of the letters, and how small they may shrink
-MARGIN = 10.0
-LETTER = 0.6  # width of a letter on average, in its size; generous
-KEPT, THROWN, EMA, STOP, LOSS = style.GREEN, style.ORANGE, style.VIOLET, style.ORANGE, style.BLUE
-SIDES = ("right", "left", "top", "bottom")
-
-
-@dataclass(eq=False)
-class Node:
-    """A thing in a diagram, with its center and its size in the page's pixels.
-
-    Args:
-        kind: a word of the vocabulary, as the legend names it.
-        x: of the center.
-        y: of the center.
-        width: of the drawing, without its label.
-        height: of the drawing.
-        label: below it; lines are parted by a line break.
-        kept: whether it is what training is for.
-        thrown: whether it is thrown away after training.
-    """
-
-    kind: str
-    x: float
-    y: float
-    width: float
-    height: float
-    label: str = ""
-    kept: bool = False
-    thrown: bool = False
-    parts: list[str] = field(default_factory=list, repr=False)
-
-    def port(self, side: str, gap: float = 5.0) -> tuple[float, float]:
-        """Where an arrow touches this side; below, it leaves room for the label."""
-        room = gap + (_text_height(self) if side == "bottom" else 0.0)
-        return {
-            "right": (self.x + self.width / 2 + gap, self.y),
-            "left": (self.x - self.width / 2 - gap, self.y),
-            "top": (self.x, self.y - self.height / 2 - gap),
-            "bottom": (self.x, self.y + self.height / 2 + room),
-        }[side]
+from sslbook.notebook.schematic_parts import (
+    COLUMN,
+    EMA,
+    INK,
+    KEPT,
+    LEAST,
+    LETTER,
+    LOSS,
+    MARGIN,
+    ROW,
+    SIDES,
+    SIZE,
+    STOP,
+    THROWN,
+    Box,
+    Node,
+    legend,
+    middle,
+    scene,
+    step,
+    stroke,
+    text_box,
+    word,
+)
 
 
 class Diagram:
@@ -87,20 +67,20 @@ class Diagram:
         self.nodes: list[Node] = []
         self.lines: list[str] = []
         self.marks: dict[str, None] = {}  # the lines that need an explanation, in order of use
-        self.boxes: list[tuple[float, float, float, float]] = []  # of all text: left, top, right, bottom
+        self.boxes: list[Box] = []  # of all text: left, top, right, bottom
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def image(self, column: float, row: float, label: str = "image", **marks: bool) -> Node:
         """An image: a frame with a hill and a sun."""
         node = self._node("image", column, row, 52, 52, label, marks)
-        node.parts += _scene(node, (0.42, 0.45), (0.75, 0.25), 0.09)
+        node.parts += scene(node, (0.42, 0.45), (0.75, 0.25), 0.09)
         return node
 
     def view(self, column: float, row: float, label: str = "view", **marks: bool) -> Node:
         """A view: a smaller part of the image, in which its things are larger."""
         node = self._node("view", column, row, 42, 42, label, marks)
-        node.parts += _scene(node, (0.62, 0.3), (0.24, 0.3), 0.13)
+        node.parts += scene(node, (0.62, 0.3), (0.24, 0.3), 0.13)
         return node
 
     def patches(
@@ -122,11 +102,11 @@ class Diagram:
                 x, y = left + j * side, top + i * side
                 fill = 'fill="currentColor" fill-opacity=".55"' if seen == "1" else 'fill="none"'
                 node.parts.append(
-                    f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" {fill} {_INK}/>'
+                    f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" {fill} {INK}/>'
                 )
                 if seen == "0":
                     d = f"M{x + 3:.1f} {y + side - 3:.1f}L{x + side - 3:.1f} {y + 3:.1f}"
-                    node.parts.append(f'<path d="{d}" {_INK} stroke-opacity=".5"/>')
+                    node.parts.append(f'<path d="{d}" {INK} stroke-opacity=".5"/>')
         return node
 
     def network(
@@ -154,7 +134,7 @@ class Diagram:
             y = node.y - 28 + 14 * i
             node.parts.append(
                 f'<rect x="{node.x - 7:.1f}" y="{y:.1f}" width="14" height="14" fill="currentColor" '
-                f'fill-opacity="{depth}" {_INK}/>'
+                f'fill-opacity="{depth}" {INK}/>'
             )
         return node
 
@@ -165,7 +145,7 @@ class Diagram:
         node = self._node("loss", column, row, width, 18 + 17 * len(lines), "", marks)
         node.parts.append(
             f'<rect x="{node.x - width / 2:.1f}" y="{node.y - node.height / 2:.1f}" width="{width:.1f}" '
-            f'height="{node.height:.1f}" rx="12" fill="none" {_stroke(LOSS, 2)}/>'
+            f'height="{node.height:.1f}" rx="12" fill="none" {stroke(LOSS, 2)}/>'
         )
         node.parts += self._words(lines, node.x, node.y - 8.5 * len(lines) + 13)
         return node
@@ -218,9 +198,9 @@ class Diagram:
         right, bottom = max(b[2] for b in boxes) + MARGIN, max(b[3] for b in boxes) + MARGIN
         if self.title:
             top -= 22
-            body.append(_word(self.title, (left + right) / 2, top + 16, bold=True))
+            body.append(word(self.title, (left + right) / 2, top + 16, bold=True))
         if self.legend and (keys := self._keys()):
-            more, bottom, right = _legend(keys, left + MARGIN, right, bottom + 14)
+            more, bottom, right = legend(keys, left + MARGIN, right, bottom + 14)
             body += more
         width, height = right - left, bottom - top
         shown = f"width:{width:.0f}px;min-width:{width * LEAST / SIZE:.0f}px;max-width:100%"
@@ -258,21 +238,21 @@ class Diagram:
         y = node.y
         d = f"M{left:.1f} {y - tall:.1f}L{right:.1f} {y - low:.1f}V{y + low:.1f}L{left:.1f} {y + tall:.1f}Z"
         outline = {
-            "network": f'fill="currentColor" fill-opacity=".09" {_INK}',
-            "frozen network": f'fill="none" {_INK}',
-            "EMA network": f'fill="none" {_stroke(EMA, 2)} stroke-dasharray="2 3"',
+            "network": f'fill="currentColor" fill-opacity=".09" {INK}',
+            "frozen network": f'fill="none" {INK}',
+            "EMA network": f'fill="none" {stroke(EMA, 2)} stroke-dasharray="2 3"',
         }[kind]
         node.parts.append(f'<path d="{d}" stroke-linejoin="round" {outline}/>')
         if kind == "frozen network":
             for i in range(1, 6):
                 x = left + 52 * i / 6
                 half = tall + (low - tall) * i / 6
-                node.parts.append(f'<path d="M{x:.1f} {y - half:.1f}V{y + half:.1f}" {_INK} stroke-opacity=".35"/>')
+                node.parts.append(f'<path d="M{x:.1f} {y - half:.1f}V{y + half:.1f}" {INK} stroke-opacity=".35"/>')
         if symbol:
-            node.parts.append(_word(symbol, node.x, y + 5.5, size=17, italic=True))
+            node.parts.append(word(symbol, node.x, y + 5.5, size=17, italic=True))
         return node
 
-    def _caption_of(self, node: Node, boxes: list[tuple[float, float, float, float]]) -> list[str]:
+    def _caption_of(self, node: Node, boxes: list[Box]) -> list[str]:
         """Label and mark of a node, below it."""
         lines = node.label.split("\n") if node.label else []
         y = node.y + node.height / 2 + 16 + (6 if node.kept or node.thrown else 0)
@@ -280,20 +260,18 @@ class Diagram:
         y += 16 * len(lines)
         for on, text, color in ((node.kept, "✓ kept", KEPT), (node.thrown, "✗ thrown away", THROWN)):
             if on:
-                words.append(_word(text, node.x, y, color=color, size=12.5))
-                boxes.append(_box(text, node.x, y))
+                words.append(word(text, node.x, y, color=color, size=12.5))
+                boxes.append(text_box(text, node.x, y))
                 around = f'x="{node.x - node.width / 2 - 5:.1f}" y="{node.y - node.height / 2 - 5:.1f}" '
                 around += f'width="{node.width + 10:.1f}" height="{node.height + 10:.1f}"'
                 dash = "" if node.kept else ' stroke-dasharray="7 4"'
-                words.append(f'<rect {around} rx="5" fill="none" {_stroke(color, 2)}{dash}/>')
+                words.append(f'<rect {around} rx="5" fill="none" {stroke(color, 2)}{dash}/>')
         return words
 
-    def _words(
-        self, lines: list[str], x: float, y: float, boxes: list[tuple[float, float, float, float]] | None = None
-    ) -> list[str]:
+    def _words(self, lines: list[str], x: float, y: float, boxes: list[Box] | None = None) -> list[str]:
         for i, line in enumerate(lines):
-            (self.boxes if boxes is None else boxes).append(_box(line, x, y + 16 * i))
-        return [_word(line, x, y + 16 * i) for i, line in enumerate(lines)]
+            (self.boxes if boxes is None else boxes).append(text_box(line, x, y + 16 * i))
+        return [word(line, x, y + 16 * i) for i, line in enumerate(lines)]
 
     def _arrow(
         self,
@@ -318,24 +296,24 @@ class Diagram:
             end.port(into, 9.0 if end.kept or end.thrown else 5.0),
         )
         reach = 0.5 * max(abs(x2 - x1), abs(y2 - y1))
-        (ax, ay), (bx, by) = (_step(side, reach) for side in (out, into))
+        (ax, ay), (bx, by) = (step(side, reach) for side in (out, into))
         points = (x1, y1), (x1 + ax, y1 + ay), (x2 + bx, y2 + by), (x2, y2)
         straight = (abs(y1 - y2) < 1 and ax * (x2 - x1) > 0) or (abs(x1 - x2) < 1 and ay * (y2 - y1) > 0)
         curve = "L" if straight else f"C{points[1][0]:.1f} {points[1][1]:.1f} {points[2][0]:.1f} {points[2][1]:.1f} "
-        ink = _stroke(color, thick)
+        ink = stroke(color, thick)
         dashed = f' stroke-dasharray="{dash}" stroke-linecap="round"' if dash else ""
         self.lines.append(f'<path d="M{x1:.1f} {y1:.1f}{curve}{x2:.1f} {y2:.1f}" fill="none" {ink}{dashed}/>')
-        dx, dy = _step(into, 8.0)
+        dx, dy = step(into, 8.0)
         side = (dy * 0.5, -dx * 0.5)
         tip = f"M{x2 + dx + side[0]:.1f} {y2 + dy + side[1]:.1f}L{x2:.1f} {y2:.1f}"
         tip += f"L{x2 + dx - side[0]:.1f} {y2 + dy - side[1]:.1f}"
         self.lines.append(f'<path d="{tip}" fill="none" stroke-linejoin="round" {ink}/>')
-        (mx, my), (tx, ty) = _middle(points)
+        (mx, my), (tx, ty) = middle(points)
         if stop:
             for offset in (-3.0, 3.0):
                 cx, cy = mx + tx * offset, my + ty * offset
                 bar = f"M{cx - ty * 9:.1f} {cy + tx * 9:.1f}L{cx + ty * 9:.1f} {cy - tx * 9:.1f}"
-                self.lines.append(f'<path d="{bar}" fill="none" {_stroke(STOP, 2.6)}/>')
+                self.lines.append(f'<path d="{bar}" fill="none" {stroke(STOP, 2.6)}/>')
         if label:
             self._label(label, mx, my, tx, ty, 14.0 if stop else 7.0)
 
@@ -350,103 +328,10 @@ class Diagram:
         for i, line in enumerate(lines):
             at = middle + 16 * (i - (len(lines) - 1) / 2)
             start, wide = x + away + 3 if upright else x - away, LETTER * SIZE * len(line)
-            self.lines.append(_word(line, start, at, anchor="start" if upright else "end"))
+            self.lines.append(word(line, start, at, anchor="start" if upright else "end"))
             left = start if upright else start - wide
             self.boxes.append((left, at - SIZE, left + wide, at + 4))
 
     def _keys(self) -> list[str]:
         kinds = {node.kind: None for node in self.nodes if node.kind in ("frozen network", "EMA network")}
         return [*kinds, *self.marks]
-
-
-_INK = 'stroke="currentColor" stroke-width="1.4"'
-
-
-def _stroke(color: str, width: float) -> str:
-    if color == "currentColor":
-        return f'stroke="currentColor" stroke-width="{width}"'
-    return f'stroke="{color}" style="stroke:{style.mixed(color)}" stroke-width="{width}"'
-
-
-def _word(
-    text: str,
-    x: float,
-    y: float,
-    *,
-    size: float = SIZE,
-    color: str = "",
-    bold: bool = False,
-    italic: bool = False,
-    anchor: str = "middle",
-) -> str:
-    more = f' fill="{color}" style="fill:{style.mixed(color)}"' if color else ""
-    more += ' font-weight="600"' if bold else ""
-    more += ' font-style="italic" font-family="Georgia,\'Times New Roman\',serif"' if italic else ""
-    more += f' font-size="{size}"' if size != SIZE else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{html.escape(text)}</text>'
-
-
-def _box(text: str, x: float, y: float) -> tuple[float, float, float, float]:
-    half = LETTER * SIZE * len(text) / 2
-    return x - half, y - SIZE, x + half, y + 4
-
-
-def _text_height(node: Node) -> float:
-    lines = len(node.label.split("\n")) if node.label else 0
-    marked = node.kept or node.thrown
-    return 16.0 * (lines + marked) + (6.0 if lines or marked else 0.0) + (4.0 if marked else 0.0)
-
-
-def _scene(node: Node, peak: tuple[float, float], sun: tuple[float, float], size: float) -> list[str]:
-    """A frame with a hill and a sun; the peak and the sun's center and size are fractions of the side."""
-    x, y, w, h = node.x - node.width / 2, node.y - node.height / 2, node.width, node.height
-    hill = f"M{x + 1:.1f} {y + h - 1:.1f}L{x + w * peak[0]:.1f} {y + h * peak[1]:.1f}L{x + w - 1:.1f} {y + h - 1:.1f}Z"
-    place = f'cx="{x + w * sun[0]:.1f}" cy="{y + h * sun[1]:.1f}" r="{w * size:.1f}"'
-    frame = f'x="{x:.1f}" y="{y:.1f}" width="{w}" height="{h}" rx="3"'
-    return [
-        f'<rect {frame} fill="currentColor" fill-opacity=".07" {_INK}/>',
-        f'<path d="{hill}" fill="currentColor" fill-opacity=".4" stroke-linejoin="round"/>',
-        f'<circle {place} fill="currentColor" fill-opacity=".55"/>',
-    ]
-
-
-def _step(side: str, length: float) -> tuple[float, float]:
-    """A step of this length outwards from a side."""
-    return {"right": (length, 0.0), "left": (-length, 0.0), "top": (0.0, -length), "bottom": (0.0, length)}[side]
-
-
-def _middle(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The middle of a cubic curve, and the unit vector along it there."""
-    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = points
-    middle = (x0 + 3 * x1 + 3 * x2 + x3) / 8, (y0 + 3 * y1 + 3 * y2 + y3) / 8
-    along = x3 + x2 - x1 - x0, y3 + y2 - y1 - y0
-    length = max(1e-9, (along[0] ** 2 + along[1] ** 2) ** 0.5)
-    return middle, (along[0] / length, along[1] / length)
-
-
-def _legend(keys: list[str], left: float, right: float, top: float) -> tuple[list[str], float, float]:
-    """Marks and their names in a line that wraps; also the lower and the right end."""
-    parts, x, y, end = [], left, top, right
-    for key in keys:
-        wide = 34 + LETTER * SIZE * len(key)
-        if x > left and x + wide > right:
-            x, y = left, y + 22
-        middle = y + 6
-        if key == "stop-gradient":
-            parts.append(f'<path d="M{x:.1f} {middle:.1f}h26" fill="none" {_stroke("currentColor", 1.6)}/>')
-            for shift in (10, 16):
-                parts.append(f'<path d="M{x + shift:.1f} {middle - 7:.1f}v14" fill="none" {_stroke(STOP, 2.6)}/>')
-        elif key == "EMA of the weights":
-            dots = f'stroke-dasharray="1 5" stroke-linecap="round" {_stroke(EMA, 2.4)}'
-            parts.append(f'<path d="M{x:.1f} {middle:.1f}h26" fill="none" {dots}/>')
-        else:
-            shape = f'd="M{x + 3:.1f} {middle - 8:.1f}l20 3v10l-20 3z"'
-            ema = f'{_stroke(EMA, 2)} stroke-dasharray="2 3"'
-            parts.append(f'<path {shape} fill="none" {ema if key == "EMA network" else _INK}/>')
-            if key == "frozen network":
-                lines = "".join(f"M{x + 3 + i:.1f} {middle - 7:.1f}v14" for i in (5, 10, 15))
-                parts.append(f'<path d="{lines}" {_INK} stroke-opacity=".35"/>')
-        parts.append(_word(key, x + 33, middle + 4.5, anchor="start"))
-        x += wide + 22
-        end = max(end, x - 22 + MARGIN)
-    return parts, y + 22, end

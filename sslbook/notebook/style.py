@@ -224,7 +224,7 @@ def mixed(color: str) -> str:
 
 
 class _Renderer(RendererAgg):
-    """Draws a figure without the text that a page sets itself, and remembers that text."""
+    """Renders a figure without the text that a page sets itself, and remembers that text."""
 
     def __init__(self, width: float, height: float, dpi: float):
         super().__init__(width, height, dpi)
@@ -232,7 +232,7 @@ class _Renderer(RendererAgg):
 
     def draw_text(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
         color = to_hex(gc.get_rgb())
-        if color not in (GRAY, TEXT, *COLORS):  # on a ground of its own, such as a label's box
+        if color not in (GRAY, TEXT, *COLORS):  # on a background of its own, such as a label's box
             return super().draw_text(gc, x, y, s, prop, angle, ismath, mtext)
         scale = 96 / self.dpi
         width, _, _ = self.get_text_width_height_descent(s, prop, ismath)

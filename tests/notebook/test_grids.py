@@ -60,7 +60,7 @@ def test_text_that_a_page_sets_is_no_part_of_the_image():
     ax.set_axis_off()
     ax.text(0.5, 0.5, "page", transform=ax.transAxes)
     assert image_of(figure).getextrema()[3] == (0, 0)  # not one opaque pixel
-    ax.text(0.5, 0.5, "own", color="#000000", transform=ax.transAxes)  # on a ground of its own, such as an image
+    ax.text(0.5, 0.5, "own", color="#000000", transform=ax.transAxes)  # on a background of its own, such as an image
     assert image_of(figure).getextrema()[3][1] == 255
     assert [word["text"] for word in words(figure)] == ["page"]
 

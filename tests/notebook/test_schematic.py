@@ -69,7 +69,7 @@ def test_the_legend_names_what_is_used_and_nothing_else():
     assert texts(quiet) == []
 
 
-def test_kept_and_thrown_away_are_told_in_words():
+def test_kept_and_thrown_away_stand_in_words():
     told = texts(diagrams.byol())
     assert told.count("✓ kept") == 1
     assert told.count("✗ thrown away") == 2
