@@ -1,7 +1,7 @@
 """Real runs on Shapes, healthy and not, for the page *Reading the curves*; a few minutes on one CPU core.
 
-    python book/background/curves.py            trains them all, writes the result `curves` and draws it
-    python book/background/curves.py --draw     draws the stored result into `book/background/curves/`
+    python book/background/curves.py            trains them all, writes the result `curves` and plots it
+    python book/background/curves.py --plot     plots the stored result into `book/background/curves/`
 
 All runs of a family differ in one option only. What is measured besides the method's own metrics comes from a hook,
 `EffectiveRank`, which any run can use:
@@ -41,7 +41,7 @@ from sslbook.notebook import style
 from sslbook.schedules import Cosine, Warmup
 
 BATCH, EVERY = 32, 3  # EVERY: epochs between measurements
-STEPS = {"teacher": 700, "self-distillation": 700}  # learn more slowly than the others
+STEPS = {"teacher": 500, "self-distillation": 500}  # learn more slowly than the others
 IMAGES = Shapes(num_train=1000, num_test=300, background=0, position=0.6, scale=0.6, lighting=0, noise=0.3)
 VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.5), grayscale=0.2)
 WHOLE = View(size=16, crop=None, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -49,25 +49,25 @@ WHOLE = View(size=16, crop=None, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 def simclr(**options: Any) -> Method:
     return SimCLR(
-        ConvNet(16), **{"view": VIEW, "temperature": 0.2, "projector_num_layers": 2, "projector_dim": 64, **options}
+        ConvNet(8), **{"view": VIEW, "temperature": 0.2, "projector_num_layers": 2, "projector_dim": 64, **options}
     )
 
 
 def byol(**options: Any) -> Method:
-    return BYOL(ConvNet(16), VIEW, VIEW, hidden_dim=128, projector_dim=32, **{"momentum": 0.9, **options})
+    return BYOL(ConvNet(8), VIEW, VIEW, hidden_dim=128, projector_dim=32, **{"momentum": 0.9, **options})
 
 
 def dino(**options: Any) -> Method:
     temperature = options.pop("teacher_temperature", 0.04)
     return DINO(
-        ConvNet(16), VIEW, VIEW, num_local=0, hidden_dim=128, bottleneck_dim=32, num_outputs=64, head_batch_norm=True,
-        teacher_temperature=temperature, teacher_temperature_start=temperature, momentum=0.95, freeze_last_layer=0,
+        ConvNet(8), VIEW, VIEW, num_local=0, hidden_dim=256, bottleneck_dim=64, num_outputs=256, head_batch_norm=True,
+        teacher_temperature=temperature, teacher_temperature_start=temperature, momentum=0.99, freeze_last_layer=0,
         **options,
     )  # fmt: skip
 
 
 def vicreg(**options: Any) -> Method:
-    return VICReg(ConvNet(16), VIEW, VIEW, hidden_dim=128, projector_dim=64, projector_num_layers=2, **options)
+    return VICReg(ConvNet(8), VIEW, VIEW, hidden_dim=128, projector_dim=64, projector_num_layers=2, **options)
 
 
 def mae(**options: Any) -> Method:
@@ -212,7 +212,7 @@ def train(make: Any, lr: float, data: Data, options: dict[str, Any], steps: int)
     return curves
 
 
-# -- drawing -----------------------------------------------------------------------------------------------------------
+# -- plotting ----------------------------------------------------------------------------------------------------------
 
 PANELS = {"loss": "loss", "knn": "knn (%)", "backbone_std": "backbone_std", "effective_rank": "effective_rank"}
 LINES = {
@@ -234,7 +234,7 @@ def alt(family: str, states: Mapping[str, Mapping[str, list]]) -> str:
     return f"Four curves of four runs of the family {family}. At the end, {'; '.join(ends)}."
 
 
-def draw(family: str, states: Mapping[str, Mapping[str, list]]) -> str:
+def plot(family: str, states: Mapping[str, Mapping[str, list]]) -> str:
     """The family's curves as HTML: loss, kNN accuracy, standard deviation and effective rank."""
     fig, axes = style.figure(alt(family, states), 2, 2, height=4.6, caption=CAPTIONS[family], sharex=True)
     for ax, (name, label) in zip(axes.flat, PANELS.items()):
@@ -264,11 +264,11 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, list]]], family: str) ->
     return results.Table(rows, digits=2, note=results.load("curves").origin())
 
 
-def draw_all() -> None:
+def plot_all() -> None:
     found = results.load("curves").values
     for family, states in found.items():
         name = family.lower().replace(" ", "_").replace("-", "_")
-        write_text(FOLDER / f"{name}.html", draw(family, states) + "\n")
+        write_text(FOLDER / f"{name}.html", plot(family, states) + "\n")
         write_text(FOLDER / f"{name}_table.html", table(found, family)._repr_html_() + "\n")
 
 
@@ -280,23 +280,23 @@ def save(found: dict[str, dict[str, dict[str, list]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="draw the stored result, train nothing")
+    parser.add_argument("--plot", action="store_true", help="plot the stored result, train nothing")
     parser.add_argument("--only", nargs="*", default=[], help="FAMILY/STATE: try these, write no result")
     arguments = parser.parse_args()
-    if not arguments.draw:
+    if not arguments.plot:
         data, found = Remembered(shapes=IMAGES), {family: {} for family in FAMILIES}
         for state in ORDER:
             for family, (make, lr, states) in FAMILIES.items():
                 if state not in states or (arguments.only and f"{family}/{state}" not in arguments.only):
                     continue
-                run = found[family][state] = train(make, lr, data, states[state], STEPS.get(family, 400))
+                run = found[family][state] = train(make, lr, data, states[state], STEPS.get(family, 300))
                 last = {name: round(values[-1][1], 3) for name, values in run.items()}
                 print(f"{family:18} {state:17} first kNN {run['knn'][0][1]:.1f}; last {last}", flush=True)
                 if not arguments.only:
                     save(found)
         if arguments.only:
             return
-    draw_all()
+    plot_all()
 
 
 if __name__ == "__main__":
