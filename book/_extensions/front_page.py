@@ -158,7 +158,8 @@ class FrontSchematic(Directive):
     """The schematic as SVG in the colors of the page."""
 
     def run(self) -> list[nodes.Node]:
-        return [nodes.raw("", schematic()._repr_html_(), format="html")]
+        shown = f'<div class="front-schematic">{schematic()._repr_html_()}</div>'
+        return [nodes.raw("", shown, format="html")]
 
 
 # -- cards -------------------------------------------------------------------------------------------------------------
