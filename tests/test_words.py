@@ -81,7 +81,10 @@ READERS = {
     "recipes": (recipe_texts, ["sslbook/recipes/**/*.yaml"]),
     "tests": (names_of_tests, ["tests/**/test_*.py"]),
     "chapters": (notebook_texts, ["book/chapters/*/chapter.ipynb"]),
-    "pages": (page_texts, ["README.md", "CONTRIBUTING.md", "FAITHFULNESS.md", "book/*.md", "book/reference/*.md"]),
+    "pages": (
+        page_texts,
+        ["README.md", "CONTRIBUTING.md", "FAITHFULNESS.md", "book/*.md", "book/background/*.md", "book/reference/*.md"],
+    ),
 }
 
 
