@@ -42,7 +42,7 @@ TINY_SHAPES = Shapes(num_train=4000, num_test=1000, **EASY)
 OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1, **EASY)  # settings are chosen on these
 BATCH, LR, LR_SUPERVISED = 32, 1.5e-3, 1e-3  # of `settings`; MAE has no best one there, so the smallest
 LRS = {"MAE": (1.5e-3, 3e-3, 6e-3), "supervised": (5e-4, 1e-3, 2e-3)}
-STEPS = {"settings": 250, "shapes": 4000, "sabotage": 600, "photographs": 900}
+STEPS = {"settings": 250, "shapes": 4000, "sabotage": 600, "photographs": 6000}
 LONG_STEPS, LONG_BATCH, LONG_LR = 6000, 128, 1.5e-3  # of the stored checkpoint
 LABELS, FINE_TUNING_STEPS = 300, 200
 DIM, PHOTOGRAPH_DIM, PHOTOGRAPHS, LR_PHOTOGRAPHS = 64, 96, (6000, 1000), 3e-3
