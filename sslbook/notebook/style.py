@@ -289,7 +289,7 @@ def encode(fig: matplotlib.figure.Figure, dpi: float = DPI) -> tuple[str, str]:
         fig.draw(renderer)
     image = Image.frombytes("RGBA", (int(width), int(height)), bytes(renderer.buffer_rgba()))
     coded = []
-    for options in ({"lossless": True}, {"quality": 85}):
+    for options in ({"lossless": True}, {"quality": 75}):
         file = io.BytesIO()
         image.save(file, "WEBP", **options)
         coded.append(file.getvalue())
