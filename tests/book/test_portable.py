@@ -335,6 +335,20 @@ def test_cells_are_folded_for_every_frontend(small: Labels):
     assert settles.outputs[0]["text"] == "3\n"
 
 
+@pytest.mark.parametrize(
+    ("source", "title"),
+    [
+        ("predict(\n    '?', {}, answer='a')", "Predict first"),
+        ("import math\nfrom torch import nn", "Imports"),
+        ("plots.grid(images, alt='Four images.')", "The code of the figure"),
+        ("figures.schematic()", "The code of the figure"),
+        ("table = 3", "Code to skip"),
+    ],
+)
+def test_a_folded_cell_says_what_it_is(source: str, title: str):
+    assert build.fold_title(source) == title
+
+
 def test_a_gpu_is_asked_for_where_the_chapter_uses_one(small: Labels):
     second, first = (
         build.portable(small.pages[f"book/chapters/{name}/chapter"], small) for name in ("second", "first")

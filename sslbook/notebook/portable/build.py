@@ -110,7 +110,7 @@ def _code(v4: Any, cell: dict[str, Any], writer: Writer, stubs: set[str]) -> Any
     metadata: dict[str, Any] = {"tags": ["raises-exception"]} if "raises-exception" in tags else {}
     hide_input = bool(tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"})
     hide_output = bool(tags & {"hide-output", "hide-cell", "remove-output", "remove-cell"})
-    title = "Predict first" if re.search(r"^predict\(", source, re.M) else "Code that need not be read"
+    title = fold_title(source)
     if writer.solution is not None:
         hide_input = hide_output = True
         title = f"Solution to {writer.shown(writer.solution)}"
@@ -126,6 +126,15 @@ def _code(v4: Any, cell: dict[str, Any], writer: Writer, stubs: set[str]) -> Any
     made = v4.new_code_cell(source, metadata=metadata)
     made["outputs"], made["execution_count"] = outputs, cell.get("execution_count") if outputs else None
     return made
+
+
+def fold_title(source: str) -> str:
+    """What stands on a folded cell."""
+    if re.search(r"^predict\(", source, re.M):
+        return "Predict first"
+    if re.match(r"(import|from) ", source):
+        return "Imports"
+    return "The code of the figure" if re.search(r"\b(caption|alt)=|\bfigures\.", source) else "Code to skip"
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
