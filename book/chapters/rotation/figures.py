@@ -120,8 +120,8 @@ def by_shape(accuracies: Sequence[float]) -> style.Figure:
         f"The star's rotation accuracy is {accuracies[STAR]:.0f} %, that of the others {least:.0f} % or more.",
         height=3.4,
         name="rotation.by_shape",
-        caption="Rotation accuracy of each shape on test images. Only the star is below its bound of 50 % (dotted), "
-        "which holds for no other shape.",
+        caption="Rotation accuracy of each shape on test images. The star is lowest; its bound is 50 % (dotted), and "
+        "100 % for every other shape.",
     )
     colors = [style.ORANGE if c == STAR else style.BLUE for c in order]
     ax.barh([Shapes.class_names[c] for c in order], [accuracies[c] for c in order], color=colors)
