@@ -1,6 +1,7 @@
 """Real runs on Shapes, healthy and not, for the page *Reading the curves*; a few minutes on one CPU core.
 
-    python book/background/curves.py            trains them all, writes the result `curves` and plots it
+    python book/background/curves.py            trains them all, writes the result `curves` and plots it; goes on
+                                                with what a stopped command has stored
     python book/background/curves.py --plot     plots the stored result into `book/background/curves/`
 
 All runs of a family differ in one option only. What is measured besides the method's own metrics comes from a hook,
@@ -32,16 +33,16 @@ from sslbook.evaluation import extract_features, knn
 from sslbook.evaluation.features import evaluation_view
 from sslbook.methods.base import Method
 from sslbook.methods.byol import BYOL
-from sslbook.methods.dino import DINO
 from sslbook.methods.mae import MAE
 from sslbook.methods.simclr import SimCLR
+from sslbook.methods.swav import SwAV
 from sslbook.methods.vicreg import VICReg
 from sslbook.nn import ConvNet, VisionTransformer
 from sslbook.notebook import style
 from sslbook.schedules import Cosine, Warmup
 
 BATCH, EVERY = 32, 3  # EVERY: epochs between measurements
-STEPS = {"teacher": 500, "self-distillation": 500}  # learn more slowly than the others
+STEPS = {"teacher": 500}  # learns more slowly than the others
 IMAGES = Shapes(num_train=1000, num_test=300, background=0, position=0.6, scale=0.6, lighting=0, noise=0.3)
 VIEW = View(size=16, crop=(0.3, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.5), grayscale=0.2)
 WHOLE = View(size=16, crop=None, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -57,13 +58,9 @@ def byol(**options: Any) -> Method:
     return BYOL(ConvNet(8), VIEW, VIEW, hidden_dim=128, projector_dim=32, **{"momentum": 0.9, **options})
 
 
-def dino(**options: Any) -> Method:
-    temperature = options.pop("teacher_temperature", 0.04)
-    return DINO(
-        ConvNet(8), VIEW, VIEW, num_local=0, hidden_dim=256, bottleneck_dim=64, num_outputs=256, head_batch_norm=True,
-        teacher_temperature=temperature, teacher_temperature_start=temperature, momentum=0.99, freeze_last_layer=0,
-        **options,
-    )  # fmt: skip
+def swav(**options: Any) -> Method:
+    sizes = {"num_small": 0, "hidden_dim": 128, "projector_dim": 32, "num_prototypes": 100}
+    return SwAV(ConvNet(8), VIEW, **{**sizes, "epsilon": 0.01, "freeze_prototypes": 0, **options})
 
 
 def vicreg(**options: Any) -> Method:
@@ -99,14 +96,14 @@ FAMILIES: dict[str, tuple[Any, float, dict[str, dict[str, Any]]]] = {
             "collapsed": {"predictor": nn.Identity(), "momentum": 0.0},
         },
     ),
-    "self-distillation": (
-        dino,
-        3e-3,
+    "clustering": (
+        swav,
+        5e-3,
         {
             "healthy": {},
-            "slow": {"lr": 3e-5},
-            "partly collapsed": {"teacher_temperature": 0.1},
-            "collapsed": {"center_momentum": 1.0},
+            "slow": {"lr": 5e-5},
+            "partly collapsed": {"lr": 0.5},
+            "collapsed": {"epsilon": 0.5},
         },
     ),
     "decorrelation": (
@@ -272,6 +269,19 @@ def plot_all() -> None:
         write_text(FOLDER / f"{name}_table.html", table(found, family)._repr_html_() + "\n")
 
 
+def stored() -> dict[str, dict[str, dict[str, list]]]:
+    """The runs of a command that was stopped, where their options are still the same."""
+    found: dict[str, dict[str, dict[str, list]]] = {family: {} for family in FAMILIES}
+    if (results.book() / "results" / "curves.json").is_file():
+        result = results.load("curves")
+        for family, states in FAMILIES.items():
+            for state, options in states[2].items():
+                run = result.values.get(family, {}).get(state)
+                if run and result.settings["changes"][family].get(state) == str(options):
+                    found[family][state] = run
+    return found
+
+
 def save(found: dict[str, dict[str, dict[str, list]]]) -> None:
     """After every run, so that a stopped command leaves what it has measured."""
     changes = {f: {state: str(options) for state, options in s.items()} for f, (_, _, s) in FAMILIES.items()}
@@ -284,10 +294,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="FAMILY/STATE: try these, write no result")
     arguments = parser.parse_args()
     if not arguments.plot:
-        data, found = Remembered(shapes=IMAGES), {family: {} for family in FAMILIES}
+        data, found = Remembered(shapes=IMAGES), stored()
         for state in ORDER:
             for family, (make, lr, states) in FAMILIES.items():
-                if state not in states or (arguments.only and f"{family}/{state}" not in arguments.only):
+                if (
+                    state not in states
+                    or state in found[family]
+                    or (arguments.only and f"{family}/{state}" not in arguments.only)
+                ):
                     continue
                 run = found[family][state] = train(make, lr, data, states[state], STEPS.get(family, 300))
                 last = {name: round(values[-1][1], 3) for name, values in run.items()}
