@@ -141,7 +141,18 @@ class Remembered(Data):
 
 
 FOLDER = Path(__file__).parent / "curves"
-CAPTIONS = {family: "" for family in FAMILIES}
+CAPTIONS = {
+    "contrastive": "SimCLR. The run with the lowest loss (`shortcut`, views without color jitter) has learned colors; the one "
+    "with a learning rate far too high uses a few directions only. Neither shows in the loss.",
+    "teacher": "BYOL. Without a predictor the loss falls to zero and says nothing; the effective rank of the features "
+    "falls with it.",
+    "clustering": "SwAV. Assignments that are too soft leave the loss where it began; a learning rate far too high leaves "
+    "few directions.",
+    "decorrelation": "VICReg. Without the variance term the loss is zero and the features are worthless; without the "
+    "covariance term they fill fewer directions.",
+    "masked": "MAE. The loss falls in every run but one; that one, with a learning rate far too high, stays on a plateau. "
+    "Nearest neighbors say little this early.",
+}
 
 
 def effective_rank(h: Float[Tensor, "n dim"]) -> float:
@@ -243,7 +254,7 @@ def plot(family: str, states: Mapping[str, Mapping[str, list]]) -> str:
     axes[0, 0].set_ylim(*limits([run["loss"] for run in states.values()]))
     for ax in axes[1]:
         ax.set_xlabel("step")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     return fig.html()
 
 
