@@ -1,4 +1,4 @@
-"""Figures of the chapter on MAE: the plotting code that a reader need not read, and the chapter's drawing."""
+"""Figures of the chapter on MAE: the plotting code that a reader need not read, and the chapter's schematic."""
 
 import matplotlib.figure
 import numpy as np
@@ -61,8 +61,8 @@ def line(
     return fig
 
 
-def edge(strips: Float[Tensor, "places pixels"], learned: Float[Tensor, "pixels"]) -> Image:
-    """A masked edge: some of its possible places, and what minimizes the squared error."""
+def edge(strips: Float[Tensor, "positions pixels"], learned: Float[Tensor, "pixels"]) -> Image:
+    """A masked edge: some of its possible positions, and what minimizes the squared error."""
     fig, ax = style.figure(
         height=2.2,
         alt="Sharp edges at several positions, and the mean of all sixteen, a ramp, which gradient descent finds.",
