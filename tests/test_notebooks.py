@@ -11,6 +11,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from sslbook.notebook import numbering
+
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*/chapter.ipynb"))
 LINES, COLUMNS, SIZE = 25, 88, 1_500_000
@@ -115,3 +117,40 @@ def test_the_chapter_has_one_title(chapter: Path):
     text = "\n\n".join(cell.source for _, cell in cells(chapter, "markdown"))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     assert len(re.findall(r"^# ", prose, re.M)) == 1
+
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "FAITHFULNESS.md")]
+PAGES += [path for path in sorted((ROOT / "book").rglob("*.md")) if "_build" not in path.parts]
+
+
+def swallowed(text: str) -> list[str]:
+    """Lines that MyST takes for a comment, since they begin with a percent sign; listings of code may hold them."""
+    return re.findall(r"^ {0,3}%.*$", re.sub(r"^(`{3,})[a-z]*\n.*?^\1`*$", "", text, flags=re.M | re.S), re.M)
+
+
+def test_a_comment_is_told_from_text():
+    assert swallowed("about 48\n% of all\n\n```sh\n%pip install\n```\n  % indented, and 3 % not") == [
+        "% of all",
+        "  % indented, and 3 % not",
+    ]
+
+
+@each_chapter
+def test_no_line_of_a_chapter_is_swallowed(chapter: Path):
+    assert [(i, line) for i, cell in cells(chapter, "markdown") for line in swallowed(cell.source)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_of_a_page_is_swallowed(page: Path):
+    assert swallowed(page.read_text(encoding="utf-8")) == []
+
+
+@each_chapter
+def test_figures_are_those_of_the_list_in_its_order(chapter: Path):
+    name = chapter.parent.name
+    html = "".join("".join(o.get("data", {}).get("text/html", "")) for _, cell in cells(chapter) for o in cell.outputs)
+    found = re.findall(r'<figure id="(fig-[\w-]+)"', html)
+    assert found == [numbering.anchor(figure) for figure in numbering.figures(name)]
+    numbers = re.findall(r"<strong>Figure ([\d.]+)\.</strong>", html)
+    assert numbers == [numbering.number(figure) for figure in numbering.figures(name)]
+    assert html.count("<figcaption") == len(found), "a figure has a caption but no name"

@@ -1,4 +1,4 @@
-"""Drawings of the chapter *Learning without labels*."""
+"""Figures of the chapter *Learning without labels*."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -139,7 +139,7 @@ def labels(rows: Mapping[str, Mapping[str, Sequence[float]]], **named: str) -> s
 
 
 def projections(dims: Sequence[int], found: Sequence[Sequence[float]], pixels: float, **named: str) -> style.Figure:
-    """kNN accuracy after random projections; `found` holds several draws for each number of dimensions."""
+    """kNN accuracy after random projections; `found` holds several samples for each number of dimensions."""
     values = np.array(found)
     alt = (
         f"Random projections approach the {pixels:.0f} % of the pixels: {values[0].mean():.0f} % in {dims[0]} "
