@@ -282,7 +282,7 @@ def photo_neighbors(photographs: Any, trained: Any, fresh: Any, queries: int = 5
 
 
 def schematic() -> Diagram:
-    """The method as a drawing: one image, its four rotations, one network, four labels that cost nothing."""
+    """The method as a schematic: one image, its four rotations, one network, four labels that cost nothing."""
     d = Diagram(
         name="rotation.schematic",
         alt="An image is rotated by 0, 90, 180 and 270 degrees. One backbone f turns each into features h, a linear head "
