@@ -10,10 +10,10 @@ from sslbook.notebook import plots, style
 from sslbook.notebook.schematic import Diagram
 
 FIGURES = (
-    "mae.schematic",
     "mae.images",
     "mae.filling",
     "mae.easier",
+    "mae.schematic",
     "mae.line",
     "mae.edge",
     "mae.two_losses",
