@@ -56,6 +56,7 @@ def pairs(a: Tensor, b: Tensor, found: float, cue: str, what: str) -> style.Figu
     shown = torch.stack([a[:5], b[:5]], 1).flatten(0, 1)
     alt = f"Five pairs of views, {what}. The {cue} finds {found:.0f} % of the positives among 256."
     fig = plots.grid(shown, columns=10, inch=0.6, pairs=True, alt=alt, caption=None)
+    fig.set_figheight(fig.get_figheight() + 0.35)  # room for the title, or the images shrink
     fig.suptitle(f"the {cue} finds {found:.0f} % of the positives", fontsize=11)
     return fig
 
