@@ -341,7 +341,7 @@ def test_cells_are_folded_for_every_frontend(small: Labels):
         ("predict(\n    '?', {}, answer='a')", "Predict first"),
         ("import math\nfrom torch import nn", "Imports"),
         ("plots.grid(images, alt='Four images.')", "The code of the figure"),
-        ("figures.schematic()", "The code of the figure"),
+        ("from sslbook.book.chapters.mae import figures\n\nfigures.schematic()", "The code of the figure"),
         ("table = 3", "Code to skip"),
     ],
 )

@@ -132,9 +132,9 @@ def fold_title(source: str) -> str:
     """What stands on a folded cell."""
     if re.search(r"^predict\(", source, re.M):
         return "Predict first"
-    if re.match(r"(import|from) ", source):
-        return "Imports"
-    return "The code of the figure" if re.search(r"\b(caption|alt)=|\bfigures\.", source) else "Code to skip"
+    if re.search(r"\b(caption|alt)=|\bfigures\.\w+\(", source):
+        return "The code of the figure"
+    return "Imports" if re.match(r"(import|from) ", source) else "Code to skip"
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
