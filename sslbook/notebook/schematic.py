@@ -57,9 +57,7 @@ class Diagram:
         UserError: no alt text, or no chapter lists the name.
     """
 
-    def __init__(
-        self, *, alt: str, caption: str | None = "", name: str | None = None, legend: bool = True, title: str = ""
-    ):
+    def __init__(self, *, alt: str, caption: str | None, name: str | None = None, legend: bool = True, title: str = ""):
         if not alt.strip():
             raise UserError("a schematic needs alt text: pass alt=...")
         self.alt, self.caption, self.name, self.legend, self.title = alt, caption, name, legend, title

@@ -123,8 +123,8 @@ class Sweep:
 def sweep(
     fn: Callable[..., matplotlib.figure.Figure],
     *,
-    caption: str | None = "",
-    name: Any = None,
+    caption: str | None,
+    name: str | None = None,
     default: Any = None,
     alt: str | Callable[..., str] | None = None,
     labels: dict[str, str] | None = None,
@@ -145,8 +145,6 @@ def sweep(
         UserError: no or too many values, a default that is none of them, no alt text, a name that no chapter lists, or
             frames of more than 300 kB together.
     """
-    if name is not None and not isinstance(name, str):  # a parameter of the plot that is called "name"
-        values, name = {"name": name, **values}, None
     listed = {key: [v.item() if hasattr(v, "item") else v for v in given] for key, given in values.items()}
     count = math.prod(map(len, listed.values()))
     if len(values) not in (1, 2) or not count:

@@ -106,7 +106,7 @@ def figure(
     width: float = 5.2,
     height: float = 3.0,
     *,
-    caption: str | None = "",
+    caption: str | None,
     name: str | None = None,
     least: float = 0.0,
     **subplots: Any,
