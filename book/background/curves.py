@@ -142,16 +142,16 @@ class Remembered(Data):
 
 FOLDER = Path(__file__).parent / "curves"
 CAPTIONS = {
-    "contrastive": "SimCLR. The run with the lowest loss (`shortcut`, views without color jitter) has learned colors; the one "
-    "with a learning rate far too high uses a few directions only. Neither shows in the loss.",
-    "teacher": "BYOL. Without a predictor the loss falls to zero and says nothing; the effective rank of the features "
-    "falls with it.",
-    "clustering": "SwAV. Assignments that are too soft leave the loss where it began; a learning rate far too high leaves "
-    "few directions.",
-    "decorrelation": "VICReg. Without the variance term the loss is zero and the features are worthless; without the "
-    "covariance term they fill fewer directions.",
-    "masked": "MAE. The loss falls in every run but one; that one, with a learning rate far too high, stays on a plateau. "
-    "Nearest neighbors say little this early.",
+    "contrastive": "SimCLR. Views without color jitter give a lower loss and poorer features; a learning rate far too high "
+    "leaves few directions.",
+    "teacher": "BYOL. Without a predictor the loss is zero at once, and so is the standard deviation of the projections: all "
+    "images get the same one. Both such runs lie on each other.",
+    "clustering": "SwAV. Assignments that are too soft leave the loss at the logarithm of the number of prototypes; a learning "
+    "rate far too high leaves few directions.",
+    "decorrelation": "VICReg. Without the variance term the loss is zero and nothing is learned. Without the covariance term "
+    "the features of this short run are as good; only the term itself shows what is wrong.",
+    "masked": "MAE. A learning rate far too high makes all features alike, and the loss stays on a plateau. Nearest neighbors "
+    "say little this early.",
 }
 
 
@@ -222,7 +222,13 @@ def train(make: Any, lr: float, data: Data, options: dict[str, Any], steps: int)
 
 # -- plotting ----------------------------------------------------------------------------------------------------------
 
-PANELS = {"loss": "loss", "knn": "knn (%)", "backbone_std": "backbone_std", "effective_rank": "effective_rank"}
+
+def panels(states: Mapping[str, Mapping[str, list]]) -> dict[str, str]:
+    """What is plotted, with its title: the standard deviation is the method's own where it logs one."""
+    std = "feature_std" if all("feature_std" in run for run in states.values()) else "backbone_std"
+    return {"loss": "loss", "knn": "knn (%)", std: std, "effective_rank": "effective_rank"}
+
+
 LINES = {
     "healthy": (style.GREEN, "-"),
     "slow": (style.BLUE, "--"),
@@ -235,17 +241,17 @@ LINES = {
 def alt(family: str, states: Mapping[str, Mapping[str, list]]) -> str:
     """The figure in words, with each run's last values."""
     ends = [
-        f"{state}: loss {run['loss'][-1][1]:.2f}, kNN {run['knn'][-1][1]:.0f} %, standard deviation "
-        f"{run['backbone_std'][-1][1]:.2f}, effective rank {run['effective_rank'][-1][1]:.0f}"
+        f"{state}: "
+        + ", ".join(f"{title.split(' ')[0]} {run[name][-1][1]:.3g}" for name, title in panels(states).items())
         for state, run in states.items()
     ]
-    return f"Four curves of four runs of the family {family}. At the end, {'; '.join(ends)}."
+    return f"Four curves of {len(states)} runs of the family {family}. At the end, {'; '.join(ends)}."
 
 
 def plot(family: str, states: Mapping[str, Mapping[str, list]]) -> str:
     """The family's curves as HTML: loss, kNN accuracy, standard deviation and effective rank."""
     fig, axes = style.figure(alt(family, states), 2, 2, height=4.6, caption=CAPTIONS[family], sharex=True)
-    for ax, (name, label) in zip(axes.flat, PANELS.items()):
+    for ax, (name, label) in zip(axes.flat, panels(states).items()):
         for state, run in states.items():
             color, dashes = LINES[state]
             x, y = zip(*run[name])
