@@ -128,7 +128,7 @@ def swallowed(text: str) -> list[str]:
     return re.findall(r"^ {0,3}%.*$", re.sub(r"^(`{3,})[a-z]*\n.*?^\1`*$", "", text, flags=re.M | re.S), re.M)
 
 
-def test_a_comment_is_told_from_text():
+def test_comments_and_text():
     assert swallowed("about 48\n% of all\n\n```sh\n%pip install\n```\n  % indented, and 3 % not") == [
         "% of all",
         "  % indented, and 3 % not",
