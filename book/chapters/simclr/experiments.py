@@ -1,7 +1,8 @@
 """What the chapter on SimCLR quotes: the choice of its settings, its longer runs over several seeds, its ablations.
 
     python book/chapters/simclr/experiments.py settings       learning rates, on images of another seed of Shapes
-    python book/chapters/simclr/experiments.py shapes         the controls, the factors and the ablations, three seeds
+    python book/chapters/simclr/experiments.py shapes         the controls, the factors and the ablations, three seeds;
+                                                              with --resume, the seeds that its files lack
     python book/chapters/simclr/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core. They write `simclr_settings`; `simclr_shapes` and `simclr_factors` (on test images)
@@ -154,23 +155,32 @@ def settings(_: int) -> None:
     results.save("simclr_settings", table, seeds=[100], settings={"steps": STEPS, "batch": BATCH, "shapes seed": 1})
 
 
-def shapes(num_seeds: int) -> None:
+def shapes(num_seeds: int, resume: bool = False) -> None:
     """All of Shapes: the method beside its controls, what h and z encode, and one line changed at a time."""
     plain, textured = Data(shapes=TINY_SHAPES), Data(shapes=Shapes(**{**vars(TINY_SHAPES), "texture": 1.0}))
     rows: Table = {name: {} for name in ("SimCLR", "random weights", "pixels", "supervised")}
-    known: Table = {name: {} for name in plain.factors("train")}
+    known: Table = {}
     broken: Table = {}
+    about = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.num_train}
+    done = 0
+    if resume:
+        found = [results.load(name) for name in ("simclr_shapes", "simclr_factors", "simclr_sabotage")]
+        if any((one.settings, one.seeds) != (about, list(range(len(found[0].seeds)))) for one in found):
+            raise SystemExit("the files are of other settings or seeds: run without --resume")
+        rows, known, broken = ({name: row for name, row in one.values.items() if row} for one in found)
+        done = len(found[0].seeds)
 
     def factor(column: str, network: nn.Module) -> None:
         x, _, test_x, _ = features(network, plain)
         for name, value in factors.probe(x, plain.factors("train"), test_x, plain.factors("test")).items():
-            known[name].setdefault(column, []).append(round(value, 2))
+            known.setdefault(name, {}).setdefault(column, []).append(round(value, 2))
 
-    for name, level in factors.chance_levels(plain.factors("train"), plain.factors("test")).items():
-        known[name]["chance"] = [round(level, 2)]
-    factor("pixels", nn.Flatten())
-    note(rows, "pixels", score(nn.Flatten(), plain))
-    for seed in range(num_seeds):
+    if not done:
+        for name, level in factors.chance_levels(plain.factors("train"), plain.factors("test")).items():
+            known[name] = {"chance": [round(level, 2)]}
+        factor("pixels", nn.Flatten())
+        note(rows, "pixels", score(nn.Flatten(), plain))
+    for seed in range(done, num_seeds):
         for name, options in VARIANTS.items():
             data = textured if name == TEXTURED else plain
             method = make(seed, **options)
@@ -184,7 +194,6 @@ def shapes(num_seeds: int) -> None:
                 factor("h", method.backbone)
                 factor("z", nn.Sequential(method.backbone, method.projector))
                 note(rows, "supervised", score(train_supervised(fresh, data, VIEW, STEPS, seed, LR_SUPERVISED), data))
-        about = {"steps": STEPS, "batch": BATCH, "temperature": TEMPERATURE, "images": TINY_SHAPES.num_train}
         for result, table in (("simclr_shapes", rows), ("simclr_factors", known), ("simclr_sabotage", broken)):
             results.save(result, table, seeds=list(range(seed + 1)), settings=about)
 
@@ -223,9 +232,13 @@ def main() -> None:
     commands = {"settings": settings, "shapes": shapes, "photographs": photographs}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, default=None, help="how many: 3 of shapes, 1 of photographs")
+    parser.add_argument("--resume", action="store_true", help="of shapes: go on after the seeds that its files hold")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    commands[arguments.what](arguments.seeds or (3 if arguments.what == "shapes" else 1))
+    if arguments.what == "shapes":
+        shapes(arguments.seeds or 3, arguments.resume)
+    else:
+        commands[arguments.what](arguments.seeds or 1)
 
 
 if __name__ == "__main__":
