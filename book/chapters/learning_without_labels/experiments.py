@@ -167,8 +167,10 @@ def photographs(num_seeds: int) -> None:
     if found is None:
         raise SystemExit("no photographs: set SSLBOOK_DATA to a folder that holds CIFAR-10")
     data = Data.from_images(found.train, found.train_labels, found.test, found.test_labels, found.classes, found.name)
-    rows: Rows = {name: {} for name in ("SimCLR", "random weights", "pixels", "supervised")}
+    rows: Rows = {name: {} for name in ("SimCLR", "random weights", "pixels", "supervised", "chance")}
     note(rows, "pixels", score(features(nn.Flatten(), data, 32)))
+    most_frequent = 100 * data.labels("test").bincount().max().item() / len(found.test)
+    note(rows, "chance", {"kNN %": most_frequent, "linear %": most_frequent})
     about = {"steps": PHOTOGRAPH_STEPS, "batch": BATCH, "lr": LR, "images": len(found.train)}
     about |= {"test images": len(found.test), "data": found.name, "precision": "bf16"}
     for seed in range(num_seeds):
