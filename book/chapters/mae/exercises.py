@@ -65,6 +65,9 @@ def _normalized(x, correction=1, power=0.5):
         },
         "divided by the variance: take its root": {"target": lambda x: _normalized(x, power=1)},
         "summed over the values of a patch: take their mean": {"values": torch.sum},
+        "the prediction is normalized too: it is compared as it is": lambda p, x, m: loss.solution(
+            _normalized(p), x, m
+        ),
     },
 )
 def loss(prediction, patches, mask, *, target=normalize_patches, weight=torch.clone, over=torch.sum, values=torch.mean):
