@@ -408,9 +408,9 @@ def block() -> str:
     """What stands between the marks in `methods.md`."""
     raw = "```{raw} html\n"
     parts = [
-        f'{raw}<div class="full-width"><figure class="sslbook-figure"><div style="overflow-x:auto">\n```',
+        f'{raw}<div><figure class="sslbook-figure"><div style="overflow-x:auto">\n```',
         f"{raw}:file: ../_static/family_tree.svg\n```",
-        f'{raw}</div><figcaption style="text-align:left">{CAPTION}</figcaption></figure></div>\n```',
+        f'{raw}</div><figcaption style="text-align:left;max-width:46rem">{CAPTION}</figcaption></figure></div>\n```',
         f"````{{dropdown}} The family tree as a list\n{listed()}\n````",
     ]
     return "\n\n".join([BEGIN, *parts, END])
