@@ -82,8 +82,8 @@ def read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         reason = "holds more than tensors and could execute code; it was not loaded"
-    except FileNotFoundError:
-        reason = "no such file"
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        reason = f"cannot be read ({error.strerror})"
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = f"truncated or not a checkpoint ({first_line(error)[:120]}); take an older one"
     raise UserError(f"{path}: {reason}")
@@ -96,7 +96,7 @@ def load(path: Path, *needs: str) -> dict[str, Any]:
         UserError: the file cannot be read, is not a checkpoint of this version, or lacks an entry.
     """
     # What `save` has written is a zip archive; torch would unpickle anything else.
-    state = read(path) if zipfile.is_zipfile(path) or not path.is_file() else None
+    state = read(path) if zipfile.is_zipfile(path) or not os.access(path, os.R_OK) else None
     found = state.get("format") if isinstance(state, dict) else None
     if found == OLD_FORMAT and "optimizer" in needs:
         reason = f"written by sslbook 0.1, whose runs cannot be resumed; start anew with --init_from {path}"

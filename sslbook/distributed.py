@@ -179,7 +179,7 @@ def setup(device: str | None = None) -> torch.device:
     try:
         kind = torch.device(device).type if device else "cuda" if cuda else "cpu"
         if kind != "cuda" or not cuda:  # a tensor on a GPU would take memory there
-            torch.empty(0, device=kind)
+            torch.empty(0, device=kind).tolist()  # fails on devices without numbers, too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)[:80]
         raise UserError(f"device {device} cannot be used ({reason}): use cpu, cuda or cuda:0") from None
@@ -188,16 +188,22 @@ def setup(device: str | None = None) -> torch.device:
     if "RANK" not in os.environ or initialized():
         return torch.device(device or kind)
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = torch.device("cpu")
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            most = f"start at most {torch.cuda.device_count()} processes (--nproc-per-node)"
-            raise UserError(f"process {local_rank} of this machine has no GPU of its own: {most}")
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+    try:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = torch.device("cpu")
+        if kind == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                most = f"start at most {torch.cuda.device_count()} processes (--nproc-per-node)"
+                raise UserError(f"process {local_rank} of this machine has no GPU of its own: {most}")
+            chosen = torch.device("cuda", local_rank)
+            torch.cuda.set_device(chosen)
+        backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        cure = "torchrun sets RANK, WORLD_SIZE and MASTER_ADDR; unset RANK for one process"
+        raise UserError(f"no process group ({first_line(error)}): {cure}") from None
     return chosen
 
 

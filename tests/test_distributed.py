@@ -136,3 +136,18 @@ def test_default_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
         found[cuda, mps] = distributed.default_device().type
     assert found == {(True, True): "cuda", (False, True): "mps", (False, False): "cpu"}
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "abc"}, {"RANK": "0"}, {"RANK": "0", "LOCAL_RANK": "first"}])
+def test_an_environment_that_is_no_group_is_one_line(environment: dict, monkeypatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="unset RANK for one process"):
+        distributed.setup("cpu")
+
+
+def test_a_device_without_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="device meta cannot be used"):
+        distributed.setup("meta")
