@@ -3,21 +3,8 @@
 import pytest
 import torch
 
-from sslbook import distributed
-from sslbook.book.chapters.learning_without_labels import exercises as first
 from sslbook.book.chapters.simclr import exercises as contrast
-from sslbook.data.datasets.shapes import Shapes
-from sslbook.data.views import View
 from sslbook.methods import simclr
-
-
-@pytest.mark.slow
-def test_two_processes_see_the_parts_of_one_batch() -> None:
-    shapes, view = Shapes(num_train=16, num_test=1), View(size=16, color_jitter=(0.4, 0.4, 0.4, 0.1))
-    index, views = first.views_of_process(shapes, view, 8, 3, 2)
-    parts = distributed.launch(first.views_of_process, 2, shapes, view, 8, 3, 2)
-    assert torch.equal(torch.cat([part[0] for part in parts]), index)
-    assert torch.equal(torch.cat([part[1] for part in parts]), views)
 
 
 def test_constant_candidates_leave_the_loss_but_not_the_gradient() -> None:

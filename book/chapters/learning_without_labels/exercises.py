@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sslbook.book.chapters.learning_without_labels.processes import views_of_process as views_of_process
 from sslbook.notebook.exercises import exercise
 
 
@@ -140,6 +139,9 @@ def _probe_inputs(r):
         "the sign of the loss is reversed: it is softmax minus one-hot": {"scale": lambda z: -1},
         "the one-hot labels are missing: without them the probe only learns to be unsure": {"target": 0},
         "the softmax is missing: logits are not probabilities": {"p": lambda a: a},
+        "the label's number is subtracted: subtract its one-hot vector": lambda w, z, y, decay: (
+            z.T @ ((z @ w).softmax(1) - y[:, None]) / len(z) + decay * torch.cat([w[:-1], 0 * w[-1:]])
+        ),
         "the softmax runs over the images: each row is one image's distribution (dim=1)": {"p": lambda a: a.softmax(0)},
         "not finite for logits of 300: use softmax, not exp": {"p": lambda a: a.exp() / a.exp().sum(1, keepdim=True)},
     },
