@@ -124,8 +124,8 @@ def curve(losses: list[float], bars: dict[str, float]) -> Image:
     fig, ax = style.figure(
         alt=f"The loss goes from {losses[0]:.2f} to {smoothed[-1]:.2f}; harmonic filling has "
         f"{bars['harmonic filling']:.2f}.",
-        caption="The loss of the live run, a mean of 20 steps. The dashed lines are what the mean image and harmonic "
-        "filling reach without any training.",
+        caption=f"The loss of the live run (a mean of 20 steps) ends at {smoothed[-1]:.2f}. Without any training, the "
+        f"mean image has {bars['mean image']:.2f} and harmonic filling {bars['harmonic filling']:.2f} (dashed).",
         name="mae.curve",
     )
     ax.plot(smoothed, color=style.BLUE)
