@@ -135,6 +135,10 @@ def gradient_variance(g, *, center=lambda g: g.mean(1, keepdim=True), over=torch
         "as if the rotations were independent: they are taken without replacement": {"left": lambda m: 1},
         "all four rotations leave no variance within an image, one leaves all of it": {"left": lambda m: 4 - m},
         "the images are independent: B is divided by their number, not by the number of rows": {"shared": lambda m: m},
+        "(B + V) over the number of rows holds for independent rows; those of one image are not": {
+            "shared": lambda m: m,
+            "left": lambda m: 1,
+        },
         "the part within an image is missing": {"left": lambda m: 0},
         "not divided by the number of images": lambda B, V, n, m: n * mean_variance.solution(B, V, n, m),
     },
@@ -183,7 +187,7 @@ def halfturn_accuracy(half_width):
 
 
 @exercise(
-    inputs=lambda r: [(0.6,), (0.25,), (1.0,)],
+    inputs=lambda r: [(0.7,), (0.25,), (1.0,)],
     returns={"floor": ""},
     mistakes={
         "two classes show the same image, not all eight: log 2": {"classes": 8},
@@ -206,6 +210,10 @@ def mirror_floor(symmetric, *, classes=2, unit=1):
         "there are three incorrect rotations, not four": {"wrong": 4},
         "the smallest loss is the entropy of the label: the images stored correctly count too": {"correct": 0},
         "the part of the noisy labels is missing": lambda e: (1 - e, -(1 - e) * math.log(1 - e)),
+        "this is the loss of the images stored correctly alone: average it with that of the others": lambda e: (
+            1 - e,
+            -math.log(1 - e),
+        ),
         "in bits: the natural logarithm gives nats": lambda e: (1 - e, noise_floor.solution(e)[1] / math.log(2)),
         "a noisy label is never the correct rotation": lambda e: (1 - 0.75 * e, noise_floor.solution(e)[1]),
     },
