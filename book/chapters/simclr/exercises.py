@@ -24,6 +24,11 @@ def _exp(z, tau):
     return -(e[torch.arange(len(z)), _positive(z)] / e.sum(1)).log().mean()
 
 
+def _subtracted(z, tau):
+    e = _scores(z, tau, diagonal=None).exp()
+    return -(e[torch.arange(len(z)), _positive(z)] / (e.sum(1) - math.exp(1 / tau))).log().mean()
+
+
 def _cross_view(z, tau, both=True):
     s = F.normalize(z, dim=1)[: len(z) // 2] @ F.normalize(z, dim=1)[len(z) // 2 :].T / tau
     y = torch.arange(len(s))
@@ -58,7 +63,7 @@ def _constants(z, tau):
         "the positive is missing from the denominator: k runs over all rows but i": {"positive": False},
         "the sign is wrong: the loss is minus the logarithm of a probability": {"scale": -1},
         "the candidates are constants: a row must learn as a candidate as well, without .detach()": _constants,
-        "at temperature 0.005 the exponential overflows: use logsumexp or cross_entropy": _exp,
+        "at temperature 0.005 the exponential overflows: use logsumexp or cross_entropy": [_exp, _subtracted],
     },
 )
 def nt_xent(z, tau, *, unit=True, diagonal=-torch.inf, pair=_positive, rows=len, scale=1, positive=True):
@@ -111,15 +116,15 @@ def through_normalization(u, g, *, power=1, projection=lambda g, u, z: (g @ z) *
     inputs=lambda r: [(2 * r.normal(n, n) + 3 * torch.eye(n),) for n in (5, 12)],
     returns={"bound": "one number of nats"},
     mistakes={
-        "this is the loss: the bound is log N minus it": {"log_n": lambda n: 0, "sign": -1},
-        "log N is missing: the bound is log N minus the loss": {"log_n": lambda n: 0},
-        "added instead of subtracted: log N - loss": {"sign": -1},
+        "this is the loss: the bound is log K minus it": {"log_n": lambda n: 0, "sign": -1},
+        "log K is missing: the bound is log K minus the loss": {"log_n": lambda n: 0},
+        "added instead of subtracted: log K - loss": {"sign": -1},
         "in bits: take natural logarithms": lambda s: information_bound.solution(s) / math.log(2),
         "the softmax runs over the rows: for every x (row) the candidates y stand in the columns": {"dim": 0},
         "the positive is missing from the denominator": lambda s: (
             math.log(len(s)) + (s.diagonal() - s.clone().fill_diagonal_(-torch.inf).logsumexp(1)).mean()
         ),
-        "N counts the negatives only: the positive is one of the N candidates": {"log_n": lambda n: math.log(n - 1)},
+        "K counts the negatives only: the positive is one of the K candidates": {"log_n": lambda n: math.log(n - 1)},
     },
 )
 def information_bound(scores, *, log_n=math.log, sign=1, dim=1):

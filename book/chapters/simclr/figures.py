@@ -99,7 +99,7 @@ def bound(sizes: Sequence[int], row: Sequence[float], information: float) -> sty
     """The bound on mutual information over the number of candidates."""
     last = math.log(sizes[-1])
     alt = (
-        f"True information {information:g} nats; with N = {sizes[-1]} the bound reaches {row[-1]:.2f}, "
+        f"True information {information:g} nats; with K = {sizes[-1]} the bound reaches {row[-1]:.2f}, "
         f"its ceiling is {last:.2f}."
     )
     fig, ax = style.figure(alt=alt, caption=None)
@@ -107,11 +107,11 @@ def bound(sizes: Sequence[int], row: Sequence[float], information: float) -> sty
     ax.axhline(information, color=style.GREEN)
     ax.annotate("true information", (2, information), xytext=(0, 5), color=style.GREEN, **shift)
     ax.plot(sizes, np.log(sizes), "--", color=style.GRAY)
-    ax.annotate("ceiling log N", (100, math.log(100)), xytext=(-4, 6), ha="right", **shift)
+    ax.annotate("ceiling log K", (100, math.log(100)), xytext=(-4, 6), ha="right", **shift)
     ax.plot(sizes, row, "o-", color=style.BLUE)
     ax.annotate("bound", (sizes[-1], row[-1]), xytext=(-10, -16), color=style.BLUE, ha="right", **shift)
-    ax.set(xscale="log", xlabel="candidates N", ylabel="nats", ylim=(0, 13))
-    ax.set_title(f"bound at N = {sizes[-1]}: {row[-1]:.2f} of {information:g} nats")
+    ax.set(xscale="log", xlabel="candidates K", ylabel="nats", ylim=(0, 13))
+    ax.set_title(f"bound at K = {sizes[-1]}: {row[-1]:.2f} of {information:g} nats")
     return fig
 
 
@@ -155,7 +155,7 @@ def factor_bars(known: Mapping[str, Mapping[str, Sequence[float]]], chosen: Sequ
     mean = {name: {c: float(np.mean(known[name][c])) for c in ("pixels", "h", "z")} for name in chosen}
     caption = (
         "Linear probes of known factors. Nearly all of them are predicted better from h, the backbone's output, than "
-        "from z, on which the loss acts. Only y survives the projector."
+        "from z, on which the loss acts. Only y is predicted as well from z."
     )
     alt = "Linear probes: " + "; ".join(f"{n}: h {m['h']:.0f}, z {m['z']:.0f}" for n, m in mean.items())
     fig, ax = style.figure(width=6.8, height=3.2, alt=alt, caption=caption, name="simclr.factors")
@@ -173,7 +173,9 @@ def factor_bars(known: Mapping[str, Mapping[str, Sequence[float]]], chosen: Sequ
 def spectra(found: Mapping[str, Tensor], rank: Mapping[str, float]) -> style.Figure:
     """Singular values as fractions of their sum, from the largest."""
     words = ", ".join(f"{name} {value:.0f} of {len(found[name])}" for name, value in rank.items())
-    caption = f"Singular values of the centered features. Effective ranks: {words}."
+    caption = (
+        f"Singular values of the centered features: z varies along fewer directions than h. Effective ranks: {words}."
+    )
     fig, ax = style.figure(alt=f"Effective rank: {words}.", caption=caption, name="simclr.spectrum")
     for (name, q), dashes in zip(found.items(), (":", "-", "--")):
         ax.plot(range(1, len(q) + 1), q, dashes, label=f"{name}: effective rank {rank[name]:.0f} of {len(q)}")
