@@ -55,7 +55,7 @@ def test_a_stub_is_no_mistake(stub, capsys):
         assert capsys.readouterr().out == f"{check.name}: not written yet\n"
 
 
-def test_an_operation_that_torch_lacks_is_told():
+def test_an_operation_that_torch_lacks_is_reported():
     with pytest.raises(CheckFailed, match="ends: raised NotImplementedError: Subtraction"):
         ends(lambda x: (x > 0) - (x > 1))
 
