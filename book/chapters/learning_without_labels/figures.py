@@ -5,12 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslbook import default_device
 from sslbook.data.datasets.shapes import NUISANCES, Shapes
 from sslbook.data.executors import apply_batch
+from sslbook.data.loader import Data
 from sslbook.data.views import View
+from sslbook.evaluation import extract_features, knn
 from sslbook.notebook import plots, style
+from sslbook.notebook.photographs import Photographs
 from sslbook.notebook.schematic import Diagram
 
 FIGURES = (
@@ -29,6 +33,7 @@ FIGURES = (
     "first.collapse",
     "first.leak",
     "first.photographs",
+    "first.photographs_pixels",
 )
 
 BESIDE: Any = {"xytext": (8, 0), "textcoords": "offset points"}  # of a label: to the right of its point
@@ -181,6 +186,34 @@ def leak(parts: Sequence[float], curves: Mapping[int, Sequence[float]], **named:
         ax.annotate(f"k = {k}", (100 * parts[-1], values[-1]), color=color, va="center", **BESIDE)
     ax.set(xlabel="queries that are in the bank (%)", ylabel="kNN accuracy (%)", xlim=(-3, 120))
     return fig
+
+
+def nearest(f: nn.Module, found: Photographs | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """By the features of `f`: each test photograph's five neighbors, which share its class, and whether the vote is right."""
+    if found is None:
+        return None
+    data = Data.from_images(found.train, found.train_labels, found.test, found.test_labels, found.classes)
+    look, device = View.center(32), default_device()
+    train_x, train_y = extract_features(f, data, "train", look, device=device, progress=False)
+    test_x, test_y = extract_features(f, data, "test", look, device=device, progress=False)
+    index = knn.neighbors(train_x, test_x, 5)[1]
+    return index, train_y[index] == test_y[:, None], knn.predict(train_x, train_y, test_x) == test_y
+
+
+def photographs(
+    found: Photographs | None, near: tuple[Tensor, ...] | None, shown: Tensor | None, by: str, finding: str, name: str
+) -> style.Figure | None:
+    """Some test photographs and their five nearest training photographs; None without data."""
+    if found is None or near is None or shown is None:
+        return None
+    index, same = near[0][shown], near[1][shown]
+    every = f"of all {len(found.test):,} test images {100 * near[1].float().mean():.0f} %"
+    alt = f"Four photographs and their five nearest neighbors by {by}; {int(same.sum())} share the query's class."
+    caption = (
+        f"Nearest neighbors by {by}. {finding} A solid green frame has the query's class: {int(same.sum())} of "
+        f"{same.numel()} here, {every}."
+    )
+    return plots.neighbors(found.test[shown], found.train[index], same, alt=alt, caption=caption, name=name)
 
 
 def schematic() -> Diagram:
