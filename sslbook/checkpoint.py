@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no OSError of their own
         if not isinstance(error, OSError) and not _cannot_write(path.parent):
             raise
-        reason = getattr(error, "strerror", None) or "no space left, or it may not be written"
+        reason = error.strerror or first_line(error) if isinstance(error, OSError) else "no space left, or forbidden"
         raise UserError(f"{path}: cannot be written ({reason}); nothing was changed: mend that, then go on") from error
     finally:
         if name is not None:

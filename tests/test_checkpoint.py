@@ -32,7 +32,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         part.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"x.txt: cannot be written \(disk full\); nothing was changed"):
         checkpoint.write_atomically(path, broken)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
