@@ -61,13 +61,14 @@
 
   const complete = item => {
     const link = item.querySelector("a");
-    if (!link || item.querySelector(".context")) return;
+    if (!link || item.dataset.complete) return;
+    item.dataset.complete = "yes";  // also where there is no summary: what is written here calls the observer again
     const [file, anchor = ""] = link.getAttribute("href").split("#");
     link.textContent = readable(link.textContent);
     const text = summary(file.split("?")[0].replace(/\.html$/, ""), decodeURIComponent(anchor));
     if (text) item.append(marked(text));
     const twin = [...out.querySelectorAll("ul.search > li")].find(other => other !== item
-      && other.innerText === item.innerText);  // the page and the section that holds the word
+      && other.textContent === item.textContent);  // the page and the section that holds the word
     if (twin) item.remove();
   };
 
