@@ -119,6 +119,8 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Go to `url` and wait until the page, its scripts and its formulas are done."""
+        self.call("Page.navigate", url="about:blank")  # or the page that was open would count as the new one
+        self.until("location.href === 'about:blank'")
         self.events.clear()
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
