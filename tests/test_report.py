@@ -68,7 +68,7 @@ def test_test_images_that_cannot_be_read_or_have_no_labels(labeled: bool, tmp_pa
     rng = np.random.default_rng(0)
     for i in range(16):
         split = "train" if i < 10 else "test"
-        path = tmp_path / "photos" / split / ("ab"[i % 2] if labeled or split == "train" else "") / f"{i}.png"
+        path = tmp_path / "photos" / split / ("ab"[i % 2] if labeled else "") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
         if i == 10:  # what is shown must be the images whose features there are
