@@ -43,7 +43,7 @@ class RunLock:
         """
         while not self._create():
             holder = self._read()
-            if _dead_here(holder) or self._silent(holder):
+            if (_dead_here(holder) or self._silent(holder)) and self._read() == holder:  # nobody else was quicker
                 self.path.unlink(missing_ok=True)
                 print(f"{self.folder}: {_who(holder)} died without leaving; its lock is taken over")
         for part in self.folder.glob(".*.part"):  # of writers that were killed
@@ -54,7 +54,7 @@ class RunLock:
 
     def require(self) -> None:
         """UserError if another process has taken over, after this one had been suspended for long."""
-        if self.thread is not None and self.token not in self._read():
+        if self.thread is not None and (found := self._read()) and self.token not in found:
             raise UserError(
                 f"{self.folder}: this process stood still and another has taken over; nothing more is written"
             )

@@ -124,7 +124,8 @@ def find(name: str) -> type[Protocol]:
         found = import_attribute(name, "protocol")
     elif name.lower() in available():
         module = importlib.import_module(f"{FOLDER}.{name.lower()}")
-        found = next(value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__)
+        own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+        found = next(value for value in own if isinstance(value, type) and issubclass(value, Protocol))
     else:
         raise UserError(
             f"protocol {name}: choose among {', '.join(available())}, or give the import path of your own"

@@ -92,9 +92,7 @@ def load_folder(folder: str | Path) -> Splits:
     names = _classes(train_paths)
     parts = [part(name) for name in tests]
     test_root, test_paths = next((one for one in parts if _shares_a_class(one[1], names)), parts[0])
-    known = (
-        {"train", test_root.name.lower()} if not names else {"train", *TEST_FOLDERS}
-    )  # of labeled ones, one is enough
+    known = {"train", *(TEST_FOLDERS if names else [test_root.name.lower()])}  # of labeled test folders one is enough
     others = sorted(set(by_lower) - known)
     if others:
         what = ", ".join(f"{by_lower[name]}/" if name else "loose images" for name in others[:3])
