@@ -17,6 +17,10 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+class Refused(RuntimeError):
+    """Chromium does not do what it was asked to, such as while a page gives way to another."""
+
+
 class Browser:
     """One tab with the network off. Use as a context manager.
 
@@ -102,7 +106,7 @@ class Browser:
             answer = self._receive(deadline)
             if answer.get("id") == self.count:
                 if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                    raise Refused(f"{method}: {answer['error']['message']}")
                 return answer["result"]
             self.events.append(answer)
 
@@ -135,7 +139,10 @@ class Browser:
 
     def until(self, condition: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        while not self.js(f"Boolean({condition})"):
+        while True:
+            with contextlib.suppress(Refused):  # the page that was asked has just gone: ask the next
+                if self.js(f"Boolean({condition})"):
+                    return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"never true in the page: {condition}")
             time.sleep(0.05)
@@ -182,7 +189,8 @@ class Browser:
         place = "(e => {e.scrollIntoView({block: 'center', behavior: 'instant'}); const r = e.getBoundingClientRect();"
         x, y = self.js(f"{place} return [r.x + r.width / 2, r.y + r.height / 2]}})({found})")
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            with contextlib.suppress(Refused):  # the click has led to another page
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, to: Path) -> None:
         to.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
