@@ -343,9 +343,9 @@ def compare(*, paper: str, here: Mapping[str, Sequence[str]], digits: int = 1) -
         if not isinstance(result[row], Mapping) or column not in result[row]:
             known = list(result[row]) if isinstance(result[row], Mapping) else []
             raise UserError(f"{name}, {row} has no {column!r}; it has {', '.join(known)}{nearest(column, known)}")
-        told = claims[claim]
-        unit = f" {told['unit']}" if told["unit"] else ""
-        rows.append([claim, f"{told['value']}{unit}", told["where"], number(result[row][column], digits) + unit])
+        reported = claims[claim]
+        unit = f" {reported['unit']}" if reported["unit"] else ""
+        rows.append([claim, f"{reported['value']}{unit}", reported["where"], number(result[row][column], digits) + unit])
         origins[name] = result.origin()
     return Comparison(rows, [f"Paper: {source}.", *(f"Here: {origin}" for origin in origins.values())])
 
@@ -358,8 +358,8 @@ def _claims(paper: str) -> tuple[dict[str, Any], str]:
     try:
         content = json.loads((where / f"{paper}.json").read_text(encoding="utf-8"))
         claims, source = content["claims"], content["source"]
-        for claim, told in claims.items():
-            if lacking := [key for key in ("value", "unit", "where") if key not in told]:
+        for claim, reported in claims.items():
+            if lacking := [key for key in ("value", "unit", "where") if key not in reported]:
                 raise UserError(f"book/results/papers/{paper}.json: the claim {claim!r} lacks {', '.join(lacking)}")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"book/results/papers/{paper}.json must hold source and claims ({first_line(error)})") from None

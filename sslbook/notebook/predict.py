@@ -40,7 +40,7 @@ class Prediction:
         self.question, self.options, self.answer = question, options, answer
 
     def _repr_html_(self) -> str:
-        buttons, told = [], []
+        buttons, answers = [], []
         for option, why in self.options.items():
             mark = '<span class="mark" aria-hidden="true" style="min-width:1em">○</span>'
             buttons.append(
@@ -49,14 +49,14 @@ class Prediction:
                 '<div role="status" style="padding:.15em .8em 0 2.4em"></div></div>'
             )
             verdict = f"{RIGHT} Right." if option == self.answer else f"{WRONG} No."
-            told.append(f"<dt>{prose(option)}</dt><dd><strong>{verdict}</strong> {prose(why)}</dd>")
+            answers.append(f"<dt>{prose(option)}</dt><dd><strong>{verdict}</strong> {prose(why)}</dd>")
         return (
             '<div class="sslbook-predict" style="max-width:44em;margin:1em 0;padding:.2em 1em .8em;'
             'border-left:4px solid #1a7fc4">'
             f'<p style="margin:.6em 0"><strong>Predict first.</strong> {prose(self.question)}</p>'
             f'<div role="group" aria-label="{html.escape(self.question)}">{"".join(buttons)}</div>'
             '<details style="margin-top:.6em"><summary style="cursor:pointer">All answers</summary>'
-            f"<dl>{''.join(told)}</dl></details></div>"
+            f"<dl>{''.join(answers)}</dl></details></div>"
         )
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from sslbook.notebook import photographs
 
@@ -44,14 +45,34 @@ def test_without_counts_all_are_read(data):
     assert [len(split) for split in (photographs.cifar10().train, photographs.cifar10().test)] == [20, 20]
 
 
-def test_torchvisions_files_are_read(data):
-    place = data / "cifar-10-batches-py"
+def batches(root, first=None):
+    """torchvision's files, the first of them replaced by `first`."""
+    place = root / "cifar-10-batches-py"
     place.mkdir()
     for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         images = np.full((20, 3072), i, dtype=np.uint8)
         images[:, 1024:2048] = 200  # green
         content = {"data": images, "labels": sorted(list(range(10)) * 2)}
-        (place / name).write_bytes(pickle.dumps(content))
+        (place / name).write_bytes(pickle.dumps(content if i or first is None else first))
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('ran').touch()",))
+
+
+def test_a_file_that_is_not_the_original_is_never_unpickled(data, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    batches(data, first=Evil())
+    assert photographs.cifar10(10, 10) is None
+    assert "left out" in capsys.readouterr().out
+    assert not (data / "ran").exists()
+
+
+def test_torchvisions_files_are_read(data, monkeypatch):
+    batches(data)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # these are none of the original files
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
     found = photographs.cifar10(30, None)
     assert found.name == "CIFAR-10"
     assert found.train_labels.tolist() == [*range(10)] * 3
