@@ -325,7 +325,7 @@ class Data:
             loader = self._idle[1]
             self._idle = None  # a second pass at the same time must not use it
         else:
-            dataset = CropDataset(source, views, seed, self.augment == "workers", training)
+            dataset = self._dataset(source, views, seed, training)
             workers = self.workers if training else min(self.workers, len(positions))
             loader = CropLoader(dataset, workers, self.start_method, device.type == "cuda", persistent=training)
         for number, crops in enumerate(loader.batches(epoch, positions), start=1):
@@ -342,6 +342,10 @@ class Data:
                         for i, (view, pixels) in enumerate(zip(views, made))
                     )
                 yield Batch(made, crops.shown.to(device), source.labels[crops.shown].to(device))
+
+    def _dataset(self, source: ImageSource, views: tuple[View, ...], seed: int, training: bool) -> CropDataset:
+        """What the workers do with a batch of images; data with masks or boxes do more."""
+        return CropDataset(source, views, seed, self.augment == "workers", training)
 
     def _note_unreadable(self, unreadable: tuple[tuple[str, str], ...]) -> None:
         for name, reason in unreadable:
