@@ -68,6 +68,14 @@ def all_gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     return torch.cat(parts)
 
 
+def all_gather_object(x: T) -> list[T]:
+    """The object that each process passes, in the order of their ranks."""
+    parts: list[Any] = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 def all_gather_with_grad(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     """As `all_gather`; the gradient of a row is summed over all the processes that used it."""
     return _Gather.apply(x) if world_size() > 1 else x

@@ -1,20 +1,26 @@
-"""Features of a whole split, from a frozen backbone: what protocols start from."""
+"""Features of a whole split, from a frozen backbone: what protocols start from.
+
+Processes divide the images in whole batches, and each gets the features of all: the numbers do not depend on how many
+processes there are. All of them must ask for the features.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sslbook import distributed
 from sslbook.data.loader import Data
 from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from sslbook.errors import UserError
 from sslbook.nn.modes import in_mode
 
 Split = Literal["train", "test"]
+ROWS = 2**13  # sent to the other processes at a time
 
 
 class Features(NamedTuple):
@@ -92,24 +98,42 @@ def extract_with_index(
     """
     device = device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
-    total = len(data.labels(split))
-    features: Tensor | None = None
-    labels, indices, done = [], [], 0
-    bar = tqdm(total=total, desc=f"features of {split}", unit="image", leave=False, disable=None if progress else True)
+    labels, shown = data.labels(split), torch.zeros(len(data.labels(split)), dtype=torch.int64)
+    features = torch.empty(0, 0)
+    bar = tqdm(total=len(labels), desc=f"features of {split}", unit="image", leave=False, disable=not progress or None)
+    rank, processes = distributed.rank(), distributed.world_size()
     with frozen(backbone), bar, torch.autocast(device.type, enabled=False):
-        for batch in data.evaluation_batches(split, view, batch_size, device):
+        for batch in data.evaluation_batches(split, view, batch_size, device, rank=rank, world_size=processes):
             output = backbone(batch.views[0])
             _check(output, len(batch.index))
-            if features is None:  # one block from the start: a list and its concatenation would need twice the memory
-                features = torch.empty(total, output.shape[1])
-            features[done : done + len(output)] = output.float().cpu()
-            labels.append(batch.label.cpu())
-            indices.append(batch.index.cpu())
-            done += len(output)
-            bar.update(len(output))
-    if features is None:
+            if not len(features):  # one block from the start: a list and its concatenation would need twice the memory
+                features = torch.zeros(len(labels), output.shape[1])
+            index = batch.index.cpu()
+            features[index], shown[index] = output.float().cpu(), 1
+            bar.update(len(output) * processes)
+    features, shown = everywhere(features, device), everywhere(shown, device)
+    data.unreadable.update(
+        {name: why for part in distributed.all_gather_object(data.unreadable) for name, why in part.items()}
+    )
+    index = shown.nonzero()[:, 0]
+    if not len(index):
         raise UserError(f"no readable image in the {split} split; check the folder and its files")
-    return Features(features[:done], torch.cat(labels), torch.cat(indices))
+    complete = len(index) == len(labels)
+    return Features(features if complete else features[index], labels[index], index)
+
+
+def everywhere(rows: Shaped[Tensor, "n *rest"], device: torch.device | str) -> Shaped[Tensor, "all *rest"]:
+    """Rows of which each process computed some and left the others 0: all of them in every process, on the CPU.
+
+    Args:
+        rows: as many in every process, or none where a process had nothing to compute.
+        device: where processes can exchange tensors.
+    """
+    if distributed.world_size() == 1:
+        return rows
+    shape = distributed.all_reduce_max(torch.tensor(rows.shape, device=device)).tolist()
+    rows = rows if len(rows) else torch.zeros(shape, dtype=rows.dtype)
+    return torch.cat([distributed.all_reduce_sum(part.to(device)).cpu() for part in rows.split(ROWS)])
 
 
 def _check(output: object, images: int) -> None:

@@ -1,5 +1,6 @@
 """Features come in order, with their labels, and leave the network as it was."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,41 @@ def test_center_view() -> None:
     assert (center_view(224).size, center_view(224).resize) == (224, 256)
     assert center_view(32).resize in (None, 32)
     assert center_view(224, resize=224).resize == 224
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """Mean colors, and how many images this process saw."""
+
+    seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return x.mean(dim=(2, 3))
+
+
+def _extract(folder: Path, batch_size: int) -> tuple[list[list[float]], list[int], list[int], int, list[str]]:
+    backbone, data = Counted(), Data(folder=folder, workers=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = extract_with_index(backbone, data, "train", View.center(8), batch_size=batch_size, progress=False)
+    return found.x.tolist(), found.y.tolist(), found.index.tolist(), backbone.seen, sorted(data.unreadable)
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])  # 100: the second process has nothing to do
+def test_two_processes_share_the_images_and_both_have_all_features(tmp_path: Path, pool, batch_size: int) -> None:
+    for i in range(11):
+        path = tmp_path / ("train" if i < 9 else "test") / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (20 * i, 10, 200 - 20 * i)).save(path)
+    (tmp_path / "train" / "1" / "3.png").write_bytes(b"no image")
+    one = _extract(tmp_path, batch_size)
+    assert (len(one[0]), one[3], len(one[4])) == (8, 8, 1)
+    first, second = pool.run(_extract, tmp_path, batch_size)
+    for two in (first, second):
+        assert two[:3] == one[:3]  # to the last bit
+        assert two[4] == one[4]  # the unreadable image is known to both
+    assert first[3] + second[3] == 8
+    assert (second[3] == 0) == (batch_size == 100)
