@@ -17,7 +17,7 @@ from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.methods import METHODS, load
 from sslbook.methods.base import Method
-from sslbook.nn import VisionTransformer, convert_batch_norm, timm_model
+from sslbook.nn import EMA, VisionTransformer, convert_batch_norm, timm_model
 from sslbook.schedules import Clock
 
 SIZE = 16
@@ -107,6 +107,16 @@ def make(name: str, seed: int = 0, backbone: nn.Module | None = None, **options)
     torch.manual_seed(seed)
     method = load(name)(this.backbone() if backbone is None else backbone, **{**this.options, **options})
     method.setup(Data(shapes=TINY_SHAPES))
+    return method
+
+
+def apart(method: Method) -> Method:
+    """The method with every EMA teacher moved away from its student, as after some training: at first they are equal."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for teacher in (part for part in method.modules() if isinstance(part, EMA)):
+            for p in teacher.module.parameters():
+                p += 0.3 * p.std(correction=0).clamp(min=0.1) * torch.randn(p.shape, generator=generator)
     return method
 
 

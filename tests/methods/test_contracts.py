@@ -18,7 +18,7 @@ from sslbook.methods.base import Method
 from sslbook.nn.ema import EMA
 from sslbook.schedules import Clock
 from sslbook.weights.load import load_weights
-from tests.methods.cases import NAMES, case, gradient, make, make_batch, train
+from tests.methods.cases import NAMES, apart, case, gradient, make, make_batch, train
 from tests.methods.first_loss import FILE, first_loss
 
 methods = pytest.mark.parametrize("name", NAMES)
@@ -127,7 +127,64 @@ def has_teacher(name: str) -> bool:
     return any(hasattr(import_module(base.__module__), "EMA") for base in load(name).__mro__)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if has_teacher(name)])
+with_teacher = pytest.mark.parametrize("name", [name for name in NAMES if has_teacher(name)])
+
+
+def teachers_of(method: nn.Module) -> dict[str, EMA]:
+    return {path: part for path, part in method.named_modules() if isinstance(part, EMA)}
+
+
+@with_teacher
+def test_moving_a_teacher_moves_the_loss(name: str) -> None:
+    """Each part of it by itself. A target taken from the online network instead is the same while the two are equal."""
+    method = make(name)
+    batch, clock = make_batch(method, 8), Clock(seed=1)
+    before = deepcopy(method)(batch, clock)["loss"].detach()
+    for path in teachers_of(method):
+        moved = deepcopy(method)
+        with torch.no_grad():
+            for p in moved.get_submodule(path).parameters():
+                p += 0.3 * torch.randn_like(p)
+        assert relative(moved(batch, clock)["loss"].detach(), before) > 1e-3, f"{path} is not used"
+
+
+@with_teacher
+def test_no_target_follows_the_online_network(name: str) -> None:
+    """Moving the backbone changes the loss by what its gradient says; a target from it, detached, would change it more."""
+    method = apart(make(name))
+    batch, clock, step = make_batch(method, 8), Clock(seed=1), 1e-3
+    online = deepcopy(method)
+    online(batch, clock)["loss"].backward()
+    direction = {path: p.grad for path, p in online.backbone.named_parameters() if p.grad is not None}
+    slope = torch.stack([g.norm() for g in direction.values()]).norm()
+    losses = []
+    for sign in (1, -1):
+        moved = deepcopy(method)
+        with torch.no_grad():
+            for path, g in direction.items():
+                moved.backbone.get_parameter(path).add_(sign * step / slope * g)
+        losses.append(moved(batch, clock)["loss"].double())
+    assert float((losses[0] - losses[1]) / (2 * step)) == pytest.approx(float(slope), rel=0.03)
+
+
+@with_teacher
+def test_teachers_move_after_the_step_all_alike(name: str) -> None:
+    """By one momentum, that of the clock already advanced, and not at all before `after_step`."""
+    method = make(name)
+    with torch.no_grad():
+        for path, p in method.named_parameters():
+            p.add_(0.0 if "teacher" in path or "target" in path or "key_" in path else 1.0)
+    before = {k: p.clone() for path, t in teachers_of(method).items() for k, p in t.module.named_parameters(path)}
+    method(make_batch(method, 8), Clock(5, 10))
+    after = {k: p for path, t in teachers_of(method).items() for k, p in t.module.named_parameters(path)}
+    assert all(torch.equal(after[key], value) for key, value in before.items()), "a forward pass moved a teacher"
+    method.after_step(Clock(6, 10))
+    moved = torch.stack([(after[key] - value).mean() for key, value in before.items()])
+    assert moved.min() > 0, "a part of the teacher stands still"
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved), rtol=1e-2, atol=1e-6)
+
+
+@with_teacher
 def test_teacher_starts_as_copy_of_its_student(name: str, tmp_path: Path) -> None:
     """Also if only a backbone's weights are loaded, such as torchvision's; weights of its own are kept."""
     source, target = make(name), make(name, seed=1)

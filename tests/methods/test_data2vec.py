@@ -11,7 +11,7 @@ from sslbook.errors import UserError
 from sslbook.methods.data2vec import Data2Vec, average_of_layers, regression_loss
 from sslbook.nn import ResNet, VisionTransformer, vit_base
 from sslbook.schedules import Clock
-from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, apart, make, make_batch, transformer
 
 CASE = Case(
     options={"view": VIEW, "min_block": 2, "num_top_layers": 2},
@@ -68,7 +68,7 @@ def test_loss_averages_masked_patches_over_processes(counts: list[int], pool) ->
 
 
 def test_forward_matches_literal_computation() -> None:
-    method, clock = make("data2vec"), Clock(step=3, steps_per_epoch=2, seed=1)
+    method, clock = apart(make("data2vec")), Clock(step=3, steps_per_epoch=2, seed=1)
     batch = make_batch(method, 3)
     mask = block_mask(batch.index, (4, 4), 9, clock, min_block=2)
     teacher, errors = method.teacher.module, []

@@ -14,7 +14,7 @@ from sslbook.errors import UserError
 from sslbook.methods.dino import DINO, dino_loss, entropy, teacher_distribution
 from sslbook.nn import VisionTransformer
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, SIZE, TINY_SHAPES, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, SIZE, TINY_SHAPES, VIEW, Case, apart, make, make_batch, transformer
 
 SMALL = View(size=8)
 CASE = Case(
@@ -76,7 +76,7 @@ def test_entropy_of_one_hot_and_uniform() -> None:
 
 
 def test_forward_centers_by_the_batches_before() -> None:
-    method = make("dino", center_momentum=0.9)
+    method = apart(make("dino", center_momentum=0.9))
     method.center += torch.linspace(-0.1, 0.1, 24)
     before = method.center.clone()
     batch, clock = make_batch(method, 5), Clock(0, 10)

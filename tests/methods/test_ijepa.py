@@ -7,7 +7,7 @@ from sslbook.errors import UserError
 from sslbook.methods.ijepa import IJEPA, prediction_loss
 from sslbook.nn import ResNet, VisionTransformer, vit_huge
 from sslbook.schedules import Clock
-from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, apart, make, make_batch, transformer
 
 CASE = Case(
     options={"view": VIEW, "num_targets": 2, "predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2},
@@ -58,7 +58,7 @@ def literal(method: IJEPA, images: Tensor, index: Tensor, clock: Clock) -> float
 
 
 def test_forward_matches_literal_computation() -> None:
-    method, clock = make("ijepa"), Clock(step=3, steps_per_epoch=2, seed=1)
+    method, clock = apart(make("ijepa")), Clock(step=3, steps_per_epoch=2, seed=1)
     batch = make_batch(method, 3)
     out = method(batch, clock)
     assert float(out["loss"].detach()) == pytest.approx(literal(method, batch.views[0], batch.index, clock), rel=1e-4)

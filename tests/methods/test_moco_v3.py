@@ -10,7 +10,7 @@ from sslbook.methods import moco_v3
 from sslbook.methods.moco_v3 import MoCoV3, contrastive_loss
 from sslbook.nn import VisionTransformer, resnet50
 from sslbook.schedules import Clock
-from tests.methods.cases import CONVNET, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import CONVNET, VIEW, Case, apart, make, make_batch, transformer
 
 SMALL = {"view_1": VIEW, "view_2": VIEW, "hidden_dim": 32, "projector_dim": 16, "temperature": 0.2}
 CASE = Case(
@@ -53,7 +53,7 @@ def test_loss_of_repeated_images() -> None:
 
 
 def test_loss_is_symmetrized_and_keys_have_no_gradient() -> None:
-    method = make("moco_v3")
+    method = apart(make("moco_v3"))
     batch = make_batch(method, 5)
     q = [method.predictor(method.projector(method.backbone(x))) for x in batch.views]
     k = [method.key_projector(method.key_backbone(x)) for x in batch.views]

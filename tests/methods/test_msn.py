@@ -12,7 +12,7 @@ from sslbook.methods.msn import MSN, assignment_loss, mean_entropy_loss, sharpen
 from sslbook.nn import ResNet, VisionTransformer, vit_small
 from sslbook.nn.sinkhorn import sinkhorn
 from sslbook.schedules import Clock
-from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, make, make_batch, transformer
+from tests.methods.cases import SIZE, TRANSFORMER, VIEW, Case, apart, make, make_batch, transformer
 
 CASE = Case(
     options={
@@ -101,7 +101,7 @@ def test_targets_are_sharpened_then_balanced() -> None:
 
 
 def test_forward_equals_its_parts() -> None:
-    method, clock = make("msn"), Clock()
+    method, clock = apart(make("msn")), Clock()
     batch = make_batch(method, 5)
     whole, large, *focal = batch.views
     kept = method.drop_patches(method.backbone.embed(large), batch.index, clock, 0)
