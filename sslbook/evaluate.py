@@ -2,8 +2,11 @@
 
 python -m sslbook.evaluate runs/simclr-shapes
 python -m sslbook.evaluate runs/simclr-shapes --protocols knn linear --out result.json
-python -m sslbook.evaluate runs/simclr-shapes --protocols '[{"class_path": "KNN", "init_args": {"k": 10}}]'
 python -m sslbook.evaluate runs/mae-photos/backbone.safetensors --data.folder PHOTOS
+python -m sslbook.evaluate knn runs/simclr-shapes --k 200 --temperature 0.1
+python -m sslbook.evaluate finetune runs/mae-photos --recipe mae_vit_b --data.folder PHOTOS
+
+A protocol that is named before the run has its options on the command line; `evaluate PROTOCOL --help` lists them.
 """
 
 import copy
@@ -13,21 +16,34 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sslbook import checkpoint, results
+from sslbook import checkpoint, distributed, results
 from sslbook.data.loader import Data, relocated
 from sslbook.data.views import View
-from sslbook.errors import UserError, at_least_one
-from sslbook.evaluation.base import DEFAULT, SUMMARY, Protocol, Representation, chosen, find, format_tables, measure
+from sslbook.errors import UserError, at_least_one, nearest
+from sslbook.evaluation.base import (
+    DEFAULT,
+    SUMMARY,
+    Protocol,
+    Representation,
+    available,
+    chosen,
+    find,
+    format_tables,
+    measure,
+)
 from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view
 from sslbook.nn.backbones import build
 from sslbook.weights.backbone import load_backbone
+
+RECIPES = Path(__file__).parent / "recipes" / "protocols"
 
 
 def evaluate(
@@ -41,6 +57,7 @@ def evaluate(
     device: str | None = None,
     backbone: nn.Module | None = None,
     out: str | None = None,
+    keep: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure a trained backbone on labeled images.
@@ -52,14 +69,16 @@ def evaluate(
         run: run folder, exported backbone or checkpoint; `--run` may be left out if it comes first.
         data: labeled images.
         protocols: names such as knn and linear, import paths of your own, or classes with their options; by default kNN,
-            linear probe, and the factors of the Shapes data set.
+            linear probe, and the factors of the Shapes data set. `evaluate PROTOCOL RUN` takes the options of one.
         controls: also measure pixels and random weights.
         resize: the image's shorter side before the center is cropped; by default 8/7 of the view, below 128 pixels all.
         batch_size: images at a time.
-        seed: of the random weights, where the run did not keep those it began with.
+        seed: of what protocols draw, and of the random weights where the run did not keep those it began with.
         device: cpu, cuda, cuda:1; a GPU if there is one.
         backbone: the module to fill, for backbones that are not from sslbook.nn.
-        out: a new JSON file for the result, with its origin (command, commit, versions, hardware, date).
+        out: a new JSON file for the result, with its origin (command, commit, versions, hardware, date); pictures are
+            written beside it.
+        keep: a folder for the runs of protocols that train, which go on there after a stop; by default nothing is kept.
         progress: show progress bars.
 
     Returns:
@@ -70,32 +89,59 @@ def evaluate(
     """
     target = None if out is None else _new_file(out)
     at_least_one(batch_size=batch_size)
-    options = {"device": choose_device(device), "batch_size": batch_size, "progress": progress}
+    where = choose_device(device)
+    main = distributed.is_main()
     module, facts = load_backbone(run, backbone)
     view = view_of(facts, resize)
-    print(data.describe())
-    models = {str(facts.get("method", Path(run).name)): Representation(module, data, view, **options)}
-    if controls:
-        models["pixels"] = pixels(data, view, **options)
-        if (start := _start(run, facts, seed, backbone)) is not None:
-            models["random weights"] = Representation(start, data, view, **options)
     if protocols is None:  # where the data allow none, the first says what is missing
         protocols = chosen(None, module, data) or chosen(DEFAULT[:1], module, data)
+    uses_data = any(protocol.uses_data for protocol in protocols)
+    if uses_data and main:
+        print(data.describe())
+    name = str(facts.get("method", Path(run).name))
+    backbones = {name: module}
+    if controls and (start := _start(run, facts, seed, backbone)) is not None:
+        backbones["random weights"] = start
+    options: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress and main, "seed": seed}
+    models = {
+        row: Representation(network, data, view, folder=None if keep is None else Path(keep) / row, **options)
+        for row, network in backbones.items()
+    }
+    if controls and uses_data:  # between the two
+        start = models.pop("random weights", None)
+        models["pixels"] = pixels(data, view, **options)
+        models |= {} if start is None else {"random weights": start}
     with quiet_about_skipped():
-        tables = measure(models, protocols)
+        tables = measure(models, protocols, None if target is None or not main else partial(_draw, target))
+    values = {**tables.get(SUMMARY, {}), **{table: rows for table, rows in tables.items() if table != SUMMARY}}
+    if not main:
+        return values
     print(f"\n{format_tables(tables, protocols, data)}")
     tell_skipped(data)
-    values = {**tables.pop(SUMMARY, {}), **tables}
     if target is not None:
         settings = {
             "run": run,
-            "data": data.describe(),
+            "data": data.describe() if uses_data else None,
             "view": {"size": view.size, "resize": view.resize, "mean": list(view.mean), "std": list(view.std)},
-            "protocols": {p.name: json.loads(json.dumps(vars(p), default=str)) for p in protocols},
+            "protocols": {p.name: _plain(vars(p)) for p in protocols},
+            "details": {row: _plain(model.details) for row, model in models.items() if model.details},
         }
         results.save(target.stem, values, seeds=[seed], settings=settings, to=target.parent)
         print(f"\nwritten to {target}")
     return values
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """What a result file can hold of an object's values."""
+    return json.loads(json.dumps({key: value for key, value in values.items() if key[0] != "_"}, default=str))
+
+
+def _draw(target: Path, name: str, figure: Any) -> None:
+    path = target.with_name(f"{target.stem}-{name}.png")
+    checkpoint.write_atomically(
+        path, lambda part: figure.savefig(part, format="png", dpi=144, facecolor="white", bbox_inches="tight")
+    )
+    print(f"written to {path}")
 
 
 def _start(run: str, facts: dict[str, Any], seed: int, backbone: nn.Module | None) -> nn.Module | None:
@@ -118,8 +164,8 @@ def _start(run: str, facts: dict[str, Any], seed: int, backbone: nn.Module | Non
 
 def choose_device(device: str | None) -> torch.device:
     """The device of that name; by default a GPU if there is one. UserError if it cannot be used."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None or "RANK" in os.environ:
+        return distributed.setup(device)
     try:
         named = torch.device(device)
         torch.empty(0, device=named)
@@ -179,6 +225,24 @@ def protocols_as_classes(argv: list[str]) -> list[str]:
     return [*argv[:first], f"--protocols={json.dumps(classes)}", *argv[last:]]
 
 
+def with_recipe(protocol: type[Protocol], words: list[str]) -> list[str]:
+    """The words of a command, with `--recipe NAME` written as the `--config` of a published setting's file."""
+    out: list[str] = []
+    names = iter(words)
+    for word in names:
+        option, has_value, value = word.partition("=")
+        if option != "--recipe":
+            out.append(word)
+            continue
+        name = value if has_value else next(names, "")
+        folder = RECIPES / protocol.name
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        if name not in known:
+            raise UserError(f"recipe {name}: {protocol.name} has {', '.join(known) or 'none'}{nearest(name, known)}")
+        out.append(f"--config={folder / name}.yaml")
+    return out
+
+
 @contextmanager
 def quiet_about_skipped() -> Iterator[None]:
     """Without the warning at the first unreadable image: `tell_skipped` names them all at the end."""
@@ -224,15 +288,23 @@ def main() -> None:
     """`python -m sslbook.evaluate RUN`."""
     from sslbook.cli.common import cli
 
-    for word in sys.argv[1:]:
-        if word.split("=")[0] in ("--k", "--temperature"):
-            option = word.split("=")[0].removeprefix("--")
+    words = sys.argv[1:]
+    protocol = None
+    first, second = [*words, "-", "-"][:2]
+    if first.lower() in available() or not (second.startswith("-") or Path(first).exists()):
+        protocol = find(words.pop(0))
+    for word in words:
+        if protocol is None and word.split("=")[0] in ("--k", "--temperature"):
             raise UserError(
-                f"--{option} is an option of a protocol now: "
-                f"""--protocols '[{{"class_path": "KNN", "init_args": {{"{option}": VALUE}}}}]'"""
+                f"{word.split('=')[0]} is an option of a protocol: python -m sslbook.evaluate knn RUN {word} ..."
             )
-    words = protocols_as_classes(sys.argv[1:])
-    cli(evaluate, words, prog="python -m sslbook.evaluate RUN", own_data=own_data)
+    if protocol is not None:
+        words = with_recipe(protocol, words)
+        about = f"python -m sslbook.evaluate {protocol.name} RUN"
+        own = own_data if protocol.uses_data else None
+        cli(evaluate, words, prog=about, own_data=own, protocol=protocol)
+    else:
+        cli(evaluate, protocols_as_classes(words), prog="python -m sslbook.evaluate RUN", own_data=own_data)
 
 
 if __name__ == "__main__":

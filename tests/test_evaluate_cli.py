@@ -101,7 +101,10 @@ def test_evaluate_on_other_images(run: Path, photos: Path, monkeypatch, capsys) 
     [
         (["RUN", "--protocls", "knn"], "did you mean --protocols"),
         (["RUN", "--protocols", "knm"], "knm"),
-        (["RUN", "--k", "3"], """--protocols '[{"class_path": "KNN", "init_args": {"k": VALUE}}]'"""),
+        (["RUN", "--k", "3"], "python -m sslbook.evaluate knn RUN --k"),
+        (["knn", "RUN", "--kk", "3"], "did you mean --k"),
+        (["knnn", "RUN"], "did you mean knn"),
+        (["knn", "RUN", "--recipe", "moco"], "knn has none"),
         (["RUN", "--protocols", '[{"class_path": "KNN", "init_args": {"k": "many"}}]'], "many"),
         (["RUN", "--protocols", '[{"class_path": "KNN", "init_args": {"kk": 3}}]'], "kk"),
         (["RUN", "--data.folder", "/no/such/folder"], "does not exist"),
@@ -245,3 +248,12 @@ def test_a_backbone_from_elsewhere_beside_its_initial_weights(run: Path) -> None
     initial, facts = load_backbone(folder / "initial.safetensors", Mine(18, width=2, stem="small"))
     expected = KNN(k=1).run(Representation(initial, data, evaluate.view_of(facts, None), progress=False), data)
     assert values["random weights"] == expected
+
+
+def test_a_protocol_before_the_run_has_its_options_on_the_command_line(run, monkeypatch, tmp_path) -> None:
+    common = [run, "--progress", "false", "--device", "cpu", "--controls", "false", "--out"]
+    call(monkeypatch, evaluate, "knn", *common, tmp_path / "one.json", "--k", "3", "--temperature", "0.5", "--seed", "4")
+    call(monkeypatch, evaluate, *common, tmp_path / "other.json", "--protocols", "knn")
+    one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "other"))
+    assert one["settings"]["protocols"] == {"knn": {"k": 3, "temperature": 0.5}} and one["seeds"] == [4]
+    assert other["settings"]["protocols"]["knn"]["k"] == 20

@@ -15,6 +15,7 @@ LEVELS = [
         "rng",
         "schedules",
         "distributed",
+        "files",
         "checkpoint",
         "results",
         "data",
@@ -23,7 +24,7 @@ LEVELS = [
         "weights",
         "methods",
     ),
-    *("evaluation", "notebook", "engine", "report", "loggers", "cli"),
+    *("notebook", "engine", "evaluation", "report", "loggers", "cli"),
     *("train", "evaluate", "extract", "compare", "tools", "__init__", "__main__"),
 ]
 # A variant may import the method that its paper builds on; every method may import the base class.

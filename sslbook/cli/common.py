@@ -35,6 +35,7 @@ def cli(
     *,
     prog: str,
     own_data: Callable[[str], tuple[str, Values]] | None = None,
+    protocol: type | None = None,
 ) -> object:
     """Call `function` with what the command line says; its signature and docstring are the options and the help.
 
@@ -46,6 +47,8 @@ def cli(
         prog: the command, as the help prints it.
         own_data: for a function with the parameters `run` and `data`: the options of data that a run learned from, and
             the file that names them. They are in force where no option of data is given.
+        protocol: a class whose options are options of the command too; `function` gets the object as `protocols=[...]`.
+            An option that both have, such as `seed`, goes to both.
 
     Raises:
         UserError: an option that does not exist, or a value of another type.
@@ -53,7 +56,10 @@ def cli(
     parameters = inspect.signature(function).parameters
     parser = Parser(prog=prog, description=(inspect.getdoc(function) or "").split("Args:")[0].strip())
     parser.add_argument("--config", type=str, help="a YAML file with options; may be given several times")
-    parser.add_function_arguments(function, skip={"data"} & set(parameters))
+    arguments = set(inspect.signature(protocol).parameters) if protocol else set()
+    if protocol:
+        parser.add_class_arguments(protocol, skip=arguments & set(parameters))
+    parser.add_function_arguments(function, skip={"data", *(["protocols"] if protocol else [])} & set(parameters))
     if "data" in parameters:
         from sslbook.data.loader import Data  # torch, which the list of commands does not wait for
 
@@ -81,4 +87,6 @@ def cli(
         values = layer(*own_data(str(run)))
     options = vars(parser.construct(parser.parse(from_words(pairs, values, parser))))
     options.pop("config", None)
-    return function(**options)
+    if protocol:
+        options["protocols"] = [protocol(**{name: options[name] for name in arguments})]
+    return function(**{name: value for name, value in options.items() if name in parameters})

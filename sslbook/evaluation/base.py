@@ -8,10 +8,10 @@ options, `run` returns the metrics. `python -m sslbook.evaluate`, the report of 
 import copy
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from sslbook.data.views import View
 from sslbook.errors import UserError, import_attribute, nearest
 from sslbook.evaluation.features import Features, Split, extract_with_index
 from sslbook.results import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEFAULT = ("knn", "linear", "factors")  # what is measured unless protocols are named; data may not allow all of them
 FOLDER = "sslbook.evaluation.protocols"
@@ -40,6 +43,9 @@ class Representation:
         device: where to compute; by default where the backbone is.
         batch_size: images at a time.
         progress: show bars.
+        seed: key of everything that a protocol draws at random.
+        folder: where a protocol that trains keeps its run, so that it can be resumed; by default nothing is kept.
+        details: what protocols noted beside their metrics, by protocol.
     """
 
     backbone: nn.Module
@@ -48,7 +54,10 @@ class Representation:
     device: torch.device | str | None = None
     batch_size: int = 256
     progress: bool = True
+    seed: int = 0
+    folder: Path | None = None
     _features: dict[str, Features] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def features(self, split: Split) -> Features:
         """Features, labels and positions of every readable image of a split, on the CPU."""
@@ -82,10 +91,28 @@ class Protocol:
     """heads a table of its own, with a line for every metric; without it the metrics are columns of the shared table"""
     cost = "seconds"
     """what it takes beyond extracting features, for who is to decide"""
+    uses_data = True
+    """whether it measures on the images it is given; otherwise its own options name them"""
+    name: str
+    """of its file (`few_shot`) if it is one of the package's, else the class in lower case"""
+    trains = False
+    """whether the loop of pre-training runs in it: a backbone without parameters is then left out"""
+
+    def __init_subclass__(cls) -> None:
+        module, _, last = cls.__module__.rpartition(".")
+        cls.name = last if module == FOLDER else cls.__name__.lower()
 
     def run(self, model: Representation, data: Data) -> Metrics:
-        """The metrics by name: percentages, unless the name says what else. The backbone is left as it was."""
+        """The metrics by name: percentages, unless the name says what else. The backbone is left as it was.
+
+        What belongs beside them in a result file, such as what was chosen on which split, goes to
+        `model.details[self.name]`.
+        """
         raise NotImplementedError
+
+    def figures(self) -> dict[str, "Figure"]:
+        """Pictures of the last `run`, by name."""
+        return {}
 
     def chance(self, data: Data) -> Metrics:
         """The level of chance of the same metrics: what features without any information yield."""
@@ -96,17 +123,14 @@ class Protocol:
         method = {"features": "forward", "maps": "forward_map", "tokens": "forward_tokens"}[self.needs]
         if not hasattr(backbone, method):
             return f"a backbone with {self.needs} (a method {method}), which {type(backbone).__name__} does not offer"
-        if self.labels and not data.has_test_labels:
+        if self.trains and not any(True for _ in backbone.parameters()):
+            return f"a backbone with parameters, and {type(backbone).__name__} has none"
+        if self.uses_data and self.labels and not data.has_test_labels:
             return (
                 f"labeled training and test images; {data.name} has no labels for both: "
                 "put them into FOLDER/train/CLASS and FOLDER/test/CLASS"
             )
         return None
-
-    @property
-    def name(self) -> str:
-        """The class in lower case; for protocols of the package that is the name of the file."""
-        return type(self).__name__.lower()
 
 
 def available() -> list[str]:
@@ -149,12 +173,17 @@ def require(protocols: Sequence[Protocol], backbone: nn.Module, data: Data) -> N
             raise UserError(f"{protocol.name} needs {lack}")
 
 
-def measure(models: Mapping[str, Representation], protocols: Sequence[Protocol]) -> Tables:
+def measure(
+    models: Mapping[str, Representation],
+    protocols: Sequence[Protocol],
+    draw: Callable[[str, "Figure"], object] | None = None,
+) -> Tables:
     """Every protocol on every model: `{table: {row: {metric: value}}}`, the level of chance last in each table.
 
     Args:
         models: the first is the one in question; controls that cannot serve a protocol are left out.
         protocols: what to measure.
+        draw: called with the name and each picture that a protocol has of the first model.
 
     Raises:
         UserError: the first model or the data lack what a protocol needs.
@@ -167,6 +196,9 @@ def measure(models: Mapping[str, Representation], protocols: Sequence[Protocol])
             if protocol.lacks(model.backbone, model.data) is None:
                 table = tables.setdefault(_table(protocol), {})
                 table.setdefault(name, {}).update(protocol.run(model, model.data))
+                if draw is not None and model is first:
+                    for what, figure in protocol.figures().items():
+                        draw(f"{protocol.name}-{what}", figure)
     for protocol in protocols:
         if level := protocol.chance(first.data):
             tables[_table(protocol)].setdefault("chance", {}).update(level)
