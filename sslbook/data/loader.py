@@ -5,10 +5,12 @@ Image files are decoded and cropped by worker processes, and their colors augmen
 a function of `(seed, epoch, index, stream)`: workers, processes and restarts change none.
 """
 
+import copy
 import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -215,6 +217,26 @@ class Data:
         if not isinstance(source, FileList):
             return str(len(source))
         return hashlib.blake2b(source.paths.tobytes(), digest_size=16).hexdigest()
+
+    def split(self, train: Int[Tensor, "some"], test: Int[Tensor, "others"] | None = None) -> "Data":
+        """The same data with only some of the labeled training images.
+
+        Args:
+            train: their positions.
+            test: positions of those labeled training images that stand in for the test images; without, these stay.
+        """
+        source = self._splits.train
+        chosen = source.subset(train)
+        held = self._splits.test if test is None else source.subset(test)
+        data = copy.copy(self)
+        data._splits = replace(self._splits, pretrain=chosen, train=chosen, test=held, factors={})
+        data._on_device, data._idle = {}, None
+        return data
+
+    def file_names(self) -> list[str] | None:
+        """The name of every labeled training image's file, without its folder; None where images are no files."""
+        source = self._splits.train
+        return [source.path(i).name for i in range(len(source))] if isinstance(source, FileList) else None
 
     def _source(self, split: Split) -> ImageSource:
         source = getattr(self._splits, split)
