@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslbook.data.datasets.shapes import Shapes
+from sslbook.data.loader import Data
+from sslbook.data.views import View
 from sslbook.errors import UserError
+from sslbook.evaluation.base import Representation
 from sslbook.evaluation.protocols import knn
 
 
@@ -132,3 +136,40 @@ def test_rejects_empty_splits_and_invalid_options() -> None:
 
 def test_majority_ignores_images_without_a_label() -> None:
     assert knn.majority(torch.tensor([-1, -1, -1, 2, 2, 5]), torch.tensor([2, 5, 5, 5, -1])) == 25
+
+
+def test_top_5_and_several_settings_in_one_pass() -> None:
+    """Each pair of k and temperature is what it would be alone; top-5 only where there are more than five classes."""
+    data = Data(shapes=Shapes(num_train=60, num_test=24))
+    model = Representation(nn.Flatten(), data, View.center(8), progress=False)
+    alone = {(k, t): knn.KNN(k, t).run(model, data) for k in (1, 20) for t in (0.07, 5.0)}
+    many = knn.KNN([1, 20], [0.07, 5.0])
+    together = many.run(model, data)
+    assert len(together) == 8
+    for (k, t), metrics in alone.items():
+        assert together[f"kNN, k={k}, T={t}"] == metrics["kNN"]
+        assert together[f"kNN top-5, k={k}, T={t}"] == metrics["kNN top-5"]
+    assert set(knn.KNN([1, 20]).run(model, data)) == {"kNN, k=1", "kNN, k=20", "kNN top-5, k=1", "kNN top-5, k=20"}
+    assert set(many.chance(data)) == {name for name in together if "top-5" not in name}
+    train_x, train_y, test_x, test_y = model.labeled()
+    ranked = knn.vote(*knn.neighbors(train_x, test_x, 20), train_y, 5.0, top=5)
+    assert together["kNN top-5, k=20, T=5.0"] == pytest.approx(100 * sum(y in r for y, r in zip(test_y, ranked)) / 24)
+    assert together["kNN top-5, k=20, T=5.0"] > together["kNN, k=20, T=5.0"]
+    assert model.details["knn"]["confusion"]["classes"]
+    assert set(many.figures()) == {"confusion"}
+    with pytest.raises(UserError, match="at least one"):
+        knn.KNN([])
+
+
+def _two(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    return knn.neighbors(bank, queries, 5, query_chunk=7, bank_chunk=11)
+
+
+def test_two_processes_share_the_queries_and_both_have_the_result(pool) -> None:
+    bank, _ = clusters(60, seed=7)
+    for count in (40, 5):  # of five, the second process has none
+        queries, _ = clusters(count, seed=8)
+        one = _two(queries, bank)
+        for two in pool.run(_two, queries, bank):
+            assert torch.equal(two[0], one[0])
+            assert torch.equal(two[1], one[1])
