@@ -221,7 +221,9 @@ def photographs(num_seeds: int) -> None:
         if seed == 0:
             path = results.book() / "checkpoints" / "simclr_cifar10.safetensors"
             command = "python book/chapters/simclr/experiments.py photographs"
-            export_backbone(path, network, {"method": "SimCLR", "command": command, "seed": seed, "settings": about})
+            view = {"size": PHOTOGRAPH.size, "mean": PHOTOGRAPH.mean, "std": PHOTOGRAPH.std}
+            facts = {"method": "SimCLR", "view": view, "command": command, "seed": seed, "settings": about}
+            export_backbone(path, network, facts)
         train_supervised(Fast(fresh), data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
         note(rows, "supervised", score(fresh, data, 32))
         results.save("simclr_photographs", rows, seeds=list(range(seed + 1)), settings=about)
