@@ -7,6 +7,9 @@ Both take their random parameters from `views.sample_params`. They therefore giv
 that a bicubic resize may differ visibly at sharp edges and in noise: Pillow clips its overshoots at 0 and 255 between
 rows and columns, the batched executor only at the end.
 
+Images have as many channels as the view's `mean`. Those of 8 bits come as uint8 and are scaled to 0..1, to which colors
+are clamped; others come as float32 and stay as they are.
+
 A crop with an antialiased resize is a linear function that separates into rows and columns, so the batched executor
 writes it as two matrices per sample and two batched matrix products. Gaussian blur is treated alike.
 """
@@ -33,20 +36,25 @@ def _kernel_size(size: int) -> int:
 # One image ---------------------------------------------------------------------------------------------------------
 
 
-def apply_one(view: View, image: Any, seed: int, epoch: int, index: int, stream: int) -> Float[Tensor, "3 size size"]:
-    """Augment one image with torchvision's functions.
+def apply_one(
+    view: View, image: Any, seed: int, epoch: int, index: int, stream: int
+) -> Float[Tensor, "channels size size"]:
+    """Augment one image with torchvision's functions, whose colors are red, green and blue; others as in a batch.
 
     Args:
         view: the augmentation.
-        image: a PIL image in mode RGB or L, or a uint8 tensor `(channels, height, width)`.
+        image: a PIL image in mode RGB or L, or a tensor `(channels, height, width)`.
         seed, epoch, index, stream: the key of the random numbers; `index` is the image's position, `stream` the view's.
     """
     from torchvision.transforms.v2 import functional as F
 
     image = as_pil(image)
-    height, width = torch.tensor([image.height]), torch.tensor([image.width])
+    height, width = (torch.tensor([side]) for side in sides(image))
     crop, color = sample_params(view, seed, epoch, torch.tensor([index]), stream, height, width)
-    x = crop_one(view, image, crop).float() / 255
+    x = crop_one(view, image, crop)
+    if x.dtype != torch.uint8 or len(x) != 3:
+        return color_batch(view, unit(x)[:, None], color, bounded=x.dtype == torch.uint8)[0]
+    x = x.float() / 255
     if color.jitter[0]:
         factors = color.factors[0].tolist()
         steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -62,8 +70,27 @@ def apply_one(view: View, image: Any, seed: int, epoch: int, index: int, stream:
     return F.normalize(x, list(view.mean), list(view.std))
 
 
-def crop_one(view: View, image: Any, crop: CropParams) -> UInt8[Tensor, "3 size size"]:
-    """The geometric half of `apply_one`: crop, resize and flip one PIL image."""
+def sides(image: Any) -> tuple[int, int]:
+    """Height and width of a PIL image or a tensor."""
+    return tuple(image.shape[1:]) if isinstance(image, Tensor) else (image.height, image.width)
+
+
+def unit(x: Tensor) -> Tensor:
+    """8 bits as numbers in [0, 1]; other values as they are."""
+    return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x
+
+
+def crop_one(view: View, image: Any, crop: CropParams) -> Tensor:
+    """The geometric half of `apply_one`: crop, resize and flip one PIL image, or a tensor band by band."""
+    from PIL import Image
+
+    if isinstance(image, Tensor):
+        return torch.stack([_crop_pil(view, Image.fromarray(band.numpy()), crop) for band in image])
+    return _crop_pil(view, image, crop, "RGB" if len(view.mean) == 3 else "L")
+
+
+def _crop_pil(view: View, image: Any, crop: CropParams, mode: str | None = None) -> Tensor:
+    """One PIL image, cropped; `mode` is that of the result, without a channel axis if there is none."""
     from PIL import Image
 
     top, left, height, width = crop.box[0].tolist()
@@ -80,7 +107,8 @@ def crop_one(view: View, image: Any, crop: CropParams) -> UInt8[Tensor, "3 size 
         image = image.crop((x, y, x + size, y + size))
     if crop.flip[0]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.array(image if mode is None else image.convert(mode)))
+    return pixels if mode is None else pixels.view(size, size, -1).permute(2, 0, 1).contiguous()
 
 
 # A batch -------------------------------------------------------------------------------------------------------------
@@ -88,46 +116,48 @@ def crop_one(view: View, image: Any, crop: CropParams) -> UInt8[Tensor, "3 size 
 
 def apply_batch(
     view: View,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch channels height width"],
     seed: int,
     epoch: int,
     index: Int[Tensor, "batch"],
     stream: int,
-) -> Float[Tensor, "batch 3 size size"]:
+) -> Float[Tensor, "batch out_channels size size"]:
     """Augment a batch of equal-sized images on their own device, each with its own parameters.
 
     Args:
         view: the augmentation.
-        images: the images; one channel is taken as gray.
+        images: the images; one channel is taken as gray, unless the view has one too.
         seed, epoch, index, stream: the key of the random numbers; `index` is each image's position, `stream` the view's.
     """
     height, width = (torch.full((len(images),), side) for side in images.shape[2:])
     crop, color = sample_params(view, seed, epoch, index, stream, height, width)
-    return color_batch(view, crop_batch(view, images, crop), color)
+    return color_batch(view, crop_batch(view, images, crop), color, bounded=images.dtype == torch.uint8)
 
 
 def apply_color(
     view: View,
-    crops: UInt8[Tensor, "batch 3 size size"],
+    crops: UInt8[Tensor, "batch channels size size"] | Float[Tensor, "batch channels size size"],
     seed: int,
     epoch: int,
     index: Int[Tensor, "batch"],
     stream: int,
-) -> Float[Tensor, "batch 3 size size"]:
+) -> Float[Tensor, "batch channels size size"]:
     """The photometric half of `apply_batch`, for images that `crop_one` has cropped with the same key."""
     size = torch.full((len(crops),), view.size)  # the colors do not depend on it
     color = sample_params(view, seed, epoch, index, stream, size, size).color
-    return color_batch(view, crops.transpose(0, 1).contiguous().float().mul_(1 / 255), color)
+    return color_batch(view, unit(crops.transpose(0, 1).contiguous()), color, bounded=crops.dtype == torch.uint8)
 
 
 def crop_batch(
-    view: View, images: UInt8[Tensor, "batch channels height width"], crop: CropParams
-) -> Float[Tensor, "3 batch size size"]:
-    """Crop, resize and flip; returns values in [0, 1], channels first, since the color steps work by channel."""
+    view: View,
+    images: UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch channels height width"],
+    crop: CropParams,
+) -> Float[Tensor, "out_channels batch size size"]:
+    """Crop, resize and flip; 8 bits become values in [0, 1]; channels first, since the color steps work by channel."""
     batch, channels, height, width = images.shape
-    size = view.size
+    size, bounded = view.size, images.dtype == torch.uint8
     if view.crop is None and view.resize in (None, size) and (height, width) == (size, size):
-        x = images.transpose(0, 1).float().mul_(1 / 255)
+        x = images.transpose(0, 1).clone() if not bounded else images.transpose(0, 1).float().mul_(1 / 255)
         mirrored = crop.flip.nonzero()[:, 0].to(images.device)
         if len(mirrored):
             x.index_copy_(1, mirrored, x.index_select(1, mirrored).flip(-1))
@@ -138,13 +168,14 @@ def crop_batch(
         no_flip = torch.zeros_like(flip)
         rows = _resampling(size, height, box[:, 0], box[:, 2], grid[:, 0], grid[:, 2], no_flip, view.interpolation)
         columns = _resampling(size, width, box[:, 1], box[:, 3], grid[:, 1], grid[:, 3], flip, view.interpolation)
-        rows.mul_(1 / 255)
+        if bounded:
+            rows.mul_(1 / 255)
         x = images.new_empty((channels, batch, size, size), dtype=torch.float32)
         for channel in range(channels):
             torch.bmm(torch.bmm(rows, images[:, channel].float()), columns.transpose(1, 2), out=x[channel])
-        if view.interpolation == "bicubic":
+        if view.interpolation == "bicubic" and bounded:
             x.clamp_(0, 1)  # its negative lobes overshoot
-    return x.expand(3, -1, -1, -1).clone() if channels == 1 else x
+    return x.expand(3, -1, -1, -1).clone() if channels == 1 and len(view.mean) == 3 else x
 
 
 def _resampling(
@@ -182,16 +213,21 @@ def _resampling(
 
 
 def color_batch(
-    view: View, x: Float[Tensor, "3 batch size size"], color: ColorParams
-) -> Float[Tensor, "batch 3 size size"]:
-    """Color jitter, grayscale, blur, solarize, normalize; overwrites `x`."""
+    view: View, x: Float[Tensor, "channels batch size size"], color: ColorParams, bounded: bool = True
+) -> Float[Tensor, "batch channels size size"]:
+    """Color jitter, grayscale, blur, solarize, normalize; overwrites `x`.
+
+    Saturation, hue and grayscale are of three channels, solarize is of values in [0, 1], to which brightness and
+    contrast clamp where the images are `bounded`. `Data.adapted` leaves out what does not suit.
+    """
 
     def change(which: Bool[Tensor, "batch"], function: Callable[..., Tensor], *parameters: Tensor) -> None:
         """Apply `function` to some samples, counted on the CPU, so that the device never waits."""
         few = which.nonzero()[:, 0]
         if len(few):
             few = few.to(x.device)
-            x.index_copy_(1, few, function(x.index_select(1, few), *(values[few] for values in parameters)))
+            made = function(x.index_select(1, few), *(values[few] for values in parameters))
+            x.index_copy_(1, few, made.clamp_(0, 1) if bounded and function in _CLAMPED else made)
 
     if any(view.color_jitter) and view.color_jitter_p > 0:
         factors = color.factors.to(x.device)[:, :, None, None]
@@ -206,7 +242,7 @@ def color_batch(
     if view.solarize > 0:
         change(color.solarize, lambda some: torch.minimum(some, 1 - some))  # above one half, 1 - x is the smaller
 
-    result = x.new_empty((x.shape[1], 3, *x.shape[2:]))
+    result = x.new_empty((x.shape[1], len(x), *x.shape[2:]))
     for channel, (mean, std) in enumerate(zip(view.mean, view.std)):
         torch.sub(x[channel] * (1 / std), mean / std, out=result[:, channel])
     return result
@@ -216,18 +252,22 @@ def _gray(x: Float[Tensor, "3 n h w"]) -> Float[Tensor, "n h w"]:
     return (x[0] * _GRAY[0]).add_(x[1], alpha=_GRAY[1]).add_(x[2], alpha=_GRAY[2])
 
 
-def _brightness(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
-    return x.mul_(factor).clamp_(0, 1)
+def _brightness(x: Float[Tensor, "channels n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "channels n h w"]:
+    return x.mul_(factor)
 
 
-def _contrast(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
-    mean = sum(weight * plane.mean((1, 2), keepdim=True) for weight, plane in zip(_GRAY, x))
-    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+def _contrast(x: Float[Tensor, "channels n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "channels n h w"]:
+    weights = _GRAY if len(x) == 3 else [1 / len(x)] * len(x)
+    mean = sum(weight * plane.mean((1, 2), keepdim=True) for weight, plane in zip(weights, x))
+    return x.mul_(factor).add_(mean * (1 - factor))
 
 
 def _saturation(x: Float[Tensor, "3 n h w"], factor: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
     gray = _gray(x)
-    return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
+    return x.mul_(factor).add_(gray.mul_(1 - factor))
+
+
+_CLAMPED = (_brightness, _contrast, _saturation)
 
 
 def _hue(x: Float[Tensor, "3 n h w"], shift: Float[Tensor, "n 1 1"]) -> Float[Tensor, "3 n h w"]:
@@ -253,7 +293,9 @@ def _hue(x: Float[Tensor, "3 n h w"], shift: Float[Tensor, "n 1 1"]) -> Float[Te
     return x
 
 
-def _gaussian_blur(x: Float[Tensor, "3 n size size"], sigma: Float[Tensor, "n"]) -> Float[Tensor, "3 n size size"]:
+def _gaussian_blur(
+    x: Float[Tensor, "channels n size size"], sigma: Float[Tensor, "n"]
+) -> Float[Tensor, "channels n size size"]:
     """Blur by a banded matrix for each sample: rows from the left, columns from the right, borders reflected."""
     size = x.shape[-1]
     half = _kernel_size(size) // 2

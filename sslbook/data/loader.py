@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from sslbook.data.datasets import load_named
 from sslbook.data.datasets.base import FileList, ImageSource, InMemory, Splits
-from sslbook.data.datasets.folder import load_folder
+from sslbook.data.datasets.folder import load_folders
 from sslbook.data.datasets.imported import splits_of
 from sslbook.data.datasets.listed import load_list
 from sslbook.data.datasets.shapes import Shapes, load_shapes
 from sslbook.data.executors import apply_batch, apply_color
-from sslbook.data.images import UnreadableImage, as_pil
+from sslbook.data.images import EXTENSIONS, UnreadableImage, as_photograph
 from sslbook.data.views import View
 from sslbook.data.workers import CropDataset, CropLoader
 from sslbook.errors import UserError
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     """What a method gets."""
 
     views: tuple[Tensor, ...]
-    """one tensor `(batch, 3, size, size)` for each view"""
+    """one tensor `(batch, channels, size, size)` for each view"""
     index: Int[Tensor, "batch"]
     """positions of the images in their split"""
     label: Int[Tensor, "batch"]
@@ -55,12 +55,20 @@ class Data:
         name: `shapes` (rendered, needs no files), cifar10, cifar100, stl10, fashion_mnist, imagenette, imagenet, or the
             import path of a map-style dataset class, such as `my.module.MyDataset`.
         folder: a folder of images instead, labeled (one subfolder a class) or not, with or without `train/` and
-            `test/`.
-        list: a text file instead, with the path of an image and optionally its class on each line; paths are relative
-            to the file or to `root`.
+            `test/`; or a list of such folders, `[A, B]`, whose images come one after the other.
+        list: a list of images instead, as text (a path and optionally its class on each line), CSV or JSON; see
+            `sslbook.data.datasets.listed`. Paths are relative to the file or to `root`.
+        test_list: the list of the images to evaluate on; without it a tenth is held out, or what `split` says.
         root: the folder of the named sets.
+        arguments: of the dataset class that `name` imports, such as `--data.arguments.split trainval`; a class path
+            makes an object, such as a transform.
+        test_arguments: those that differ for the images to evaluate on, such as `--data.test_arguments.split val`.
         shapes: options of the Shapes data set.
-        download: let torchvision download a named set that is not there.
+        download: let torchvision, or the imported class, download a set that is not there.
+        channels: number of bands, such as 1 or 13: images keep all their bands and bits, of files (TIFF, `.npy`, PNG),
+            of a dataset class or of tensors; null makes red, green and blue of 8 bits of every image.
+        mean: of each channel, in place of the views'; `python -m sslbook.tools measure_mean_std` measures it.
+        std: likewise.
         limit: train on so many of the training images only, chosen at random, always the same.
         strict: stop at an image that cannot be read, instead of skipping and counting it.
         augment: `device` crops in the workers and augments colors on the device, and keeps small sets on the device
@@ -76,11 +84,17 @@ class Data:
     def __init__(
         self,
         name: str = "shapes",
-        folder: Path | None = None,
+        folder: list[Path] | Path | None = None,
         list: Path | None = None,
+        test_list: Path | None = None,
         root: Path = Path("data"),
+        arguments: dict[str, Any] | None = None,
+        test_arguments: dict[str, Any] | None = None,
         shapes: Shapes = Shapes(),
         download: bool = False,
+        channels: PositiveInt | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         limit: PositiveInt | None = None,
         strict: bool = False,
         augment: Literal["device", "workers"] = "device",
@@ -93,14 +107,30 @@ class Data:
             raise UserError("a data set is named by a text; write Data(train=DATASET), or Data(folder=FOLDER)")
         if (name != "shapes") + (folder is not None) + (list is not None) > 1:
             raise UserError(f"data.name={name}, data.folder={folder}, data.list={list}: give one of them")
-        folder, list = (None if path is None else Path(path) for path in (folder, list))
-        path = folder or list
-        self.name = name if path is None else Path(os.path.abspath(Path(path).expanduser())).name  # links keep theirs
-        self.folder = folder
+        if test_list is not None and list is None:
+            raise UserError("data.test_list belongs to data.list: give both")
+        if (arguments or test_arguments) and "." not in name:
+            raise UserError(
+                f"data.arguments are those of a dataset class, and data.name is {name}: give its import path"
+            )
+        several = isinstance(folder, Sequence) and not isinstance(folder, str)
+        self.folders = tuple(map(Path, folder if several else [folder])) if folder is not None else ()
+        list, test_list = (None if path is None else Path(path) for path in (list, test_list))
+        paths = self.folders or (() if list is None else (list,))
+        names = [Path(os.path.abspath(path.expanduser())).name for path in paths]  # links keep theirs
+        self.name = "+".join(names) or name
+        self.folder = self.folders[0] if len(self.folders) == 1 else None
         self.list = list
+        self.test_list = test_list
         self.root = root
+        self.arguments = (arguments or {}, test_arguments or {})
         self.shapes = shapes
         self.download = download
+        self.channels, self.mean, self.std = channels, mean and tuple(mean), std and tuple(std)
+        if (mean is None) != (std is None) or (mean and std and not len(mean) == len(std) == (channels or 3)):
+            raise UserError(f"data.mean {mean} and data.std {std}: give both, {channels or 3} numbers each, or none")
+        if std and min(std) <= 0:
+            raise UserError(f"data.std {std}: give positive numbers")
         self.limit = limit
         self.strict = strict
         self.augment = augment
@@ -110,23 +140,28 @@ class Data:
         """images that could not be read so far in this process, and why"""
         self._on_device: dict[tuple[int, str], Tensor] = {}
         self._idle: tuple[Any, CropLoader] | None = None
+        self._told: set[str] = set()
         if train is not None:
-            splits = splits_of([train] if test is None else [train, test])
-            self.name, self._splits = type(train).__name__, splits if limit is None else splits.limited(limit)
-        elif path is not None or name != "shapes":
+            self.name, self._splits = (
+                type(train).__name__,
+                self._as_wanted(splits_of([train] if test is None else [train, test])),
+            )
+        elif paths or name != "shapes":
             _ = self._splits  # what is missing is reported at once; Shapes is rendered when it is needed
 
     @classmethod
     def from_images(
         cls,
-        train: UInt8[Tensor, "train channels height width"],
+        train: UInt8[Tensor, "train channels height width"] | Float[Tensor, "train channels height width"],
         train_labels: Int[Tensor, "train"],
-        test: UInt8[Tensor, "test channels height width"] | None = None,
+        test: UInt8[Tensor, "test channels height width"] | Float[Tensor, "test channels height width"] | None = None,
         test_labels: Int[Tensor, "test"] | None = None,
         class_names: Sequence[str] = (),
         name: str = "images",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> "Data":
-        """Images that are in memory already, all of one size.
+        """Images that are in memory already, all of one size; those that are not gray or RGB of 8 bits keep their bands.
 
         Args:
             train: the images to learn from.
@@ -135,24 +170,81 @@ class Data:
             test_labels: their classes.
             class_names: names of the classes, in the order of their numbers.
             name: of the data, for tables.
+            mean: of each channel, in place of the views'.
+            std: likewise.
         """
-        data = cls()
+        channels = None if train.dtype == torch.uint8 and train.shape[1] in (1, 3) else train.shape[1]
+        data = cls(channels=channels, mean=mean and tuple(mean), std=std and tuple(std))
         source = InMemory(train, train_labels)
         held = None if test is None or test_labels is None else InMemory(test, test_labels)
-        data.name, data._splits = name, Splits(source, source, held, tuple(class_names))
+        data.name, data._splits = name, data._as_wanted(Splits(source, source, held, tuple(class_names)))
         return data
 
     @cached_property
     def _splits(self) -> Splits:
-        if self.folder is not None:
-            splits = load_folder(self.folder)
+        if self.folders:
+            splits = load_folders(self.folders, EXTENSIONS if self.channels is None else (*EXTENSIONS, ".npy"))
         elif self.list is not None:
-            splits = load_list(self.list, self.root)
+            splits = load_list(self.list, self.root, self.test_list)
         elif self.name == "shapes":
             splits = load_shapes(self.shapes)
         else:
-            splits = load_named(self.name, self.root, self.download)
+            splits = load_named(self.name, self.root, self.download, *self.arguments)
+        return self._as_wanted(splits)
+
+    def _as_wanted(self, splits: Splits) -> Splits:
+        """The splits with `limit` and `channels`."""
+        for source in (splits.pretrain, splits.train, splits.test):
+            if isinstance(source, InMemory):
+                found, wanted = source.images.shape[1], self.channels or 3
+                if found != wanted and not (found == 1 and wanted == 3):
+                    raise UserError(f"the images of {self.name} have {found} channels, and data.channels is {wanted}")
+            if source is not None:
+                source.channels = self.channels
         return splits if self.limit is None else splits.limited(self.limit)
+
+    def adapted(self, view: View) -> View:
+        """The view as these images can have it: normalized by their `mean` and `std`, without steps that make no sense.
+
+        Saturation, hue and grayscale are of red, green and blue, solarize of 8 bits; they are left out of others' views.
+
+        Raises:
+            UserError: the images have other channels, and nothing says their mean and standard deviation.
+        """
+        if self.mean is not None and self.std is not None:
+            view = replace(view, mean=self.mean, std=self.std)
+        channels = self.channels or 3
+        if len(view.mean) != channels:
+            tool = "python -m sslbook.tools measure_mean_std --data..."
+            raise UserError(
+                f"{channels} channels are normalized by {channels} numbers: set data.mean and data.std; {tool} prints them"
+            )
+        if self.channels is None:
+            return view
+        kept = replace(view)
+        if channels != 3 and (any(view.color_jitter[2:]) or view.grayscale):
+            kept = replace(view, color_jitter=(*view.color_jitter[:2], 0.0, 0.0), grayscale=0.0)
+            self._tell(f"images of {channels} channels have no saturation, hue and grayscale: left out of their views")
+        if view.solarize and not self._has_8_bits:
+            kept = replace(kept, solarize=0.0)
+            self._tell("solarize inverts values of 8 bits, and these images have more: left out of their views")
+        return kept
+
+    @cached_property
+    def _has_8_bits(self) -> bool:
+        """Whether the first readable image to train on has 8 bits a channel."""
+        source = self._splits.pretrain
+        for position in range(min(100, len(source))):
+            with suppress(UnreadableImage):
+                image = source.open(position)
+                return not isinstance(image, Tensor) or image.dtype == torch.uint8
+        return True
+
+    def _tell(self, what: str) -> None:
+        """Warn of something once."""
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(f"{self.name}: {what}", stacklevel=3)
 
     @property
     def num_train(self) -> int:
@@ -194,20 +286,41 @@ class Data:
         """Classes of all images of a split; `Batch.index` of its evaluation batches refers to it."""
         return self._source(split).labels
 
+    def targets(self, split: Split) -> Tensor:
+        """What there is to predict of all images of a split.
+
+        Classes, int64 `(images,)`, -1 where unlabeled; where images have several classes, bool `(images, classes)`; where
+        they have numbers to regress, float32 `(images,)` or `(images, numbers)`.
+        """
+        source = self._source(split)
+        return source.labels if source.targets is None else source.targets
+
+    @property
+    def kind(self) -> Literal["none", "classes", "several classes", "numbers"]:
+        """What the training images are labeled with."""
+        values = self._splits.train.targets
+        if values is not None:
+            return "several classes" if values.dtype == torch.bool else "numbers"
+        return "classes" if self.num_classes else "none"
+
     def factors(self, split: Literal["train", "test"]) -> dict[str, Tensor]:
         """The factors that each image of the Shapes data set was rendered from; empty for other data."""
         return self._splits.factors.get(split, {})
 
     def image(self, split: Literal["train", "test"], position: int) -> Any:
-        """One image without augmentation, as a PIL image in mode RGB."""
-        return as_pil(self._source(split).open(position)).convert("RGB")
+        """One image without augmentation, as a PIL image in mode RGB; of other channels the first three."""
+        return as_photograph(self._source(split).open(position))
 
     def describe(self) -> str:
         """One line: `clothing-160: 3,068 training images, 10 classes, 372 test images`."""
         parts = [f"{self.num_train:,} training images"]
         if len(self._splits.train) != self.num_train:
             parts.append(f"{len(self._splits.train):,} of them labeled")
-        parts.append(f"{self.num_classes} classes" if self.num_classes else "no labels")
+        kinds = {"none": "no labels", "numbers": "numbers to regress"}
+        several = " (several an image)" if self.kind == "several classes" else ""
+        parts.append(kinds.get(self.kind, f"{self.num_classes} classes{several}"))
+        if self.channels is not None:
+            parts.append(f"{self.channels} channels")
         parts.append(f"{self.num_test:,} test images" if self.num_test else "no test images")
         return f"{self.name}: {', '.join(parts)}"
 
@@ -332,6 +445,7 @@ class Data:
         training: bool,
     ) -> Iterator[Batch]:
         """The batches of images at `positions`: augmented on the device, or with the help of workers."""
+        views = tuple(map(self.adapted, views))
         if isinstance(source, InMemory) and self.augment == "device":
             images = self._on_device.get((id(source), str(device)), source.images)
             if images.nbytes <= MAX_BYTES_ON_DEVICE:
@@ -352,6 +466,8 @@ class Data:
             loader = CropLoader(dataset, workers, self.start_method, device.type == "cuda", persistent=training)
         for number, crops in enumerate(loader.batches(epoch, positions), start=1):
             self._note_unreadable(crops.unreadable)
+            if crops.note:
+                self._tell(f"holds {crops.note}")
             if crops.error:
                 raise UserError(crops.error)
             if training and number == len(positions):
@@ -393,7 +509,11 @@ def relocated(options: dict[str, Any], cwd: str) -> dict[str, Any]:
     """Options of data whose relative paths are found from the folder `cwd`, where a run began, if not from this one."""
 
     def found(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [found(one) for one in value]
         elsewhere = os.path.join(cwd, str(value))
         return elsewhere if cwd and not os.path.exists(str(value)) and os.path.exists(elsewhere) else value
 
-    return {key: found(value) if key in ("folder", "list", "root") else value for key, value in options.items()}
+    return {
+        key: found(value) if key in ("folder", "list", "test_list", "root") else value for key, value in options.items()
+    }

@@ -52,8 +52,8 @@ class View:
         blur: probability of a Gaussian blur, whose kernel is a tenth of `size` (SimCLR, appendix A).
         blur_sigma: range of the blur kernel's standard deviation, in pixels.
         solarize: probability of inverting every value above one half.
-        mean: subtracted from red, green and blue.
-        std: divides red, green and blue afterwards.
+        mean: subtracted from red, green and blue; of other images, from every channel.
+        std: divides the channels afterwards.
     """
 
     size: int = 224
@@ -68,8 +68,8 @@ class View:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         def require(fine: bool, field: str, rule: str) -> None:
@@ -84,7 +84,7 @@ class View:
         require(self.resize is None or self.resize >= self.size, "resize", f"at least size = {self.size}")
         require(min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5, "color_jitter", "positive, hue <= 0.5")
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "an increasing pair of positive numbers")
-        require(min(self.std) > 0, "std", "positive")
+        require(min(self.std) > 0 and len(self.std) == len(self.mean), "std", "positive, as many numbers as mean has")
         require(self.interpolation in ("bilinear", "bicubic"), "interpolation", "bilinear or bicubic")
         for field in ("flip", "color_jitter_p", "grayscale", "blur", "solarize"):
             require(0 <= getattr(self, field) <= 1, field, "a probability, from 0 to 1")
@@ -93,8 +93,8 @@ class View:
     def center(
         size: int,
         resize: int | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     ) -> "View":
         """The view for evaluation, without randomness: resize the shorter side, crop the center."""

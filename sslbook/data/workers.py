@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sslbook.data.datasets.base import ImageSource
-from sslbook.data.executors import apply_one, crop_one
-from sslbook.data.images import UnreadableImage, as_pil
+from sslbook.data.executors import apply_one, crop_one, sides
+from sslbook.data.images import NOTE, UnreadableImage, as_pil
 from sslbook.data.views import CropParams, View, sample_params
 from sslbook.errors import UserError, first_line
 
@@ -39,6 +39,8 @@ class CroppedBatch(NamedTuple):
     views: tuple[Tensor, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
     """name and reason"""
+    note: str = ""
+    """what was left out of an image, such as bits beyond eight"""
     error: str = ""
     """why loading must stop; an exception would arrive as a traceback of many lines"""
 
@@ -64,11 +66,13 @@ class CropDataset(Dataset):
         shown: list[int] = []
         views: list[list[Tensor]] = [[] for _ in self.views]
         unreadable: list[tuple[str, str]] = []
+        note = ""
         try:
             for chunk in positions.split(DECODED_AT_ONCE):
                 found = [(i, *opened) for i in chunk.tolist() if (opened := self._open(i, unreadable))]
                 if found:
                     kept, replaced, images = zip(*found)
+                    note = note or next((one.info[NOTE] for one in images if NOTE in getattr(one, "info", ())), "")
                     index += kept
                     shown += replaced
                     for stream, view in enumerate(self.views):
@@ -77,13 +81,16 @@ class CropDataset(Dataset):
             return CroppedBatch(unreadable=tuple(unreadable), error=str(error))
         if not index:
             return CroppedBatch(unreadable=tuple(unreadable))
+        if any(len({crop.dtype for crop in one}) > 1 for one in views):
+            cure = "store all with the same number of bits"
+            return CroppedBatch(error=f"some images have 8 bits a channel, and others of the same batch more: {cure}")
         made = tuple(torch.stack(one) for one in views)
         if get_worker_info() is not None:
             try:  # here, for the queue to the main process would lose a batch that does not fit, and both would wait
                 made = tuple(one.share_memory_() for one in made)
             except (RuntimeError, OSError) as error:
                 return CroppedBatch(error=f"a loader worker cannot hand over its batch ({_reason(error)}), {CURE}")
-        return CroppedBatch(torch.tensor(index), torch.tensor(shown), made, tuple(unreadable))
+        return CroppedBatch(torch.tensor(index), torch.tensor(shown), made, tuple(unreadable), note)
 
     def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
         """The image at `position` or, in training, the next readable one, with its position."""
@@ -101,7 +108,7 @@ class CropDataset(Dataset):
     def _augment(self, view: View, images: Sequence[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
         if self.augment:
             return [apply_one(view, image, self.seed, epoch, i, stream) for image, i in zip(images, index.tolist())]
-        heights, widths = (torch.tensor([getattr(image, side) for image in images]) for side in ("height", "width"))
+        heights, widths = map(torch.tensor, zip(*map(sides, images)))
         crop = sample_params(view, self.seed, epoch, index, stream, heights, widths).crop
         rows = [CropParams(*(values[i : i + 1] for values in crop)) for i in range(len(images))]
         return [crop_one(view, image, row) for image, row in zip(images, rows)]

@@ -1,7 +1,8 @@
 """Data sets: one file each, and one line in `NAMED` for those that `--data.name` knows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sslbook.data.datasets.base import Splits
 from sslbook.data.datasets.imported import load_imported
@@ -11,7 +12,13 @@ from sslbook.errors import UserError, nearest
 NAMED: dict[str, Callable[[str, str | Path, bool], Splits]] = dict.fromkeys([*ARRAYS, *FOLDERS], load_torchvision)
 
 
-def load_named(name: str, root: str | Path, download: bool) -> Splits:
+def load_named(
+    name: str,
+    root: str | Path,
+    download: bool,
+    arguments: Mapping[str, Any] = {},
+    test_arguments: Mapping[str, Any] = {},
+) -> Splits:
     """The splits of a data set by its name in `NAMED`, or by the import path of a map-style dataset class.
 
     Raises:
@@ -20,7 +27,7 @@ def load_named(name: str, root: str | Path, download: bool) -> Splits:
     if name in NAMED:
         return NAMED[name](name, root, download)
     if "." in name:
-        return load_imported(name, root)
+        return load_imported(name, root, download, arguments, test_arguments)
     names = ["shapes", *NAMED]
     hint = nearest(name, names) or f": choose one of {', '.join(names)}"
     raise UserError(f"unknown data set {name!r}{hint} (or the import path of a class, or set data.folder)")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from sslbook.data.images import UnreadableImage, as_image, open_image
+from sslbook.data.images import UnreadableImage, as_image, open_bands, open_image
 from sslbook.errors import UserError, first_line
 from sslbook.rng import permutation
 
@@ -22,6 +22,10 @@ class ImageSource(ABC):
 
     labels: Int[Tensor, "images"]
     """class of each image, -1 if unlabeled"""
+    targets: Tensor | None = None
+    """where an image has several classes, bool (images, classes); where it has numbers to regress, float32"""
+    channels: int | None = None
+    """bands to keep as they are stored; None makes RGB of 8 bits of every image"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,14 +43,15 @@ class ImageSource(ABC):
 class InMemory(ImageSource):
     """Images in memory, all of one size."""
 
-    images: UInt8[Tensor, "images channels height width"]
+    images: UInt8[Tensor, "images channels height width"] | Float[Tensor, "images channels height width"]
     labels: Int[Tensor, "images"]
+    channels: int | None = None
 
-    def open(self, position: int) -> UInt8[Tensor, "channels height width"]:
+    def open(self, position: int) -> Tensor:
         return self.images[position]
 
     def subset(self, positions: Int[Tensor, "some"]) -> "InMemory":
-        return InMemory(self.images[positions], self.labels[positions])
+        return InMemory(self.images[positions], self.labels[positions], self.channels)
 
 
 @dataclass
@@ -59,16 +64,20 @@ class FileList(ImageSource):
     root: Path
     paths: np.ndarray
     labels: Int[Tensor, "images"]
+    targets: Tensor | None = None
+    channels: int | None = None
 
     def path(self, position: int) -> Path:
         """Where the image at `position` is stored."""
         return self.root / os.fsdecode(bytes(self.paths[position]))
 
     def open(self, position: int) -> Any:
-        return open_image(self.path(position))
+        path = self.path(position)
+        return open_image(path) if self.channels is None else open_bands(path, self.channels)
 
     def subset(self, positions: Int[Tensor, "some"]) -> "FileList":
-        return FileList(self.root, self.paths[positions.numpy()], self.labels[positions])
+        chosen = self.paths[positions.numpy()], self.labels[positions], _of(self.targets, positions)
+        return FileList(self.root, *chosen, self.channels)
 
 
 @dataclass
@@ -78,6 +87,8 @@ class DatasetSource(ImageSource):
     dataset: Any
     labels: Int[Tensor, "images"]
     positions: Int[Tensor, "images"]
+    targets: Tensor | None = None
+    channels: int | None = None
 
     def open(self, position: int) -> Any:
         index = int(self.positions[position])
@@ -87,10 +98,15 @@ class DatasetSource(ImageSource):
             raise
         except DECODING_ERRORS as error:
             raise UnreadableImage(f"number {index} of {type(self.dataset).__name__}", first_line(error)) from error
-        return as_image(item[0] if isinstance(item, tuple | list) else item)
+        return as_image(item[0] if isinstance(item, tuple | list) else item, self.channels)
 
     def subset(self, positions: Int[Tensor, "some"]) -> "DatasetSource":
-        return DatasetSource(self.dataset, self.labels[positions], self.positions[positions])
+        chosen = self.labels[positions], self.positions[positions], _of(self.targets, positions)
+        return DatasetSource(self.dataset, *chosen, self.channels)
+
+
+def _of(targets: Tensor | None, positions: Int[Tensor, "some"]) -> Tensor | None:
+    return None if targets is None else targets[positions]
 
 
 @dataclass

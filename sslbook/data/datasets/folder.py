@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sslbook.data.datasets.base import FileList, Splits
+from sslbook.data.datasets.base import FileList, ImageSource, Splits
 from sslbook.data.images import EXTENSIONS
 from sslbook.errors import UserError
 
@@ -19,7 +19,7 @@ RUN_FILES = {"config.yaml", "initial.safetensors"}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
-def scan(folder: Path) -> list[str]:
+def scan(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """The images under `folder`, as sorted relative paths with `/`.
 
     Hidden files and the folders of training runs are left out. Links are followed, but for a link back to a folder that
@@ -50,7 +50,7 @@ def scan(folder: Path) -> list[str]:
                 identity = (status.st_dev, status.st_ino)
                 if identity not in above:
                     walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
-            elif is_file and entry.name.lower().endswith(EXTENSIONS):
+            elif is_file and entry.name.lower().endswith(extensions):
                 found.append(prefix + entry.name)
 
     status = os.stat(folder)
@@ -58,7 +58,37 @@ def scan(folder: Path) -> list[str]:
     return found
 
 
-def load_folder(folder: str | Path) -> Splits:
+def load_folders(folders: Sequence[str | Path], extensions: tuple[str, ...] = EXTENSIONS) -> Splits:
+    """The images of several folders, one after the other, each read as `load_folder` reads it.
+
+    Classes of one name are one class. A folder without labels beside labeled ones holds unlabeled training images.
+
+    Raises:
+        UserError: one is missing, holds no image, or is given twice.
+    """
+    parts = [load_folder(folder, extensions) for folder in folders]
+    if len(parts) == 1:
+        return parts[0]
+    roots = [os.path.abspath(Path(folder).expanduser()) for folder in folders]
+    if len(set(roots)) < len(roots):
+        raise UserError(f"data.folder names {max(roots, key=roots.count)} twice: give every folder once")
+    names = tuple(sorted({name for part in parts for name in part.class_names}))
+
+    def joined(sources: list[tuple[ImageSource, tuple[str, ...]]]) -> FileList:
+        root = Path(os.path.commonpath(roots))
+        paths, labels = [], []
+        for source, own in sources:
+            assert isinstance(source, FileList)
+            paths += [os.fsencode(os.path.relpath(source.path(i), root)) for i in range(len(source))]
+            labels += [names.index(own[label]) if label >= 0 else -1 for label in source.labels.tolist()]
+        return FileList(root, np.array(paths), torch.tensor(labels, dtype=torch.int64))
+
+    train = joined([(part.train, part.class_names) for part in parts])
+    tests = [(part.test, part.class_names) for part in parts if part.test is not None]
+    return Splits(train, train, joined(tests) if tests else None, names)
+
+
+def load_folder(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> Splits:
     """The splits of a folder of images.
 
     `train/` beside one of `test/`, `val/`, `valid/`, `validation/` is a split; whatever else the folder holds is left
@@ -71,9 +101,13 @@ def load_folder(folder: str | Path) -> Splits:
         UserError: there is no such folder, or no image in it.
     """
     folder = Path(folder).expanduser()
-    paths = scan(folder) if folder.is_dir() else []
+    paths = scan(folder, extensions) if folder.is_dir() else []
     if not paths:
-        what = f"holds no images ({' '.join(EXTENSIONS)})" if folder.is_dir() else "does not exist"
+        what = (
+            f"holds no images ({' '.join(extensions)}{'' if '.npy' in extensions else '; .npy with data.channels'})"
+            if folder.is_dir()
+            else "does not exist"
+        )
         raise UserError(f"the folder {folder} {'is a file' if folder.is_file() else what}: give a folder of images")
 
     by_lower = {top.lower(): top for top in _tops(paths)}
@@ -88,7 +122,7 @@ def load_folder(folder: str | Path) -> Splits:
 
     train_root, train_paths = part("train")
     if not tests:
-        return load_folder(train_root)
+        return load_folder(train_root, extensions)
     names = _classes(train_paths)
     parts = [part(name) for name in tests]
     test_root, test_paths = next((one for one in parts if _shares_a_class(one[1], names)), parts[0])
@@ -138,16 +172,19 @@ def file_list(root: Path, paths: list[str], labels: Iterable[str], names: tuple[
 
 
 def held_out_split(files: FileList, names: tuple[str, ...]) -> Splits:
-    """Training and test images of labeled files; of unlabeled ones, all are training images."""
-    if not names:
+    """Training and test images of labeled files; of unlabeled ones, all are training images.
+
+    A tenth of each class is held out, or a tenth of all where an image has several classes or numbers.
+    """
+    if not names and files.targets is None:
         return Splits(files, files)
-    held = _held_out(files.paths, files.labels)
+    held = held_out(files.paths, files.labels if files.targets is None else torch.zeros_like(files.labels))
     train = files.subset((~held).nonzero()[:, 0])
     return Splits(train, train, files.subset(held.nonzero()[:, 0]), names)
 
 
-def _held_out(paths: np.ndarray, labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
-    """Of each class the tenth whose paths hash lowest (at least one, where a class has two images or more)."""
+def held_out(paths: np.ndarray, labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
+    """True for the tenth of each class whose paths hash lowest (at least one, where a class has two images or more)."""
     rank = [int.from_bytes(hashlib.blake2b(bytes(path), digest_size=7).digest(), "big") for path in paths]
     order = torch.tensor(rank).argsort()
     held = torch.zeros(len(paths), dtype=torch.bool)
