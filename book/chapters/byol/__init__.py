@@ -1,0 +1,1 @@
+"""BYOL: prediction of an EMA target network, without negatives."""
