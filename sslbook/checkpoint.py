@@ -1,5 +1,6 @@
 """Checkpoints of a run: written atomically, read without executing code (`weights_only=True`)."""
 
+import math
 import os
 import pickle
 import tempfile
@@ -13,9 +14,28 @@ import torch
 from safetensors import SafetensorError
 
 from sslbook.errors import UserError, first_line
+from sslbook.files import Whole, check
 
 FORMAT = "sslbook checkpoint 2"
 OLD_FORMAT = "sslbook checkpoint 1"  # its weights can be used, its runs not resumed: options had other names
+
+# What is known of a backbone, in a checkpoint or as JSON beside exported weights.
+DESCRIPTION = {
+    "backbone?": {"class_path?": (str, None), "init_args?": (None, {"depth?": Whole(0, 2000), str: object})},
+    "view?": {"size?": Whole(1, 65536), "mean?": [float], "std?": [float]},
+    **{"method?": str, "data?": ({str: object}, None), "cwd?": str, "config?": ({str: object}, None)},
+}
+SCHEMA = {
+    "method?": {str: torch.Tensor},
+    "optimizer?": {"state": dict, "param_groups": [{"params": [Whole()], str: object}]},
+    "optimizer_class?": str,
+    "images?": str,
+    "scaler?": {str: float},
+    **{"step?": Whole(), "steps_per_epoch?": Whole(1), "batch_size?": Whole(1), "seed?": Whole(-(2**63))},
+    **{"seconds?": float, "evaluations?": {str: float}, "best?": (float, -math.inf)},
+    "random?": [{"cpu": torch.Tensor, "cuda?": torch.Tensor}],
+    "description?": DESCRIPTION,
+}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -73,8 +93,12 @@ def read(path: Path) -> Any:
         UserError: the file is missing, truncated or damaged, or would execute code.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file")  # a pipe would be waited for
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):  # it may be a bomb
+                    raise zipfile.BadZipFile("compressed, which torch does not do")
                 if (damaged := archive.testzip()) is not None:  # torch does not compare the checksums that it writes
                     raise zipfile.BadZipFile(f"{damaged} is not what was saved")
         with warnings.catch_warnings():
@@ -84,7 +108,9 @@ def read(path: Path) -> Any:
         reason = "holds more than tensors and could execute code; it was not loaded"
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         reason = f"cannot be read ({error.strerror})"
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # torch's reader and pickle raise many kinds for bytes that were changed
         reason = f"truncated or not a checkpoint ({first_line(error)[:120]}); take an older one"
     raise UserError(f"{path}: {reason}")
 
@@ -93,10 +119,11 @@ def load(path: Path, *needs: str) -> dict[str, Any]:
     """Read a checkpoint written by `save`, which holds the entries `needs`.
 
     Raises:
-        UserError: the file cannot be read, is not a checkpoint of this version, or lacks an entry.
+        UserError: the file cannot be read, is not a checkpoint of this version, lacks an entry, or one is of another form.
     """
     # What `save` has written is a zip archive; torch would unpickle anything else.
-    state = read(path) if zipfile.is_zipfile(path) or not os.access(path, os.R_OK) else None
+    regular = path.is_file() and os.access(path, os.R_OK)
+    state = read(path) if not regular or zipfile.is_zipfile(path) else None
     found = state.get("format") if isinstance(state, dict) else None
     if found == OLD_FORMAT and "optimizer" in needs:
         reason = f"written by sslbook 0.1, whose runs cannot be resumed; start anew with --init_from {path}"
@@ -105,7 +132,7 @@ def load(path: Path, *needs: str) -> dict[str, Any]:
     elif absent := [name for name in needs if name not in state]:
         reason = f"holds no {', '.join(absent)}; take another checkpoint"
     else:
-        return state
+        return check(path, state, SCHEMA)
     raise UserError(f"{path}: {reason}")
 
 

@@ -4,7 +4,6 @@ Every method and seed is a run of `sslbook.train` in a folder of its own. Runs t
 one that was stopped is resumed, so the command can be stopped and started at will, and moved to another machine.
 """
 
-import json
 import re
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from sslbook.cli.recipes import method_class, resolve
 from sslbook.engine.loop import pretrain
 from sslbook.errors import UserError
 from sslbook.evaluation.base import SUMMARY, Tables, available
+from sslbook.files import read_json, read_yaml
 from sslbook.methods import METHODS
 
 CONTROLS = ("pixels", "random weights", "supervised", "chance")
@@ -31,6 +31,9 @@ AFTER = {  # what these predict is the network of another method's run, which th
     "beit": ("dvae", "tokenizer"),
     "cae": ("dvae", "tokenizer"),
 }
+
+
+REPORT = {"seconds_per_1000": float, "peak_memory": float, "tables?": {str: {str: {str: float}}}}  # what is read of it
 
 
 def compare(
@@ -184,13 +187,13 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
             raise UserError(f"{folder}: the run failed; mend it and give the same command again to go on")
     if not done.exists():
         raise UserError(f"{folder}: stopped before the end; give the same command again to go on")
-    return json.loads(done.read_text(encoding="utf-8"))
+    return read_json(done, REPORT)
 
 
 def _require_same(words: list[str], folder: Path) -> None:
     """UserError if the run in this folder had other options; options that its configuration lacks do not count."""
     wanted = resolve(words, pretrain)[2]
-    written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    written = read_yaml(folder / "config.yaml")
     there, here = (dict(_flat(values)) for values in (written, yaml.safe_load(yaml.safe_dump(wanted))))
     for key in sorted(there.keys() & here.keys()):
         if there[key] != here[key] and key not in ("report", "progress"):

@@ -16,15 +16,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sslbook.checkpoint import write_text
-from sslbook.errors import UserError, first_line, nearest
+from sslbook.errors import UserError, nearest
+from sslbook.files import Whole, check, read_json
 
 PROFILES = ("smoke", "colab", "full")
+UNKNOWN = {"cores": "?", "processor": "?"}
+RESULT = {  # the form of a result file
+    **{"values": {str: object}, "command": str, "commit": str, "date": str, "hardware": {str: object}},
+    **{"versions": {str: str}, "seeds": [Whole(-(2**63))], "settings?": {str: object}},
+}
+PAPER = {"source": str, "title?": str, "claims": {str: {"value": (float, str), "unit": str, "where": str}}}
 
 
 def profile() -> str:
@@ -79,7 +86,9 @@ class Result:
 
     def origin(self) -> str:
         """One line: where the numbers come from."""
-        chip = self.hardware.get("accelerator") or f"{self.hardware['cores']} cores of {self.hardware['processor']}"
+        chip = self.hardware.get("accelerator") or "{cores} cores of {processor}".format_map(
+            {**UNKNOWN, **self.hardware}
+        )
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}; " if self.seeds else ""
         return (
             f"book/results/{self.name}.json: `{self.command}`; {seeds}{chip}; "
@@ -105,7 +114,8 @@ def load(name: str) -> Result:
     if not (where / f"{name}.json").is_file():
         known = sorted(path.stem for path in where.glob("*.json"))
         raise UserError(f"no result {name!r} in book/results{nearest(name, known)}")
-    return Result(name, **json.loads((where / f"{name}.json").read_text(encoding="utf-8")))
+    content = read_json(where / f"{name}.json", RESULT)
+    return Result(name, **{part.name: content[part.name] for part in fields(Result)[1:] if part.name in content})
 
 
 def save(
@@ -295,6 +305,7 @@ def show(
     """
     result = load(name)
     chosen = {row: result[row] for row in (result.values if rows is None else rows)}
+    check(f"book/results/{name}.json", {"values": chosen}, {"values": {str: {str: (float, [float])}}})
     return Table(chosen, columns, result.origin(), digits)
 
 
@@ -345,7 +356,9 @@ def compare(*, paper: str, here: Mapping[str, Sequence[str]], digits: int = 1) -
             raise UserError(f"{name}, {row} has no {column!r}; it has {', '.join(known)}{nearest(column, known)}")
         reported = claims[claim]
         unit = f" {reported['unit']}" if reported["unit"] else ""
-        rows.append([claim, f"{reported['value']}{unit}", reported["where"], number(result[row][column], digits) + unit])
+        rows.append(
+            [claim, f"{reported['value']}{unit}", reported["where"], number(result[row][column], digits) + unit]
+        )
         origins[name] = result.origin()
     return Comparison(rows, [f"Paper: {source}.", *(f"Here: {origin}" for origin in origins.values())])
 
@@ -355,12 +368,5 @@ def _claims(paper: str) -> tuple[dict[str, Any], str]:
     if not (where / f"{paper}.json").is_file():
         known = sorted(path.stem for path in where.glob("*.json"))
         raise UserError(f"no paper {paper!r} in book/results/papers{nearest(paper, known)}")
-    try:
-        content = json.loads((where / f"{paper}.json").read_text(encoding="utf-8"))
-        claims, source = content["claims"], content["source"]
-        for claim, reported in claims.items():
-            if lacking := [key for key in ("value", "unit", "where") if key not in reported]:
-                raise UserError(f"book/results/papers/{paper}.json: the claim {claim!r} lacks {', '.join(lacking)}")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"book/results/papers/{paper}.json must hold source and claims ({first_line(error)})") from None
-    return claims, content.get("title", source)
+    content = read_json(where / f"{paper}.json", PAPER)
+    return content["claims"], content.get("title", content["source"])

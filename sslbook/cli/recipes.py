@@ -5,7 +5,6 @@ every `--config FILE` in order, and the options of the command line.
 """
 
 import inspect
-import json
 import sys
 import textwrap
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from sslbook.cli.renamed import RENAMED
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
 from sslbook.data.loader import Data, relocated
 from sslbook.errors import UserError, import_attribute, nearest
+from sslbook.files import read_json
 from sslbook.methods.base import Method
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -200,8 +200,8 @@ def _config_of_run(resume: str, out_dir: str | None) -> Path | None:
 def _began_in(folder: Path) -> str:
     """The working folder in which a run began, if its description says so."""
     try:
-        return str(json.loads((folder / "initial.json").read_text(encoding="utf-8"))["cwd"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / "initial.json", {"cwd": str})["cwd"]
+    except UserError:
         return ""
 
 

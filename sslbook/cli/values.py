@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from sslbook import files
 from sslbook.cli.parser import CLASS_KEYS, Parser
 from sslbook.errors import UserError, nearest
 
@@ -16,17 +17,9 @@ def read_yaml(path: str | Path) -> Values:
     """The options in a file.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or is no mapping.
+        UserError: it cannot be read, is not YAML, or is no mapping of options.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:160]})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a configuration is a mapping of options")
-    return values
+    return files.read_yaml(path)
 
 
 def merge(base: Values, over: Values) -> Values:
@@ -107,7 +100,7 @@ def class_spec(name: str, value: Any, parser: Parser) -> Any:
     """
     if isinstance(value, str) and (value == "null" or value[:1] in ("{", "[")):
         try:
-            value = yaml.safe_load(value)
+            value = files.parse_yaml(value)
         except yaml.YAMLError:
             raise UserError(f"--{name}: not valid YAML: {value[:160]}") from None
     if isinstance(value, list):

@@ -16,6 +16,7 @@ from sslbook import distributed
 from sslbook.checkpoint import write_text
 from sslbook.engine.run import Run
 from sslbook.errors import UserError, nearest
+from sslbook.files import Whole, check
 
 
 class Hook:
@@ -144,11 +145,11 @@ class MetricsLog(Hook):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill, or any that is no metrics, is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            lines.append(check(f"{path}, line {number}", json.loads(text), {"step": Whole(), str: float}))
+        except (ValueError, RecursionError):  # of JSON, or a UserError
             continue
     return lines

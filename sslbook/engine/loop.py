@@ -141,7 +141,7 @@ def pretrain(
 
         # -- resume ----------------------------------------------------------------------------------------------------
         if state is not None:
-            train_state.restore(state)
+            train_state.restore(state, resumed)
         else:
             torch.manual_seed(seed + distributed.rank())  # only for what is not counter-based, such as drop path
         _write_start(run, initial, new=state is None)

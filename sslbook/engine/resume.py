@@ -13,7 +13,8 @@ import yaml
 from sslbook import checkpoint, distributed
 from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
+from sslbook.files import read_yaml
 from sslbook.nn.backbones import describe
 
 CONTENTS = (
@@ -89,11 +90,11 @@ class TrainState:
                 hook.save(run, path)
         self.improved = False
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's contents.
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Go on from a checkpoint's contents, which were read from `path`.
 
         Raises:
-            UserError: it belongs to a run with other options.
+            UserError: it belongs to a run with other options, or was altered.
         """
         run = self.run
         _require_same_run(state, run, type(self.optimizer).__name__)
@@ -101,12 +102,15 @@ class TrainState:
             warnings.warn(
                 "the images are not those that the run began with: it goes on, but not to the bit", stacklevel=3
             )
-        run.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            run.method.load_state_dict(state["method"])
+            _load_optimizer(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            _set_random_states(state["random"], run.clock.seed, run.device)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: does not fit this run ({first_line(error)[:200]}); take an older one") from None
         run.clock = replace(run.clock, step=state["step"])
         run.seconds, run.evaluations, self.best = state["seconds"], dict(state["evaluations"]), state["best"]
-        _set_random_states(state["random"], run.clock.seed, run.device)
         rename_newer_checkpoints(run.folder, run.clock.step)
 
 
@@ -121,6 +125,22 @@ def description(run: Run) -> dict[str, Any]:
         "cwd": os.getcwd(),  # the data's paths may be relative
         "config": run.config,
     }
+
+
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what the optimizer has gathered. Its options are those that this run was given: they may have changed."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if type(optimizer).__module__.startswith(("torch.optim.", "sslbook.")):  # others keep some state in their options
+        for group, options in zip(optimizer.param_groups, own):
+            group.update(options)
+    for parameter, kept in optimizer.state.items():
+        for name in LIKE_PARAMETER:
+            if name in kept and kept[name] is not None and kept[name].shape != parameter.shape:
+                raise ValueError(f"optimizer: {name} of another shape, {tuple(kept[name].shape)}")
 
 
 def _require_same_run(state: dict[str, Any], run: Run, optimizer: str) -> None:
@@ -143,7 +163,7 @@ def record_changes(run: Run) -> None:
     first = run.folder / "config.yaml"
     if not first.is_file():
         return
-    before, now = (_flat(values) for values in (yaml.safe_load(first.read_text(encoding="utf-8")), run.config))
+    before, now = _flat(read_yaml(first)), _flat(run.config)
     changes = [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in sorted({*before, *now})

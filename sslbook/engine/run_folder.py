@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sslbook import checkpoint, distributed
 from sslbook.data.loader import Data
 from sslbook.engine.run_lock import RunLock
 from sslbook.errors import UserError
+from sslbook.files import read_yaml
 from sslbook.methods.base import Method
 
 RESULT_FILES = ("metrics.jsonl", "backbone.safetensors", "best.pt", "report.json")  # of a run that took a step
@@ -88,10 +87,10 @@ def _runs_of(stem: str, data: Data) -> list[Path]:
 def _learns_from(run: Path, data: Data) -> bool:
     """Whether the run's configuration names these data; folders of the same name may lie in different folders."""
     try:
-        written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
-        folder, name = written.get("folder"), written.get("name", "shapes")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        written = read_yaml(run / "config.yaml", {"data": {"folder?": (str, None), "name?": str}})["data"]
+    except UserError:
         return True  # started from Python, where nothing is written of the data
+    folder, name = written.get("folder"), written.get("name", "shapes")
     if folder is None or data.folder is None:
         return folder is None and data.folder is None and name == data.name
     return Path(folder).expanduser().resolve() == Path(data.folder).expanduser().resolve()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sslbook.errors import UserError, import_attribute, import_extra, nearest
+from sslbook.errors import UserError, first_line, import_attribute, import_extra, nearest
 
 
 @runtime_checkable
@@ -238,5 +238,5 @@ def build(description: dict[str, Any]) -> nn.Module:
     try:
         inspect.signature(make).bind(**init_args)
         return make(**init_args)
-    except TypeError as error:
-        raise UserError(f"the backbone {path} cannot be built: {error}") from None
+    except Exception as error:  # arguments that were altered may be wrong in any way
+        raise UserError(f"the backbone {path} cannot be built: {first_line(error)}") from None

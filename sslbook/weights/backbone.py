@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sslbook.checkpoint import find, load, write_atomically, write_text
+from sslbook.checkpoint import DESCRIPTION, find, load, write_atomically, write_text
 from sslbook.errors import UserError
+from sslbook.files import read_json
 from sslbook.nn.backbones import build, describe
 
 RENAMED = {"heads": "num_heads", "codes": "num_codes"}  # arguments of version 0.1
@@ -53,12 +54,18 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
         weights = {name.removeprefix("backbone."): state["method"][name] for name in own}
     else:
         weights = read_safetensors(path)
-        description = path.with_suffix(".json")
-        try:
-            facts = json.loads(description.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"{description}: missing, or not valid JSON; it says how to build the backbone") from None
-    module = backbone if backbone is not None else build(_current_names(facts.get("backbone", {})))
+        facts = read_json(path.with_suffix(".json"), DESCRIPTION)
+    module = backbone
+    if module is None:
+        description = _current_names(facts.get("backbone", {}))
+        with torch.device("meta"):  # an altered description may ask for more memory than there is
+            shapes = {name: value.shape for name, value in build(description).state_dict().items()}
+        if wrong := [name for name in {**shapes, **weights} if name not in shapes or name not in weights]:
+            raise UserError(f"{path}: the weights do not fit the backbone (only one of them has {wrong[0]})")
+        if wrong := [name for name, shape in shapes.items() if weights[name].shape != shape]:
+            sizes = f"{tuple(weights[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}"
+            raise UserError(f"{path}: the weights do not fit the backbone ({wrong[0]} is {sizes})")
+        module = build(description)
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
