@@ -322,7 +322,7 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (settings, shapes, sabotage, eigenspace, photographs)}
+    commands = {f.__name__: f for f in (settings, shapes, sabotage, photographs)}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, default=None, help="how many: 3, of settings and photographs 1")
     parser.add_argument("--resume", action="store_true", help="go on after the seeds that the files hold")
