@@ -44,7 +44,7 @@ WIDTH, HIDDEN, DIM, BATCH, MOMENTUM = 16, 256, 64, 64, 0.9
 LR, LR_SUPERVISED = 5e-3, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)
 HELD_OUT = 800  # training images at the end, on which the ablations are measured
-STEPS = {"settings": 200, "shapes": 800, "sabotage": 250, "photographs": 300}
+STEPS = {"settings": 200, "shapes": 1200, "sabotage": 300, "photographs": 400}
 PHOTOGRAPHS = (8000, 2000)
 Table = dict[str, dict[str, list[float]]]
 
