@@ -4,6 +4,7 @@ Nothing here executes code from a file: only the backbones of `sslbook.nn` are b
 """
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from sslbook.checkpoint import DESCRIPTION, find, load, write_atomically, write_
 from sslbook.errors import UserError
 from sslbook.files import read_json
 from sslbook.nn.backbones import build, describe
+from sslbook.weights.importers import read_safetensors
+from sslbook.weights.load import open_foreign
+from sslbook.weights.models import is_named
 
 RENAMED = {"heads": "num_heads", "codes": "num_codes"}  # arguments of version 0.1
 
@@ -38,15 +42,20 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
     """A trained backbone and its description.
 
     Args:
-        path: a run folder, an exported `backbone.safetensors`, or a checkpoint that lies in its run folder.
-        backbone: the module to fill, for backbones that are not from `sslbook.nn`.
+        path: a run folder, an exported `backbone.safetensors`, a checkpoint that lies in its run folder, `timm:NAME`,
+            `torchvision:NAME`, or weights in the names of any library that `importers` knows.
+        backbone: the module to fill, for backbones that are not from `sslbook.nn`, and for weights without description.
 
     Raises:
         UserError: nothing usable is there.
     """
+    if is_named(path):
+        return open_foreign(path, backbone)
     path = Path(path)
     if path.is_dir():
         path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
+    if path.is_file() and not _is_ours(path):
+        return open_foreign(path, backbone)
     if path.suffix == ".pt":
         state = load(path, "method", "description")
         facts = state["description"]
@@ -74,26 +83,22 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
     return module, facts
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file says of itself, or one beside it, how to build its backbone."""
+    if path.suffix == ".safetensors":
+        return path.with_suffix(".json").exists()
+    if path.suffix != ".pt":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:  # the pickle begins with the format of our checkpoints
+            inside = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            return b"sslbook checkpoint" in archive.read(inside)[:200]
+    except (OSError, StopIteration, zipfile.BadZipFile):
+        return True  # damaged, which reading it tells
+
+
 def _current_names(description: Any) -> Any:
     """A description with the arguments of version 0.1 under their names of today."""
     if not isinstance(description, dict):
         return description
     return {RENAMED.get(key, key): _current_names(value) for key, value in description.items()}
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        reason = "no such run folder or file"
-    except (SafetensorError, OSError, ValueError):
-        reason = "truncated, or not a safetensors file"
-    raise UserError(f"{path}: {reason}")

@@ -1,96 +1,64 @@
-"""Start a module from weights: a checkpoint, an exported backbone, or a state dict of another library."""
+"""Start a module from weights: ours, those of another library's file, or a model of timm or torchvision by name."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
-from sslbook.checkpoint import find, read
+from sslbook import distributed
+from sslbook.checkpoint import find
 from sslbook.errors import UserError
-from sslbook.nn.ema import EMA
-from sslbook.weights.backbone import read_safetensors
+from sslbook.nn.backbones import describe
+from sslbook.weights.fill import Loaded, fill
+from sslbook.weights.importers import read_tensors
+from sslbook.weights.models import VIEW, is_named, open_named
 
 
-class Loaded(NamedTuple):
-    """What became of a file of weights."""
+def load_weights(module: nn.Module, source: str | Path) -> Loaded:
+    """Start `module` from weights whose names and shapes fit it, or its backbone.
 
-    taken: list[str]
-    """names in the module that were loaded"""
-    resampled: list[str]
-    """those of them that were interpolated or reshaped, such as position tables of another image size"""
-    copied: list[str]
-    """names of EMA teachers in the module that the file does not contain, which became copies of their students"""
-    missing: list[str]
-    """names in the module that found none"""
-    unused: list[str]
-    """names in the file that fit nothing"""
-
-    def __str__(self) -> str:
-        text = f"{len(self.taken)} of {len(self.taken) + len(self.missing)} tensors loaded"
-        for what, names in (
-            ("resampled", self.resampled),
-            ("copied from the student", self.copied),
-            ("left at their initial values", self.missing),
-            ("not used", self.unused),
-        ):
-            shown = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
-            text += f"; {what}: {shown}" if names else ""
-        return text
-
-
-def load_weights(module: nn.Module, path: Path) -> Loaded:
-    """Start `module` from weights: a checkpoint of ours, an exported backbone, or a state dict saved by torch.
-
-    Weights whose name and shape fit the module, or its backbone, are taken: those of torchvision's ResNets and timm's
-    vision transformers among them, whose classifiers are not used. Tables of positions for another image size are
-    interpolated, by the method `resampled` of the part they belong to. A teacher that is not in the file becomes a copy
-    of its student, as at the beginning of every run.
+    Args:
+        module: a method or a backbone.
+        source: a run folder, a checkpoint, an exported backbone, a state dict saved by torch or safetensors in the names
+            of any library that `importers` knows, or `timm:NAME` and `torchvision:NAME`.
 
     Raises:
-        UserError: the file cannot be read, or nothing in it fits the module.
+        UserError: they cannot be had, nothing in them fits the module, or less than nine tenths of the backbone.
     """
+    if is_named(source):
+        model, _, file = open_named(source)
+        return fill(module, model.state_dict() if file is None else read_tensors(file), str(source))
+    path = Path(source)
     if path.is_dir():
         path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
-    if path.suffix == ".safetensors":
-        weights = read_safetensors(path)
+    return fill(module, read_tensors(path), str(path))
+
+
+def open_foreign(source: str | Path, backbone: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A backbone with weights that no description of ours goes with, and what is known of it.
+
+    A file does not say its images: those of ImageNet are assumed, 224 of 256 pixels, or the backbone's `image_size`.
+    What was taken of a file and what was left is printed.
+
+    Args:
+        source: `timm:NAME`, `torchvision:NAME`, either with `+FILE`, or a file of weights.
+        backbone: the network of the file.
+
+    Raises:
+        UserError: there is no such model, no network for the file, or the weights are not its own.
+    """
+    if is_named(source):
+        module, facts, file = open_named(source)
+    elif backbone is None:
+        cure = "give --backbone, such as --backbone resnet50 or --backbone timm/vit_small_patch16_224"
+        raise UserError(f"{source}: weights alone, which do not say their network: {cure}")
     else:
-        weights = read(path)
-        for key in ("method", "state_dict", "model"):
-            if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-                weights = weights[key]
-                break
-    own = module.state_dict()
-    fitting, resampled, unused = {}, [], []
-    for name, value in weights.items() if isinstance(weights, dict) else ():
-        bare = str(name).removeprefix("module.").removeprefix("_orig_mod.")  # of data-parallel and compiled modules
-        targets = [t for t in (name, f"backbone.{name}", bare, f"backbone.{bare}") if t in own]
-        if not targets or not isinstance(value, torch.Tensor):
-            unused.append(str(name))
-            continue
-        target = next((t for t in targets if own[t].shape == value.shape), targets[0])
-        if own[target].shape != value.shape:
-            value = _fitted(module, target, value, own[target].shape)
-            resampled += [target] if value is not None else []
-        if value is None:
-            unused.append(str(name))
-        else:
-            fitting[target] = value
-    if not fitting:
-        raise UserError(f"{path}: none of its weights fits {type(module).__name__}; is the backbone the same?")
-    module.load_state_dict(fitting, strict=False)
-    missing, copied = [name for name in own if name not in fitting], []
-    for teacher, part in module.named_modules():
-        if isinstance(part, EMA) and not any(name.startswith(f"{teacher}.") for name in fitting):
-            part.restart()
-            copied.append(teacher)
-            missing = [name for name in missing if not name.startswith(f"{teacher}.")]
-    return Loaded(list(fitting), resampled, copied, missing, unused)
-
-
-def _fitted(module: nn.Module, name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
-    """A tensor of another shape as the module's `name`: positions of another image size, a mask token of older files."""
-    if value.squeeze().shape == torch.Size(size for size in shape if size != 1):
-        return value.reshape(shape)
-    owner, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(owner), "resampled", lambda *_: None)(last, value)
+        module, file = backbone, Path(source)
+        size = (getattr(module, "init_args", None) or {}).get("image_size", VIEW["size"])
+        view = VIEW if size == VIEW["size"] else {**VIEW, "size": size, "resize": None}
+        facts = {"method": file.stem, "backbone": describe(module), "view": view}
+    if file is not None:
+        loaded = fill(module, read_tensors(file), str(file))
+        if distributed.is_main():
+            print(f"{file}: {loaded}")
+    return module, facts
