@@ -1,4 +1,4 @@
-"""Hooks that watch a run: online kNN, plots, TensorBoard, Weights & Biases."""
+"""Hooks that watch a run: online kNN, measures without labels, plots, TensorBoard, Weights & Biases."""
 
 import hashlib
 from typing import Literal
@@ -37,6 +37,40 @@ class OnlineKNN(Hook):
             view = evaluation_view(run.method.views()[0])
             metrics = measure_online(run.method.backbone, run.data, view, [KNN(self.k)], self.limit, run.device)
             run.evaluations["knn"] = distributed.broadcast(metrics["kNN"])
+
+
+class OnlineLabelFree(Hook):
+    """RankMe, feature std, alignment and uniformity of the backbone while it learns: of collapse, without labels.
+
+    Features of training images in the view for evaluation; alignment compares two samples of the first view. The equations
+    stand in `sslbook.nn.metrics`.
+
+    Args:
+        every: epochs between measurements.
+        images: training images at most, chosen at random, the same every time.
+    """
+
+    measures = ("rank_me", "feature_std", "alignment", "uniformity")
+
+    def __init__(self, every: int = 1, images: int = 2000) -> None:
+        at_least_one(every=every, images=images)
+        self.every, self.images = every, images
+
+    def epoch(self, run: Run) -> None:
+        if run.clock.epoch % self.every == 0 or run.clock.step >= run.clock.total_steps:
+            from sslbook.evaluation.features import evaluation_view, extract_views
+            from sslbook.nn import metrics
+
+            view = run.method.views()[0]
+            views = (evaluation_view(view), view, view)
+            z = extract_views(run.method.backbone, run.data, views, self.images, device=run.device)
+            found = {
+                "rank_me": metrics.rank_me(z[:, 0]),
+                "feature_std": float(metrics.feature_std(z[:, 0])),
+                "alignment": metrics.alignment(z[:, 1], z[:, 2]),
+                "uniformity": metrics.uniformity(z[:, 0]),
+            }
+            run.evaluations.update({name: distributed.broadcast(value) for name, value in found.items()})
 
 
 class Plots(Hook):

@@ -408,10 +408,11 @@ class Data:
     def evaluation_batches(
         self,
         split: Split,
-        view: View | None = None,
+        view: View | tuple[View, ...] | None = None,
         batch_size: int = 256,
         device: str | torch.device = "cpu",
         *,
+        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Batch]:
@@ -419,9 +420,11 @@ class Data:
 
         Args:
             split: train or test, or pretrain: all training images, of which only some may be labeled.
-            view: what an image becomes; by default its center, at its own size or (files) at 224 of 256 pixels.
+            view: what an image becomes, or several of these; by default its center, at its own size or (files) at 224
+                of 256 pixels.
             batch_size: images in a batch.
             device: where the views are wanted.
+            seed: of views with randomness.
             rank: which of the batches this process gets: every `world_size`-th from here on.
             world_size: number of processes that share the batches.
 
@@ -432,7 +435,8 @@ class Data:
         if view is None:
             view = View.center(self.size) if self.size else View.center(224, resize=256)
         positions = torch.arange(len(source)).split(batch_size)[rank::world_size]
-        return self._load(source, (view,), positions, 0, 0, torch.device(device), training=False)
+        views = (view,) if isinstance(view, View) else view
+        return self._load(source, views, positions, seed, 0, torch.device(device), training=False)
 
     def _load(
         self,

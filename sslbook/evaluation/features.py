@@ -18,6 +18,7 @@ from sslbook.data.loader import Data
 from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from sslbook.errors import UserError
 from sslbook.nn.modes import in_mode
+from sslbook.rng import permutation
 
 Split = Literal["train", "test"]
 ROWS = 2**13  # sent to the other processes at a time
@@ -47,8 +48,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def center_view(
     size: int,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
     *,
     resize: int | None = None,
 ) -> View:
@@ -96,30 +97,78 @@ def extract_with_index(
     Raises:
         UserError: the backbone returns something else than one finite vector per image, or no image is readable.
     """
+    desc = f"features of {split}" if progress else None
+    rows, index = _collect(backbone, data, split, (view,), 0, device, batch_size, desc)
+    return Features(rows[:, 0], data.labels(split)[index], index)
+
+
+def extract_views(
+    backbone: nn.Module,
+    data: Data,
+    views: tuple[View, ...],
+    images: int,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+) -> Float[Tensor, "some views dim"]:
+    """Features of several views, with or without randomness, of training images chosen at random, on the CPU.
+
+    Args:
+        backbone: maps images to one vector each; it is left in the mode it came in.
+        data: where the images come from.
+        views: what becomes of each image.
+        images: how many at most.
+        seed: key of the choice and of the views.
+        device: where to compute; by default where the backbone is.
+        batch_size: views at a time.
+    """
+    size = max(batch_size // len(views), 1)
+    return _collect(backbone, some_of(data, images, seed), "train", views, seed, device, size, None)[0]
+
+
+def _collect(
+    backbone: nn.Module,
+    data: Data,
+    split: Split,
+    views: tuple[View, ...],
+    seed: int,
+    device: torch.device | str | None,
+    batch_size: int,
+    desc: str | None,
+) -> tuple[Float[Tensor, "images views dim"], Int[Tensor, "images"]]:
+    """Features of the views of every readable image of a split, and its position; `desc` heads a progress bar."""
     device = device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
-    labels, shown = data.labels(split), torch.zeros(len(data.labels(split)), dtype=torch.int64)
-    features = torch.empty(0, 0)
-    bar = tqdm(total=len(labels), desc=f"features of {split}", unit="image", leave=False, disable=not progress or None)
+    total = len(data.labels(split))
+    rows, shown = torch.empty(0, 0, 0), torch.zeros(total, dtype=torch.int64)
     rank, processes = distributed.rank(), distributed.world_size()
+    batches = data.evaluation_batches(split, views, batch_size, device, seed=seed, rank=rank, world_size=processes)
+    bar = tqdm(total=total, desc=desc, unit="image", leave=False, disable=desc is None or None)
     with frozen(backbone), bar, torch.autocast(device.type, enabled=False):
-        for batch in data.evaluation_batches(split, view, batch_size, device, rank=rank, world_size=processes):
-            output = backbone(batch.views[0])
-            _check(output, len(batch.index))
-            if not len(features):  # one block from the start: a list and its concatenation would need twice the memory
-                features = torch.zeros(len(labels), output.shape[1])
-            index = batch.index.cpu()
-            features[index], shown[index] = output.float().cpu(), 1
-            bar.update(len(output) * processes)
-    features, shown = everywhere(features, device), everywhere(shown, device)
-    data.unreadable.update(
-        {name: why for part in distributed.all_gather_object(data.unreadable) for name, why in part.items()}
-    )
+        for batch in batches:
+            for i, view in enumerate(batch.views):
+                output = backbone(view)
+                _check(output, len(batch.index))
+                if not len(rows):  # one block from the start: a list and its concatenation need twice the memory
+                    rows = torch.zeros(total, len(views), output.shape[1])
+                rows[batch.index.cpu(), i] = output.float().cpu()
+            shown[batch.index.cpu()] = 1
+            bar.update(len(batch.index) * processes)
+    rows, shown = everywhere(rows, device), everywhere(shown, device)
+    for part in distributed.all_gather_object(data.unreadable):
+        data.unreadable.update(part)
     index = shown.nonzero()[:, 0]
     if not len(index):
         raise UserError(f"no readable image in the {split} split; check the folder and its files")
-    complete = len(index) == len(labels)
-    return Features(features if complete else features[index], labels[index], index)
+    return rows if len(index) == total else rows[index], index
+
+
+def some_of(data: Data, images: int, seed: int) -> Data:
+    """The data with at most so many training images, chosen at random by the seed."""
+    if data.num_train <= images:
+        return data
+    return data.split(permutation(seed, 0, len(data.labels("train")))[:images].sort().values)
 
 
 def everywhere(rows: Shaped[Tensor, "n *rest"], device: torch.device | str) -> Shaped[Tensor, "all *rest"]:

@@ -67,20 +67,24 @@ def rank_me(x: Float[Tensor, "n dim"]) -> float:
     return effective_rank(singular_values(x))
 
 
-def alpha_req(x: Float[Tensor, "n dim"], first: int = 4, last: int = 100) -> float:
-    """alpha-ReQ: the exponent of the decay lambda_i ~ i^-alpha of the covariance's eigenvalues; nan below three of them.
+def alpha_req(x: Float[Tensor, "n dim"]) -> float:
+    """alpha-ReQ: the exponent alpha of the decay lambda_i ~ i^-alpha of the covariance's eigenvalues; see below.
 
     Agrawal et al. (2022, "alpha-ReQ: Assessing representation quality in self-supervised learning by measuring
-    eigenspectrum decay"), section 3. The slope is fitted to log lambda_i over log i with weights 1 / i, for i from
-    `first` to `last`, as in Stringer et al. (2019). Good representations were near 1; below it the tail is heavy.
+    eigenspectrum decay"), section 3. Good representations were near 1; below it the tail is heavy.
+    """
+    return decay_exponent(singular_values(x, center=True).square())
+
+
+def decay_exponent(values: Float[Tensor, "n"], first: int = 4, last: int = 100) -> float:
+    """The negative slope of log values over log i, fitted with weights 1 / i, as in Stringer et al. (2019).
 
     Args:
-        x: the features.
-        first: number of the first eigenvalue of the fit; of a short spectrum it is 1.
+        values: descending; those below 1e-12 of the first count as 0. Fewer than three others: nan.
+        first: number of the first value of the fit; of a short spectrum it is 1.
         last: number of its last.
     """
-    values = singular_values(x, center=True).square()
-    values = values[values > 1e-12 * values[0]][:last]  # what is smaller is rounding
+    values = values[values > 1e-12 * values[0]][:last].double()
     number = torch.arange(1, len(values) + 1, dtype=torch.float64)
     keep = number >= (first if len(values) >= first + 3 else 1)
     number, values = number[keep], values[keep]

@@ -56,6 +56,7 @@ def test_alpha_req_finds_the_exponent() -> None:
     q = torch.linalg.qr(q - q.mean(dim=0)).Q  # columns without a mean
     x = (q * torch.arange(1, 121).double() ** -0.75).float()
     assert metrics.alpha_req(x) == pytest.approx(1.5, abs=1e-3)
+    assert metrics.decay_exponent(torch.arange(1, 6).double() ** -0.7) == pytest.approx(0.7)  # a short spectrum
     noisy = features(4000, 120, decay=0.8)
     i = np.arange(4, 101)
     values = np.linalg.eigvalsh(np.cov(noisy.double().numpy().T))[::-1][3:100]
