@@ -4,6 +4,7 @@
     python book/chapters/mae/experiments.py long           the checkpoint `mae_shapes`; one seed
     python book/chapters/mae/experiments.py shapes         MAE, its controls, that checkpoint, the factors; three seeds
     python book/chapters/mae/experiments.py sabotage       one change at a time; three seeds
+                                                           with --resume, both go on after the seeds of their files
     python book/chapters/mae/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core. They write `mae_settings`; `mae_shapes` and `mae_factors`; `mae_sabotage`;
@@ -145,6 +146,17 @@ def note(rows: Table, row: str, found: Row) -> None:
     print(row, {column: round(value, 3) for column, value in found.items()}, flush=True)
 
 
+def stored_tables(names: list[str], about: Row, resume: bool) -> tuple[list[Table], int]:
+    """The tables that files of the same settings hold, and how many seeds; none without `resume`."""
+    if not resume:
+        return [{} for _ in names], 0
+    stored = [results.load(name) for name in names]
+    seeds = stored[0].seeds
+    if any(one.settings != about or one.seeds != list(range(len(seeds))) for one in stored):
+        raise SystemExit("the files are of other settings or seeds: run without --resume")
+    return [one.values for one in stored], len(seeds)
+
+
 # -- filling by rules --------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +206,7 @@ def recovered(method: MAE, data: Data, rho: float, count: int = 1000) -> dict[st
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def settings(seeds: int) -> None:
+def settings(seeds: int, resume: bool = False) -> None:
     """Short runs on other images: the loss of MAE on test images, and the accuracy of the supervised network."""
     data, rows = Data(shapes=OTHER_SHAPES), {}
     for lr in LRS["MAE"]:
@@ -209,7 +221,7 @@ def settings(seeds: int) -> None:
     results.save("mae_settings", rows, seeds=[100], settings=about)
 
 
-def long(seeds: int) -> None:
+def long(seeds: int, resume: bool = False) -> None:
     """The checkpoint that the chapter goes on from: one seed."""
     method = make(0)
     loss = train(method, Data(shapes=TINY_SHAPES), LONG_STEPS, 0, LONG_LR, LONG_BATCH)
@@ -217,28 +229,29 @@ def long(seeds: int) -> None:
     store(method, "mae_shapes", {"command": "python book/chapters/mae/experiments.py long", **about})
 
 
-def shapes(seeds: int) -> None:
+def shapes(seeds: int, resume: bool = False) -> None:
     """MAE beside its controls, on test images, and the stored checkpoint of a longer run, of which there is one."""
     data = Data(shapes=TINY_SHAPES)
-    names = (LONG, "MAE", "random weights", "pixels", "supervised", "chance")
-    rows: Table = {name: {} for name in names}
-    known: Table = {name: {} for name in names}
     column, steps = f"fine-tuned, {LABELS} labels", STEPS["shapes"]
     about = {"steps": steps, "batch": BATCH, "lr": LR, "lr supervised": LR_SUPERVISED, "Shapes": vars(TINY_SHAPES)}
-    level = majority(data.labels("train"), data.labels("test"))
-    note(rows, "chance", {"kNN": level, "linear": level, column: level})
-    note(known, "chance", factors.chance_levels(data.factors("train"), data.factors("test")))
+    (rows, known), done = stored_tables(["mae_shapes", "mae_factors"], about, resume)
 
     def measure(name: str, network: nn.Module) -> None:
-        found, inside = score(network, data, 24, with_factors=True)
-        note(rows, name, found)
+        row, inside = score(network, data, 24, with_factors=True)
+        note(rows, name, row)
         note(known, name, inside)
 
-    measure("pixels", nn.Flatten())
-    stored = restore("mae_shapes")
-    measure(LONG, stored.backbone)
-    note(rows, LONG, {column: fine_tuned(stored.backbone, 0)})
-    for seed in range(seeds):
+    if not done:
+        for name in (LONG, "MAE", "random weights", "pixels", "supervised", "chance"):  # the order of the rows
+            rows[name], known[name] = {}, {}
+        level = majority(data.labels("train"), data.labels("test"))
+        note(rows, "chance", {"kNN": level, "linear": level, column: level})
+        note(known, "chance", factors.chance_levels(data.factors("train"), data.factors("test")))
+        measure("pixels", nn.Flatten())
+        stored = restore("mae_shapes")
+        measure(LONG, stored.backbone)
+        note(rows, LONG, {column: fine_tuned(stored.backbone, 0)})
+    for seed in range(done, seeds):
         method = make(seed)
         fresh = copy.deepcopy(method.backbone)
         measure("random weights", fresh)
@@ -252,25 +265,26 @@ def shapes(seeds: int) -> None:
             results.save(name, table, seeds=list(range(seed + 1)), settings=about)
 
 
-def sabotage(seeds: int) -> None:
+def sabotage(seeds: int, resume: bool = False) -> None:
     """One change at a time, from the same weights, on test images."""
-    data, rows = Data(shapes=TINY_SHAPES), {}
+    data = Data(shapes=TINY_SHAPES)
     about = {"steps": STEPS["sabotage"], "batch": BATCH, "lr": LR}
-    for seed in range(seeds):
+    (rows,), done = stored_tables(["mae_sabotage"], about, resume)
+    for seed in range(done, seeds):
         note(rows, "random weights", score(make(seed).backbone, data, 24)[0])
         for name, change in CHANGES.items():
             method = make(seed, **change)
             if name == "no positions":
                 method.backbone.pos_embed.zero_(), method.decoder.positions.zero_()
             first, last = train(method, data, STEPS["sabotage"], seed)
-            found = {"first loss": first, "last loss": last, **score(method.backbone, data, 24)[0]}
+            row = {"first loss": first, "last loss": last, **score(method.backbone, data, 24)[0]}
             if "tokens" not in change:  # an encoder trained with mask tokens cannot do without them
-                found["recovered"] = recovered(method, data, 0.75)["MAE"]["within"]
-            note(rows, name, found)
+                row["recovered"] = recovered(method, data, 0.75)["MAE"]["within"]
+            note(rows, name, row)
         results.save("mae_sabotage", rows, seeds=list(range(seed + 1)), settings=about)
 
 
-def photographs(seeds: int) -> None:
+def photographs(seeds: int, resume: bool = False) -> None:
     """CIFAR-10: MAE beside its controls on test images; the checkpoint is of seed 0."""
     from sslbook.notebook import photographs as source
 
@@ -325,9 +339,12 @@ def main() -> None:
     commands = {"settings": settings, "long": long, "shapes": shapes, "sabotage": sabotage, "photographs": photographs}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, default=None, help="how many: 3, but 1 of photographs")
+    parser.add_argument(
+        "--resume", action="store_true", help="of shapes and sabotage: go on after the seeds of their files"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    commands[arguments.what](arguments.seeds or (1 if arguments.what == "photographs" else 3))
+    commands[arguments.what](arguments.seeds or (1 if arguments.what == "photographs" else 3), arguments.resume)
 
 
 if __name__ == "__main__":
