@@ -15,7 +15,8 @@ torch.Size([8, 128])
 """
 
 import importlib
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
@@ -41,6 +42,17 @@ _LAZY = {
     "pretrain": "sslbook.engine.loop",
 }
 __all__ = ["Clock", "Data", "Shapes", "UserError", "View", "__version__", "default_device", "load_backbone", "pretrain"]
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # this is `python -m sslbook...`: Ctrl-C while it still imports is one line, too
+    sys.excepthook = _hook
 
 
 def __getattr__(name: str) -> object:

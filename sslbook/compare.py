@@ -78,6 +78,7 @@ def compare(
         raise UserError("nothing to compare: give at least one method and one seed")
     for method in methods:
         method_class(method)  # a wrong name is refused before anything is trained
+    _require_labels(next((method for method in methods if method not in AFTER), "simclr"), words)
     comparison = Comparison.load(name, options, seeds, controls_of=methods[0])
     for method in methods:
         full = method == comparison.controls_of
@@ -188,6 +189,14 @@ def one_run(method: str, seed: int, runs: Path, options: list[str], full: bool =
     if not done.exists():
         raise UserError(f"{folder}: stopped before the end; give the same command again to go on")
     return read_json(done, REPORT)
+
+
+def _require_labels(method: str, options: list[str]) -> None:
+    """UserError if the images are not labeled: then nothing could be compared after the training."""
+    parser, config, _ = resolve([method, *options], pretrain)
+    data = parser.construct(config).data
+    if not data.has_test_labels:
+        raise UserError(f"{data.describe()}: methods are compared on labeled training and test images")
 
 
 def _require_same(words: list[str], folder: Path) -> None:

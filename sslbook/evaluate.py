@@ -3,6 +3,8 @@
 python -m sslbook.evaluate runs/simclr-shapes
 python -m sslbook.evaluate runs/simclr-shapes --protocols knn linear --out result.json
 python -m sslbook.evaluate runs/mae-photos/backbone.safetensors --data.folder PHOTOS
+python -m sslbook.evaluate timm:vit_small_patch16_224.dino --data.name imagenet
+python -m sslbook.evaluate moco_v2_800ep_pretrain.pth.tar --backbone resnet50 --data.name imagenet
 python -m sslbook.evaluate knn runs/simclr-shapes --k 200 --temperature 0.1
 python -m sslbook.evaluate finetune runs/mae-photos --recipe mae_vit_b --data.folder PHOTOS
 
@@ -42,6 +44,7 @@ from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view
 from sslbook.nn.backbones import build
 from sslbook.weights.backbone import load_backbone
+from sslbook.weights.models import is_named, open_named
 
 RECIPES = Path(__file__).parent / "recipes" / "protocols"
 
@@ -66,7 +69,8 @@ def evaluate(
     those that the run learned from.
 
     Args:
-        run: run folder, exported backbone or checkpoint; `--run` may be left out if it comes first.
+        run: run folder, exported backbone or checkpoint; `timm:NAME` or `torchvision:NAME`; or weights of another library
+            with their `--backbone`. `--run` may be left out if it comes first.
         data: labeled images.
         protocols: names such as knn and linear, import paths of your own, or classes with their options; by default kNN,
             linear probe, and the factors of the Shapes data set. `evaluate PROTOCOL RUN` takes the options of one.
@@ -156,7 +160,7 @@ def _start(run: str, facts: dict[str, Any], seed: int, backbone: nn.Module | Non
             torch.manual_seed(seed)
             return build(facts.get("backbone", {}))
     except UserError:  # a backbone from elsewhere, whose initial weights nobody knows
-        return None
+        return open_named(run, pretrained=False)[0] if is_named(run) else None
 
 
 # -- what extraction shares --------------------------------------------------------------------------------------------
@@ -178,8 +182,9 @@ def view_of(facts: dict[str, Any], resize: int | None) -> View:
     """The view that suits an exported backbone; UserError if its description does not say."""
     try:
         view = facts["view"]
-        (r, g, b), (dr, dg, db) = ([float(value) for value in view[key]] for key in ("mean", "std"))
-        return center_view(int(view["size"]), (r, g, b), (dr, dg, db), resize=resize)
+        mean, std = (tuple(float(value) for value in view[key]) for key in ("mean", "std"))
+        made = center_view(int(view["size"]), mean, std, resize=resize or view.get("resize"))
+        return replace(made, interpolation=view.get("interpolation", "bilinear"))
     except (KeyError, TypeError, ValueError):
         raise UserError("the backbone's description does not say its view (size, mean, std); export it again") from None
 
@@ -193,6 +198,8 @@ def own_data(run: str) -> tuple[str, dict[str, Any]]:
     """
     path = Path(run)
     description = (path / "backbone.json") if path.is_dir() else path.with_suffix(".json")
+    if is_named(run):
+        raise UserError(f"{run}: which images? Give --data.folder or --data.name")
     if not path.exists():
         raise UserError(f"{path}: no such run folder, exported backbone or checkpoint")
     if description.is_file():
@@ -270,9 +277,10 @@ def require_writable(target: Path, suffixes: tuple[str, ...]) -> None:
         raise UserError(f"--out {target}: end its name in {' or '.join(suffixes)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        forbidden = not os.access(target.parent, os.W_OK) or target.is_dir()
     except OSError as error:
-        raise UserError(f"--out {target}: its folder cannot be made ({error.strerror})") from None
-    if not os.access(target.parent, os.W_OK) or target.is_dir():
+        raise UserError(f"--out {str(target)[:200]}: cannot be made ({error.strerror})") from None
+    if forbidden:
         raise UserError(f"--out {target}: cannot be written there; choose another place")
 
 

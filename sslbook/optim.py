@@ -123,6 +123,17 @@ def layer_of(name: str, depth: int, blocks: list[tuple[int, int]] | None = None)
     return depth + 1
 
 
+def _require_step(make_optimizer: Callable[[list[dict]], torch.optim.Optimizer]) -> None:
+    """UserError if the optimizer needs more than dense gradients, as SparseAdam and L-BFGS do."""
+    trial = nn.Parameter(torch.zeros(2, 2))
+    trial.grad = torch.zeros(2, 2)
+    try:
+        make_optimizer([{"params": [trial]}]).step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"optimizer: takes no step on ordinary gradients ({reason}); choose another, AdamW") from None
+
+
 def parameter_groups(
     method: nn.Module,
     make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
@@ -179,6 +190,7 @@ def parameter_groups(
         optimizer = make_optimizer(groups)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: {error}") from None
+    _require_step(make_optimizer)
 
     plans = []
     for (which, vector, scale), group in zip(members, optimizer.param_groups):

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.setup(device=config.device)  # from here on, what is printed is printed once
     try:
         options = vars(parser.construct(config))
-        for name in ("config", "recipe"):
+        for name in ("config", "recipe", "trust"):
             options.pop(name, None)
         report_kind, protocols = options.pop("report"), options.pop("protocols")
         if protocols is not None:  # what cannot be measured is refused now, not after the training

@@ -3,17 +3,23 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sslbook import checkpoint, train
+from sslbook.compare import compare
+from sslbook.data.views import View
 from sslbook.errors import UserError
+from sslbook.evaluate import require_writable
 from sslbook.methods.simclr import SimCLR
+from sslbook.nn import ConvNet
 from sslbook.weights.backbone import export_backbone, load_backbone
 from tests.engine import command, start, start_process
 
@@ -190,3 +196,91 @@ def test_a_description_chooses_no_code(backbone: dict, tmp_path: Path) -> None:
     (tmp_path / "backbone.json").write_text(json.dumps({"backbone": backbone}))
     with pytest.raises(UserError, match="build it yourself and pass --backbone"):
         load_backbone(tmp_path)
+
+
+# -- code that a run's configuration names -----------------------------------------------------------------------------
+
+EVIL = "import pathlib; pathlib.Path(__file__).with_suffix('.ran').touch()\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": {"class_path": "evilmod.X", "init_args": {}}},
+        {"data": {"name": "evilmod.X"}},
+        {"hooks": [{"class_path": "evilmod.X"}]},
+        {"hooks": ["evilmod.X"]},
+        {"optimizer": "evilmod.X"},
+        {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": "evilmod.X"}}},
+        {"protocols": ["evilmod.X"]},
+        {"optimizer": {"class_path": "os.system", "init_args": {"command": "true"}}},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_imports_no_code_from_elsewhere(change: dict, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "evilmod.py").write_text(EVIL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"method": {"class_path": "simclr"}, **change}))
+    for words in ([f"--resume={tmp_path / 'run'}"], ["--resume", "auto", f"--out_dir={tmp_path / 'run'}"]):
+        assert "code outside sslbook; if you know it, give --trust true" in refusal(*words)
+    assert not (tmp_path / "evilmod.ran").exists()
+
+
+@pytest.mark.parametrize("words", [["--trust=true"], ["tests.test_bad_input.Mine"]])
+def test_a_resumed_run_imports_what_its_user_names(words: list[str], tmp_path: Path) -> None:
+    common = ["--batch_size=8", "--data.shapes.num_train=16", "--report=none", "--progress=false", "--hooks=[]"]
+    train.main(["tests.test_bad_input.Mine", *common, "--steps=1", f"--out_dir={tmp_path / 'run'}"])
+    words = [*[word for word in words if word[0] != "-"], f"--resume={tmp_path / 'run'}", "--steps=2", *words]
+    train.main(list(dict.fromkeys(words)))
+    assert checkpoint.find(tmp_path / "run").name == "checkpoint-00000002.pt"
+
+
+class Mine(SimCLR):
+    """A method of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__(ConvNet(4), View(size=16), projector_dim=4)
+
+
+# -- small things ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["SparseAdam", "LBFGS"])
+def test_an_optimizer_that_needs_more_than_gradients(optimizer: str, tmp_path: Path) -> None:
+    words = ["simclr", "--batch_size=8", "--data.shapes.num_train=16", "--steps=1", f"--out_dir={tmp_path / 'run'}"]
+    message = refusal(*words, f"--optimizer={optimizer}")
+    assert message.startswith("optimizer: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_too_long(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = "x" * 300
+    assert "File name too long" in refusal(
+        "simclr", "--data.shapes.num_train=16", "--batch_size=8", f"--out_dir={long}"
+    )
+    for suffix in (".json", ".npz"):
+        with pytest.raises(UserError, match="--out"):
+            require_writable(Path(f"{long}{suffix}"), (suffix,))
+
+
+def test_ctrl_c_while_python_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise KeyboardInterrupt\n")
+    words = [sys.executable, "-m", "sslbook.train"]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stderr == "stopped\n"
+    assert done.returncode != 0
+
+
+def test_compare_refuses_unlabeled_images_before_it_trains(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "book" / "results").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)).save(tmp_path / "photos" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="compared on labeled training and test images"):
+        compare("x", ["rotation"], options="--data.folder photos --data.workers 0 --batch_size 4")
+    assert not (tmp_path / "runs").exists()

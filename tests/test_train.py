@@ -238,7 +238,9 @@ def test_nan_loss_stops_and_leaves_what_a_replay_needs(tmp_path: Path, capsys) -
     (failure,) = tmp_path.glob("failed-step-2-rank-0.pt")
     from sslbook.tools.replay import replay
 
-    replay(str(failure))
+    with pytest.raises(UserError, match="code outside sslbook"):
+        replay(str(failure))
+    replay(str(failure), trust=True)
     output = capsys.readouterr().out
     assert "0 parameters hold NaN" in output
     assert "the loss itself is nan" in output

@@ -4,13 +4,15 @@ A run's options are laid one upon the other: a base (`recipes/_shapes.yaml`), th
 every `--config FILE` in order, and the options of the command line.
 """
 
+import importlib.util
 import inspect
+import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
 
@@ -26,7 +28,7 @@ from sslbook.files import read_json
 from sslbook.methods.base import Method
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NOT_WRITTEN = ("config", "recipe", "resume", "out_dir")  # options that say where a run stands, not what it is
+NOT_WRITTEN = ("config", "recipe", "resume", "out_dir", "trust")  # options that say where a run stands, not what it is
 
 
 def method_class(name: str) -> type[Method]:
@@ -106,7 +108,42 @@ def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
         type=list[str] | None,
         help="what the report measures: names such as knn, or import paths; by default what suits the data",
     )
+    parser.add_argument(
+        "--trust",
+        type=bool,
+        default=False,
+        help="let the config.yaml of a resumed run import code from outside sslbook, such as a method of your own",
+    )
     return parser
+
+
+OWN_CODE = ("sslbook.", "torch.nn.", "torch.optim.")
+
+
+def require_own_code(config: Path, named: Collection[str] = ()) -> None:
+    """Refuse a run's configuration that names code outside the package: whoever gave you the run could run anything.
+
+    Args:
+        config: the file.
+        named: import paths that the user has given himself.
+
+    Raises:
+        UserError: it names code outside the package, torch's layers and optimizers.
+    """
+    for path in _import_paths(read_yaml(config)):
+        if not path.startswith(OWN_CODE) and path not in named:
+            raise UserError(f"{config}: names {path}, code outside sslbook; if you know it, give --trust true")
+
+
+def _import_paths(values: Any) -> Iterator[str]:
+    """All texts that name something in a module that is there."""
+    if isinstance(values, dict | list):
+        for value in [*values.values(), *values] if isinstance(values, dict) else values:
+            yield from _import_paths(value)
+    elif isinstance(values, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", values):
+        top = values.partition(".")[0]
+        if top in sys.modules or importlib.util.find_spec(top) is not None:  # which imports nothing
+            yield values
 
 
 def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Values]:
@@ -133,6 +170,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     resumed = _config_of_run(given["resume"] or "auto", given.get("out_dir")) if "resume" in given else None
     layers = [_read_layer(path) for path in ([resumed] if resumed else []) + files]
     if resumed:
+        if given.get("trust") not in ("true", "True"):
+            require_own_code(resumed, {word for word in (name, *given.values()) if word})
         layers[0].values.pop("init_from", None)  # the run has begun from them already
         if isinstance(data := layers[0].values.get("data"), dict):
             layers[0].values["data"] = relocated(data, _began_in(resumed.parent))

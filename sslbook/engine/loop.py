@@ -39,7 +39,7 @@ def pretrain(
     method: Method,
     data: Data,
     optimizer: Callable[[Iterable], torch.optim.Optimizer],
-    schedule: Schedule = Constant(),
+    schedule: Schedule | None = None,
     weight_decay_schedule: Schedule | None = None,
     rules: list[ParamRule] | None = None,
     base_batch_size: PositiveInt | None = None,
@@ -72,7 +72,7 @@ def pretrain(
         method: the self-supervised method, with its backbone.
         data: the images.
         optimizer: SGD, AdamW, LARS or any torch optimizer, with its options.
-        schedule: factor of the learning rate over the run.
+        schedule: factor of the learning rate over the run; by default constant.
         weight_decay_schedule: factor of the weight decay over the run.
         rules: options for parameters by name; the first whose pattern matches wins.
         base_batch_size: scale the learning rate by batch size / this number.
@@ -107,6 +107,7 @@ def pretrain(
     """
     # -- device and folder ---------------------------------------------------------------------------------------------
     config = config or _plain_values(locals())
+    schedule = schedule or Constant()
     _require_objects(method=method, data=data, optimizer=optimizer, schedule=schedule, precision=precision)
     run_device = distributed.setup(device=device)
     _require_parts(method, batch_size, grad_accum_steps)

@@ -8,31 +8,43 @@ from torch import Tensor, nn
 
 from sslbook.checkpoint import read
 from sslbook.cli.common import cli, run
-from sslbook.cli.recipes import resolve
+from sslbook.cli.recipes import require_own_code, resolve
 from sslbook.data.loader import Batch
 from sslbook.engine.loop import pretrain
-from sslbook.errors import UserError
+from sslbook.errors import UserError, first_line
+from sslbook.files import Whole, check
 from sslbook.schedules import Clock
 
+CLOCK = {"step": Whole(), "total_steps": Whole(1), "steps_per_epoch": Whole(1), "seed": Whole(-(2**63))}
+FAILURE = {
+    **{"format": "sslbook failure 2", "method": {str: Tensor}, "views": [Tensor], "index": Tensor, "label": Tensor},
+    **{"clock": CLOCK, "loss": object},
+}
 
-def replay(failure: str) -> None:
+
+def replay(failure: str, trust: bool = False) -> None:
     """Compute a failed step again and say which part of the network was the first to give NaN or Inf.
 
     Args:
         failure: the file `failed-step-*.pt` that the run left in its folder, beside its config.yaml.
+        trust: let that config.yaml import code from outside sslbook, such as a method of your own.
 
     Raises:
         UserError: it is no such file, or the config.yaml is not there.
     """
     path = Path(failure)
     state = read(path)
-    if not isinstance(state, dict) or state.get("format") != "sslbook failure 2":
-        raise UserError(f"{path}: not a failure file of sslbook")
+    check(path, state, FAILURE)
+    if not trust:
+        require_own_code(path.parent / "config.yaml")
     parser, config, _ = resolve(["--config", str(path.parent / "config.yaml")], pretrain)
     made = parser.construct(config)
     method = made.method
     method.setup(made.data)
-    method.load_state_dict(state["method"])
+    try:
+        method.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit the run's config.yaml ({first_line(error)[:200]})") from None
     method.train()
     bad = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
     print(f"weights: {len(bad)} parameters hold NaN or Inf{': ' + bad[0] if bad else ''}")
