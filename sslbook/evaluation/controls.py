@@ -34,7 +34,7 @@ def pixels(data: Data, view: View, **options) -> Representation:
     """
     size = min(view.size, PIXELS)
     resize = None if view.resize is None else max(size, round(view.resize * size / view.size))
-    raw = View.center(size, resize=resize, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    raw = View.center(size, resize=resize, mean=(0.0,) * len(view.mean), std=(1.0,) * len(view.mean))
     return Representation(nn.Flatten(), data, raw, **options)
 
 
@@ -119,7 +119,7 @@ def _dim(backbone: nn.Module, view: View, device: torch.device) -> int:
     if isinstance(dim := getattr(backbone, "dim", None), int):
         return dim
     with frozen(backbone.to(device)):
-        return backbone(torch.zeros(1, 3, view.size, view.size, device=device)).shape[1]
+        return backbone(torch.zeros(1, len(view.mean), view.size, view.size, device=device)).shape[1]
 
 
 def _labeled(
