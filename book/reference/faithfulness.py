@@ -1,4 +1,4 @@
-"""FAITHFULNESS.md: the source of every method, and what differs from it, collected from the methods' docstrings.
+"""FAITHFULNESS.md: the sources of methods and recipes, and what differs, from their docstrings and heads.
 
 python book/reference/faithfulness.py
 """
@@ -18,11 +18,20 @@ What every method is taken from, and where it departs from its source: the autho
 paper. Whatever is not listed is meant to be the same; a departure that you find and this table lacks is a bug. Where
 the consequence of a departure is known, it stands with it.
 
-`python book/reference/faithfulness.py` writes this page from the docstrings of `sslbook/methods/`, and a test keeps it
-from going stale.
+`python book/reference/faithfulness.py` writes this page from the docstrings of `sslbook/methods/` and the heads of
+`sslbook/recipes/`, and a test keeps it from going stale.
 
 | Method | Source | What differs, and what follows from it |
 |---|---|---|
+"""
+RECIPES = """
+## Recipes for ImageNet
+
+Where the values of `--recipe` come from, and what differs from there, as each recipe's head says it.
+`tests/test_papers_values.py` compares the values with those of the sources. {shared}
+
+| Recipe | Source, and what differs |
+|---|---|
 """
 
 
@@ -59,9 +68,30 @@ def row(name: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def head(path: Path, word: str = "") -> str:
+    """What a recipe's first comment says after `word:`, or all of it."""
+    comment = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0]
+    lines = re.sub(r"^# ?", "", comment, flags=re.M)
+    if word:
+        lines = re.search(rf"^{word}:((?:.*\n?)(?:^ +.*\n?)*)", lines, flags=re.M)[1]
+    return " ".join(lines.split())
+
+
+def recipes() -> str:
+    """The table of the recipes at full scale."""
+    folder = ROOT / "sslbook" / "recipes"
+    paths = [path for name in METHODS for path in sorted((folder / name).glob("*.yaml"))]
+    rows = [
+        f"| [{path.parent.name}/{path.stem}]({path.relative_to(ROOT).as_posix()}) | {head(path, 'Source')} |"
+        for path in paths
+        if path.stem.startswith(("imagenet", "dinov2"))
+    ]
+    return RECIPES.format(shared=head(folder / "_imagenet.yaml")) + "\n".join(rows) + "\n"
+
+
 def page() -> str:
     """The whole page."""
-    return HEAD + "\n".join(row(name) for name in METHODS) + "\n"
+    return HEAD + "\n".join(row(name) for name in METHODS) + "\n" + recipes()
 
 
 if __name__ == "__main__":
