@@ -1,0 +1,350 @@
+"""Augmentations of supervised training, for a whole batch on its device: what comes after crop and flip of a `View`.
+
+- padded crop (He et al., 2016, section 4.2): the image shifted by a few pixels, the border filled with the mean;
+- RandAugment (Cubuk et al., 2020, arXiv:1909.13719) with timm's `rand-m9-mstd0.5-inc1`: two operations of fifteen, each
+  applied with probability one half, all of which grow stronger with the magnitude;
+- random erasing (Zhong et al., 2020, arXiv:1708.04896), timm's mode `pixel`;
+- Mixup (Zhang et al., 2018, arXiv:1710.09412), CutMix (Yun et al., 2019, arXiv:1905.04899) and ResizeMix (Qin et al.,
+  2020, arXiv:2012.11101) with label smoothing.
+
+All random numbers are keyed: those of an image by (seed, epoch, index), those of a mixed batch by (seed, step). What
+differs from timm: geometric operations interpolate linearly and not by a cubic chosen at random, on images that are
+already cropped, as there; a batch is mixed with its neighbors (first with second, third with fourth, ...) instead of with
+itself reversed, which several processes could not do alike; the order of images is random, so the distribution is the same.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from sslbook.errors import UserError
+from sslbook.rng import METHOD, uniform
+from sslbook.schedules import Clock
+
+_PAD, _RAND, _ERASE, _NOISE, _MIX = range(METHOD, METHOD + 5)  # streams
+_ATTEMPTS = 10  # at a rectangle that fits, as in timm
+_GRAY = (0.2989, 0.587, 0.114)
+NUM_LAYERS = 2  # of RandAugment
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to the images of a supervised training, besides the crop and the flip of their view.
+
+    Args:
+        crop: range of the fraction of the image's area that a random crop keeps; null crops the center instead.
+        flip: probability of a horizontal flip.
+        interpolation: filter of the resize.
+        color_jitter: greatest change of brightness, contrast, saturation and hue; zeros for none.
+        padding: shift the image by up to so many pixels in each direction, as CIFAR's networks are trained.
+        rand_augment: magnitude of RandAugment, 0 to 10; 0 leaves it out, 9 is timm's rand-m9-mstd0.5-inc1.
+        erasing: probability that a rectangle is erased by noise.
+        mixup: alpha of Mixup's Beta(alpha, alpha); 0 leaves it out.
+        cutmix: likewise of CutMix.
+        resizemix: likewise of ResizeMix.
+        mix_probabilities: probabilities that a batch is mixed by Mixup, CutMix and ResizeMix, at most 1 together; null
+            gives equal ones to those with an alpha.
+        label_smoothing: fraction of the target that is spread over all classes.
+    """
+
+    crop: tuple[float, float] | None = (0.08, 1.0)
+    flip: float = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    padding: int = 0
+    rand_augment: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    resizemix: float = 0.0
+    mix_probabilities: tuple[float, float, float] | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        def require(fine: bool, field: str, rule: str) -> None:
+            if not fine:
+                raise UserError(f"augmentation.{field} = {getattr(self, field)}: it must be {rule}")
+
+        require(self.padding >= 0, "padding", "at least 0")
+        require(0 <= self.rand_augment <= 10, "rand_augment", "from 0 to 10")
+        require(0 <= self.erasing <= 1, "erasing", "a probability, from 0 to 1")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "from 0 to below 1")
+        for field in ("mixup", "cutmix", "resizemix"):
+            require(getattr(self, field) >= 0, field, "at least 0")
+        given = self.mix_probabilities
+        require(
+            given is None or (min(given) >= 0 and sum(given) <= 1 + 1e-6), "mix_probabilities", "at most 1 together"
+        )
+        unused = given is not None and any(p and not a for p, a in zip(given, self.alphas))
+        require(not unused, "mix_probabilities", "0 where the alpha is 0")
+
+    @property
+    def alphas(self) -> tuple[float, float, float]:
+        """Of Mixup, CutMix, ResizeMix."""
+        return self.mixup, self.cutmix, self.resizemix
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return any(self.alphas) and (self.mix_probabilities is None or any(self.mix_probabilities))
+
+
+@torch.no_grad()
+def augment(
+    what: Augmentation,
+    x: Float[Tensor, "batch channels height width"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    clock: Clock,
+    index: Int[Tensor, "batch"],
+) -> Float[Tensor, "batch channels height width"]:
+    """Padded crop, RandAugment and random erasing of normalized images.
+
+    Args:
+        what: the options.
+        x: images of a view.
+        mean: that the view has subtracted.
+        std: that the view has divided by.
+        clock: gives seed and epoch of the keys.
+        index: gives the image's part of the keys.
+
+    Raises:
+        UserError: RandAugment of something else than red, green and blue.
+    """
+    if what.padding:
+        x = _padded_crop(x, what.padding, uniform(clock.seed, clock.epoch, index, _PAD, 2))
+    if what.rand_augment:
+        if x.shape[1] != 3:
+            raise UserError(f"RandAugment is for 3 channels, and these images have {x.shape[1]}: set rand_augment to 0")
+        m, s = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (mean, std))
+        levels = ((x * s + m) * 255).round().clamp(0, 255).to(torch.uint8)
+        u = uniform(clock.seed, clock.epoch, index, _RAND, 4 * NUM_LAYERS)
+        x = (rand_augment(levels, what.rand_augment, u, mean).to(x.dtype) / 255 - m) / s
+    if what.erasing:
+        x = _erased(x, what.erasing, clock, index)
+    return x
+
+
+def _padded_crop(x: Tensor, padding: int, u: Float[Tensor, "batch 2"]) -> Tensor:
+    """Each image shifted by its own whole pixels; what comes in is 0, the mean."""
+    shift = (u * (2 * padding + 1)).long()
+    rows, columns = (
+        shift[:, i, None] + torch.arange(side, device=x.device) for i, side in enumerate((x.shape[2], x.shape[3]))
+    )
+    padded = F.pad(x, [padding] * 4)
+    each = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+# -- RandAugment -------------------------------------------------------------------------------------------------------
+
+
+def rand_augment(
+    x: UInt8[Tensor, "batch 3 height width"],
+    magnitude: float,
+    u: Float[Tensor, "batch numbers"],
+    fill: tuple[float, ...] = (0.485, 0.456, 0.406),
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """Operations drawn for each image; those of one kind are applied to all their images at once.
+
+    Args:
+        x: images, levels of 8 bits.
+        magnitude: mean strength of 10, with a standard deviation of one half.
+        u: four uniform numbers for each image and layer: which operation, whether, how strong, which sign.
+        fill: color of what comes in from outside.
+    """
+    x = x.clone()
+    for which, apply, strength, sign in u.T.reshape(-1, 4, len(x)):
+        kind = (which * len(OPERATIONS)).long()
+        level = (magnitude + 0.5 * _normal(strength)).clamp(0, 10) / 10
+        signed = torch.where(sign < 0.5, -level, level)
+        for number, operation in enumerate(OPERATIONS):
+            rows = ((kind == number) & (apply < 0.5)).nonzero()[:, 0]
+            if len(rows):
+                x[rows] = operation(x[rows], level[rows], signed[rows], fill)
+    return x
+
+
+def _normal(u: Tensor) -> Tensor:
+    """Standard normal numbers of uniform ones."""
+    return math.sqrt(2) * torch.erfinv((2 * u.double() - 1).clamp(-1 + 1e-7, 1 - 1e-7)).float()
+
+
+def _blend(x: Tensor, other: Tensor, signed: Tensor) -> Tensor:
+    """PIL's enhancement by a factor of 1 plus or minus up to 0.9: below 1 towards `other`, above away from it."""
+    factor = (1 + 0.9 * signed).clamp(min=0.1).view(-1, 1, 1, 1)
+    return (other + factor * (x.float() - other)).clamp(0, 255).to(torch.uint8)
+
+
+def _gray(x: Tensor) -> Tensor:
+    return sum(weight * x[:, i : i + 1].float() for i, weight in enumerate(_GRAY))  # pyrefly: ignore
+
+
+def _smooth(x: Tensor) -> Tensor:
+    """PIL's SMOOTH filter, which leaves the border as it is."""
+    kernel = torch.ones(3, 3, device=x.device)
+    kernel[1, 1] = 5
+    inner = F.conv2d(x.float(), (kernel / 13).expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+    smooth = x.float().clone()
+    smooth[:, :, 1:-1, 1:-1] = inner.round()
+    return smooth
+
+
+def _warp(x: Tensor, theta: Float[Tensor, "n 2 3"], fill: tuple[float, ...]) -> Tensor:
+    border = 255 * torch.tensor(fill, device=x.device).view(-1, 1, 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return (F.grid_sample(x.float() - border, grid, align_corners=False) + border).round().clamp(0, 255).to(torch.uint8)
+
+
+def _theta(n: int, device: torch.device, **entries: Tensor) -> Float[Tensor, "n 2 3"]:
+    """Matrices from output to input, in coordinates of -1 to 1: the identity but for the entries given (a ... f)."""
+    theta = torch.eye(2, 3, device=device).repeat(n, 1, 1)
+    for name, value in entries.items():
+        theta[:, "abcdef".index(name) // 3, "abcdef".index(name) % 3] = value
+    return theta
+
+
+def _rotate(x: Tensor, level: Tensor, signed: Tensor, fill: tuple[float, ...]) -> Tensor:
+    angle, ratio = signed * math.radians(30), x.shape[2] / x.shape[3]
+    sin, cos = angle.sin(), angle.cos()
+    return _warp(x, _theta(len(x), x.device, a=cos, b=-sin * ratio, d=sin / ratio, e=cos), fill)
+
+
+def _posterize(x: Tensor, level: Tensor, signed: Tensor, fill: tuple[float, ...]) -> Tensor:
+    dropped = 4 + (4 * level).long()  # bits: 4 at level 0, all 8 at level 1
+    return x & (256 - 2**dropped).to(torch.uint8).view(-1, 1, 1, 1)
+
+
+def _solarize(x: Tensor, level: Tensor, signed: Tensor, fill: tuple[float, ...]) -> Tensor:
+    return torch.where(x < (256 - (256 * level).long()).view(-1, 1, 1, 1), x, 255 - x)
+
+
+def _solarize_add(x: Tensor, level: Tensor, signed: Tensor, fill: tuple[float, ...]) -> Tensor:
+    added = (x.long() + (110 * level).long().view(-1, 1, 1, 1)).clamp(max=255).to(torch.uint8)
+    return torch.where(x < 128, added, x)
+
+
+def _autocontrast(x: Tensor, *_: object) -> Tensor:
+    from torchvision.transforms.v2 import functional as V
+
+    return V.autocontrast(x)
+
+
+def _equalize(x: Tensor, *_: object) -> Tensor:
+    from torchvision.transforms.v2 import functional as V
+
+    return V.equalize(x)
+
+
+OPERATIONS = (  # each of images, level from 0 to 1, level with a random sign, and the color of the border
+    _autocontrast,
+    _equalize,
+    lambda x, level, signed, fill: 255 - x,
+    _rotate,
+    _posterize,
+    _solarize,
+    _solarize_add,
+    lambda x, level, signed, fill: _blend(x, _gray(x), signed),
+    lambda x, level, signed, fill: _blend(x, _gray(x).mean((1, 2, 3), keepdim=True).round(), signed),
+    lambda x, level, signed, fill: _blend(x, torch.zeros_like(x, dtype=torch.float32), signed),
+    lambda x, level, signed, fill: _blend(x, _smooth(x), signed),
+    # shears are about the upper left corner
+    lambda x, level, s, fill: _warp(x, _theta(len(x), x.device, b=0.3 * s, c=0.3 * s), fill),
+    lambda x, level, s, fill: _warp(x, _theta(len(x), x.device, d=0.3 * s, f=0.3 * s), fill),
+    lambda x, level, s, fill: _warp(x, _theta(len(x), x.device, c=0.9 * s), fill),  # 45 % of the width
+    lambda x, level, s, fill: _warp(x, _theta(len(x), x.device, f=0.9 * s), fill),
+)
+"""Autocontrast, equalize, invert, rotate, posterize, solarize, solarize-add, color, contrast, brightness, sharpness,
+shear in x and y, translation in x and y: timm's `_RAND_INCREASING_TRANSFORMS`, in its order."""
+
+
+# -- erasing and mixing ------------------------------------------------------------------------------------------------
+
+
+def _erased(x: Tensor, probability: float, clock: Clock, index: Int[Tensor, "batch"]) -> Tensor:
+    """A rectangle of 2 % to 33 % of the area, aspect 0.3 to 3.3, replaced by normal noise."""
+    height, width = x.shape[2:]
+    u = uniform(clock.seed, clock.epoch, index, _ERASE, 3 + 2 * _ATTEMPTS)
+    area = (0.02 + (1 / 3 - 0.02) * u[:, 3 : 3 + _ATTEMPTS]) * height * width
+    ratio = torch.exp(math.log(0.3) * (1 - 2 * u[:, 3 + _ATTEMPTS :]))
+    h, w = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (h < height) & (w < width)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+    top, left = (u[:, 1] * (height - h + 1)).long(), (u[:, 2] * (width - w + 1)).long()
+    rows = ((u[:, 0] < probability) & fits.any(1)).nonzero()[:, 0]
+    if not len(rows):
+        return x
+    inside = rectangle(height, width, *(v[rows, None, None] for v in (top, top + h, left, left + w)))
+    noise = _normal(uniform(clock.seed, clock.epoch, index[rows], _NOISE, x[0].numel())).view(-1, *x.shape[1:])
+    x = x.clone()
+    x[rows] = torch.where(inside[:, None], noise.to(x.dtype), x[rows])
+    return x
+
+
+def rectangle(
+    height: int, width: int, top: Tensor | int, bottom: Tensor | int, left: Tensor | int, right: Tensor | int
+) -> Bool[Tensor, "..."]:
+    """Marks the pixels of a rectangle, or of one for each entry."""
+    device = top.device if isinstance(top, Tensor) else "cpu"
+    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    return (row >= top) & (row < bottom) & (column >= left) & (column < right)
+
+
+@torch.no_grad()
+def mix(
+    what: Augmentation,
+    x: Float[Tensor, "batch *shape"],
+    label: Int[Tensor, "batch"],
+    num_classes: int,
+    clock: Clock,
+) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch classes"]]:
+    """Mixed images, and their targets with label smoothing: one way and one ratio for the whole batch of a step.
+
+    Raises:
+        UserError: a process has an odd number of images, which do not form pairs.
+    """
+    target = F.one_hot(label, num_classes).float()
+    target = target * (1 - what.label_smoothing) + what.label_smoothing / num_classes
+    if not what.mixes:
+        return x, target
+    if len(x) % 2:
+        raise UserError(f"Mixup, CutMix and ResizeMix need an even number of images in a process, not {len(x)}")
+    how, ratio, v, h = uniform(clock.seed, 0, torch.tensor([clock.step]), _MIX, 4)[0].tolist()
+    probabilities = what.mix_probabilities or tuple(float(a > 0) / sum(a > 0 for a in what.alphas) for a in what.alphas)
+    bounds = torch.tensor(probabilities).cumsum(0).tolist()
+    kind = next((i for i, bound in enumerate(bounds) if how < bound), None)
+    if kind is None:
+        return x, target
+    from scipy.special import betaincinv  # of scikit-learn's dependencies
+
+    lam = float(betaincinv(what.alphas[kind], what.alphas[kind], ratio))  # of Beta(alpha, alpha)
+    other = torch.arange(len(x), device=x.device) ^ 1
+    if kind == 0:
+        x = lam * x + (1 - lam) * x[other]
+    else:
+        lam = 0.1 + 0.7 * lam if kind == 2 else lam  # ResizeMix keeps its factor between 0.1 and 0.8
+        x, lam = _pasted(x, other, lam, v, h, whole=kind == 2)
+    return x, lam * target + (1 - lam) * target[other]
+
+
+def _pasted(x: Tensor, other: Tensor, lam: float, v: float, h: float, whole: bool) -> tuple[Tensor, float]:
+    """A rectangle of 1 - lam of the area from another image, or all of that image resized; and what remains."""
+    height, width = x.shape[2:]
+    cut_h, cut_w = (int(side * math.sqrt(1 - lam)) for side in (height, width))
+    y, z = int(v * height), int(h * width)  # the center, which may lie at the border
+    top, bottom = max(0, y - cut_h // 2), min(height, y + (cut_h + 1) // 2)
+    left, right = max(0, z - cut_w // 2), min(width, z + (cut_w + 1) // 2)
+    if top >= bottom or left >= right:
+        return x, 1.0
+    x, source = x.clone(), x[other]
+    if whole:
+        x[:, :, top:bottom, left:right] = F.interpolate(source, (bottom - top, right - left), mode="bilinear")
+    else:
+        x[:, :, top:bottom, left:right] = source[:, :, top:bottom, left:right]
+    return x, 1 - (bottom - top) * (right - left) / (height * width)
