@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MANY = 10  # classes; with more of them top-5 is reported too
 LARGEST = 100  # classes of a confusion matrix that is stored
 SHOWN = 40  # classes of one that is plotted
 

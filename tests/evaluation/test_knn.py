@@ -138,10 +138,12 @@ def test_majority_ignores_images_without_a_label() -> None:
     assert knn.majority(torch.tensor([-1, -1, -1, 2, 2, 5]), torch.tensor([2, 5, 5, 5, -1])) == 25
 
 
-def test_top_5_and_several_settings_in_one_pass() -> None:
-    """Each pair of k and temperature is what it would be alone; top-5 only where there are more than five classes."""
+def test_top_5_and_several_settings_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of k and temperature is what it would be alone; top-5 only where there are many classes."""
     data = Data(shapes=Shapes(num_train=60, num_test=24))
     model = Representation(nn.Flatten(), data, View.center(8), progress=False)
+    assert set(knn.KNN().run(model, data)) == {"kNN"}
+    monkeypatch.setattr(knn, "MANY", 9)
     alone = {(k, t): knn.KNN(k, t).run(model, data) for k in (1, 20) for t in (0.07, 5.0)}
     many = knn.KNN([1, 20], [0.07, 5.0])
     together = many.run(model, data)

@@ -21,14 +21,14 @@ from sslbook.data.loader import Data
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.features import everywhere
-from sslbook.evaluation.metrics import classification, confusion_figure, top_k
+from sslbook.evaluation.metrics import MANY, classification, confusion_figure, top_k
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class KNN(Protocol):
-    """Accuracy of weighted k-nearest-neighbor classification; top-5 too where there are more than five classes.
+    """Accuracy of weighted k-nearest-neighbor classification; top-5 too where there are more than ten classes.
 
     Args:
         k: neighbors that vote; several numbers are measured in one pass, such as [10, 20, 100, 200].
@@ -64,7 +64,7 @@ class KNN(Protocol):
         for name, (k, temperature) in self._settings().items():
             ranked[name] = vote(*(part[:, :k] for part in found), train_y, temperature, top=min(5, data.num_classes))
             metrics[name] = top_k(ranked[name][:, :1], test_y)
-            if data.num_classes > 5:
+            if data.num_classes > MANY:
                 metrics[name.replace("kNN", "kNN top-5")] = top_k(ranked[name], test_y)
         first = next(iter(ranked.values()))[:, 0]
         self._details = model.details[self.name] = classification(first, test_y, data.class_names)

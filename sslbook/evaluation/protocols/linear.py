@@ -14,7 +14,8 @@ its learning rates were too low for the first of them (90.9 % instead of 92.8 %)
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +25,11 @@ from sslbook import rng
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Metrics, Protocol, Representation
+from sslbook.evaluation.metrics import MANY, classification, confusion_figure, top_k
 from sslbook.evaluation.protocols.knn import majority
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMALL = 10_000_000  # numbers in a matrix of features
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the squared weights, relative to the mean loss of an image
@@ -33,7 +38,7 @@ ITERATIONS = 100  # of L-BFGS; three times as many changed the accuracy by 0.1 p
 
 
 class Linear(Protocol):
-    """Accuracy of a linear probe.
+    """Accuracy of a linear probe; top-5 too where there are more than ten classes.
 
     Args:
         validation: the fraction of each class that is set aside for the choice of the penalty.
@@ -44,12 +49,53 @@ class Linear(Protocol):
 
     def __init__(self, validation: float = 0.2, seed: int = 0) -> None:
         self.validation, self.seed = validation, seed
+        self._details: dict[str, Any] = {}
 
     def run(self, model: Representation, data: Data) -> Metrics:
-        return {"linear": probe(*model.labeled(), validation=self.validation, seed=self.seed).accuracy}
+        train_x, train_y, test_x, test_y = model.labeled()
+        found = probe(train_x, train_y, test_x, test_y, validation=self.validation, seed=self.seed)
+        ranked = found.classifier.ranked(test_x, top=5)
+        self._details = model.details[self.name] = {
+            "penalty": found.penalty,
+            "validation accuracy": {str(penalty): accuracy for penalty, accuracy in found.validation.items()},
+            "penalty chosen on": f"a fraction of {self.validation} of the training images",
+            **classification(ranked[:, 0], test_y, data.class_names),
+        }
+        more = {"linear top-5": top_k(ranked, test_y)} if data.num_classes > MANY else {}
+        return {"linear": found.accuracy, **more}
+
+    def figures(self) -> dict[str, "Figure"]:
+        confusion = self._details.get("confusion")
+        return {"confusion": confusion_figure(confusion, "linear probe")} if confusion else {}
 
     def chance(self, data: Data) -> Metrics:
         return {"linear": majority(data.labels("train"), data.labels("test"))}
+
+
+class Classifier:
+    """A linear layer on standardized features.
+
+    Args:
+        mean: of the training features.
+        std: of the training features.
+        model: scikit-learn's; None where there is a single class.
+        classes: the labels, in the order of the model's outputs.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, model: Any, classes: Int[Tensor, "classes"]) -> None:
+        self.mean, self.std, self.model, self.classes = mean, std, model, classes
+
+    def log_probabilities(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, "n classes"]:
+        """Log probabilities of the classes."""
+        if self.model is None:
+            return torch.zeros(len(x), 1, dtype=torch.float64)
+        scores = self.model.predict_log_proba(((x - self.mean) / self.std).numpy())
+        return torch.from_numpy(scores).double()
+
+    def ranked(self, x: Float[Tensor, "n dim"], top: int = 1) -> Int[Tensor, "n top"]:
+        """The most likely labels, at most `top` of them; the lower label first where two are equal."""
+        order = self.log_probabilities(x).sort(dim=1, descending=True, stable=True).indices[:, :top]
+        return self.classes[order]
 
 
 @dataclass(frozen=True)
@@ -60,11 +106,13 @@ class LinearResult:
         accuracy: percentage of test images classified correctly.
         penalty: the weight of the L2 penalty, chosen on the validation part.
         validation: accuracy on the validation part, in percent, of every penalty tried.
+        classifier: the layer, trained on all training images.
     """
 
     accuracy: float
     penalty: float
     validation: dict[float, float]
+    classifier: Classifier = field(compare=False)
 
 
 def probe(
@@ -93,9 +141,23 @@ def probe(
     """
     if len(train_x) == 0 or len(test_x) == 0:
         raise UserError(f"the linear probe needs both splits; got {len(train_x)} training, {len(test_x)} test images")
-    train_y, test_y = train_y.cpu(), test_y.cpu()
+    classifier, penalty, found = train(train_x, train_y, penalties=penalties, validation=validation, seed=seed)
+    return LinearResult(top_k(classifier.ranked(test_x), test_y.cpu()), penalty, found, classifier)
+
+
+def train(
+    train_x: Float[Tensor, "train dim"],
+    train_y: Int[Tensor, "train"],
+    *,
+    penalties: tuple[float, ...] = PENALTIES,
+    validation: float = 0.2,
+    seed: int = 0,
+) -> tuple[Classifier, float, dict[float, float]]:
+    """The classifier trained on all images, its penalty, and the validation accuracy of each tried; see `probe`."""
+    train_y = train_y.cpu()
+    mean, std = moments(train_x)
     if bool((train_y == train_y[0]).all()):  # one class: nothing to separate
-        return LinearResult(100 * (test_y == train_y[0]).double().mean().item(), penalties[0], {})
+        return Classifier(mean, std, None, train_y[:1]), penalties[0], {}
     held = stratified(train_y, validation, seed)
     kept = ~held
     if not held.any():  # not one class with two images: nothing can be set aside
@@ -112,7 +174,7 @@ def probe(
     mean, std = moments(train_x)
     fit = _model(C=1 / (best * len(train_x)))
     _fit(fit, (train_x - mean) / std, train_y)
-    return LinearResult(100 * float(fit.score(((test_x - mean) / std).numpy(), test_y.numpy())), best, found)
+    return Classifier(mean, std, fit, torch.from_numpy(fit.classes_)), best, found
 
 
 def stratified(labels: Int[Tensor, "n"], fraction: float, seed: int = 0) -> Bool[Tensor, "n"]:
