@@ -44,7 +44,7 @@ from sslbook.evaluation.base import (
 from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view
 from sslbook.nn.backbones import build
-from sslbook.weights.backbone import load_backbone
+from sslbook.weights.backbone import is_ours, load_backbone
 from sslbook.weights.models import is_named, open_named
 
 RECIPES = Path(__file__).parent / "recipes" / "protocols"
@@ -199,7 +199,7 @@ def own_data(run: str) -> tuple[str, dict[str, Any]]:
     """
     path = Path(run)
     description = (path / "backbone.json") if path.is_dir() else path.with_suffix(".json")
-    if is_named(run):
+    if is_named(run) or (path.is_file() and not is_ours(path)):
         raise UserError(f"{run}: which images? Give --data.folder or --data.name")
     if not path.exists():
         raise UserError(f"{path}: no such run folder, exported backbone or checkpoint")

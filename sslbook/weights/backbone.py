@@ -54,7 +54,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
     path = Path(path)
     if path.is_dir():
         path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
-    if path.is_file() and not _is_ours(path):
+    if path.is_file() and not is_ours(path):
         return open_foreign(path, backbone)
     if path.suffix == ".pt":
         state = load(path, "method", "description")
@@ -83,7 +83,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
     return module, facts
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether a file says of itself, or one beside it, how to build its backbone."""
     if path.suffix == ".safetensors":
         return path.with_suffix(".json").exists()
