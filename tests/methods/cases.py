@@ -1,6 +1,7 @@
 """The methods at a small size, shared by the tests of this folder."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,7 +32,7 @@ TRANSFORMER = json.dumps(
         "init_args": {"image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2},
     }
 )
-NAMES = list(METHODS)
+NAMES = os.environ.get("SSLBOOK_TEST_METHODS", ",".join(METHODS)).split(",")  # to test some of them only
 
 
 @dataclass(frozen=True)
