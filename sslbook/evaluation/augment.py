@@ -150,7 +150,7 @@ def rand_augment(
     u: Float[Tensor, "batch numbers"],
     fill: tuple[float, ...] = (0.485, 0.456, 0.406),
 ) -> UInt8[Tensor, "batch 3 height width"]:
-    """Operations drawn for each image; those of one kind are applied to all their images at once.
+    """Operations chosen for each image; those of one kind are applied to all their images at once.
 
     Args:
         x: images, levels of 8 bits.

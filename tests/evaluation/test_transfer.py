@@ -563,7 +563,7 @@ def refuse(match: str, data: Data, protocol=None, backbone: nn.Module | None = N
         protocol.run(model_of(backbone or ConvNet(4), data), data)
 
 
-def test_labels_that_do_not_suit_are_told() -> None:
+def test_labels_that_do_not_suit_are_refused() -> None:
     x, y = images(48, 1)
     test = images(24, 2)
     refuse("has a label 6 and 6 classes", Data.from_images(x, torch.where(y == 5, 6, y), *test, CLASSES, "n"))
@@ -587,7 +587,7 @@ def test_unlabeled_images_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(labels) >= 0
 
 
-def test_backbones_that_do_not_suit_are_told() -> None:
+def test_backbones_that_do_not_suit_are_named() -> None:
     data = make_data()
     assert "tokens" in (AttentiveProbe().lacks(ConvNet(4), data) or "")
     assert "num_heads that divide 16" in (AttentiveProbe(num_heads=5).lacks(make_vit(), data) or "")

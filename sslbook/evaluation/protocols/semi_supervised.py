@@ -1,7 +1,7 @@
 """Semi-supervised: the whole network trained with the labels of 1 % or 10 % of the training images.
 
 Hénaff et al., 2020 (arXiv:1905.09272) and SimCLR (Chen et al., 2020, section 6), whose lists of ImageNet's images name the
-same fractions for everybody; here `names` reads such a list. Without one, the fraction is drawn from every class, keyed by
+same fractions for everybody; here `names` reads such a list. Without one, the fraction is sampled from every class, keyed by
 the seed. The learning rate and its factor for the head are chosen on a part of these few images (OpenSelfSup reports the
 best of nine on the test images, which reads higher).
 """
