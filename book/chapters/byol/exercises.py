@@ -51,4 +51,130 @@ def half_life(m, *, kept=lambda m: m):
     return math.log(0.5) / math.log(kept(m))
 
 
-__all__ = ["byol_loss", "half_life", "torch"]
+@exercise(
+    inputs=lambda r: [(r.normal(60, n), r.normal(60, n) @ r.normal(n, 3) + 2 + r.normal(60, 3)) for n in (2, 4)],
+    returns={"unexplained variance": "one number: the sum over the target's entries"},
+    mistakes={
+        "this is the variance that is explained: subtract it from the target's": lambda z, t: (
+            (t - t.mean(0)).square().sum(1).mean() - unexplained.solution(z, t)
+        ),
+        "this is the target's whole variance, which constant features leave": lambda z, t: (
+            (t - t.mean(0)).square().sum(1).mean()
+        ),
+        "the means are not subtracted: a predictor may add a constant": {"center": lambda x: x},
+        "z is predicted from the target: it must be the other way round": lambda z, t: unexplained.solution(t, z),
+        "the mean over the target's entries: sum them": lambda z, t: unexplained.solution(z, t) / t.shape[1],
+        "the sum over images: take the mean": lambda z, t: len(z) * unexplained.solution(z, t),
+        "this is the fraction: multiply by the target's variance": lambda z, t: (
+            unexplained.solution(z, t) / (t - t.mean(0)).square().sum(1).mean()
+        ),
+    },
+)
+def unexplained(z, target, *, center=lambda x: x - x.mean(0)):
+    """`(z, target) -> variance` that the best linear predictor leaves: the mean over images, summed over entries."""
+    z, target = center(z.double()), center(target.double())
+    return (target - z @ torch.linalg.lstsq(z, target).solution).square().sum(1).mean()
+
+
+@exercise(
+    inputs=lambda r: [(1.0, 0.6, 0.05), (0.5, 0.3, 0.02), (0.8, 0.1, 0.1)],
+    returns={"threshold": "the smaller root", "stable value": "the larger root"},
+    mistakes={
+        "exchanged: the threshold is the smaller root": lambda *a: fixed_points.solution(*a)[::-1],
+        "the coefficient of the square is lam + sigma2, not 1": {"square": lambda lam, sigma2: 1.0},
+        "the coefficient of the square is lam + sigma2, not 1 + sigma2": {"square": lambda lam, sigma2: 1 + sigma2},
+        "the sign under the root is wrong: lam^2 - 4 eta (lam + sigma2)": {"sign": 1},
+        "the factor 4 under the root is missing": {"four": 1},
+        "divided by lam + sigma2: the formula has twice that": {"two": 1},
+    },
+)
+def fixed_points(lam, sigma2, eta, *, square=lambda lam, sigma2: lam + sigma2, sign=-1, four=4, two=2):
+    """`(lam, sigma2, eta) -> (threshold, stable value)` of the predictor's eigenvalue."""
+    a = square(lam, sigma2)
+    root = math.sqrt(abs(lam**2 + sign * four * eta * a))
+    return (lam - root) / (two * a), (lam + root) / (two * a)
+
+
+@exercise(
+    inputs=lambda r: [(torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05]), 0.3, eta) for eta in (0.01, 0.04, 0.1)],
+    returns={"surviving modes": "a number"},
+    mistakes={
+        "these are the modes that die": {"alive": lambda critical, eta: critical <= eta},
+        "lam is not squared: the threshold is lam^2 / (4 (lam + sigma2))": {"power": 1},
+        "the factor 4 is missing": {"four": 1},
+        "the noise is missing in the denominator": lambda lam, sigma2, eta: survivors.solution(lam, 0.0, eta),
+    },
+)
+def survivors(lam, sigma2, eta, *, power=2, four=4, alive=lambda critical, eta: critical > eta):
+    """`(lam, sigma2, eta) -> number` of modes that have a stable value besides zero."""
+    return alive(lam**power / (four * (lam + sigma2)), eta).sum()
+
+
+def _correlation(r, n):
+    z = r.normal(40, n) @ r.normal(n, n)
+    return z.T @ z / 40
+
+
+@exercise(
+    inputs=lambda r: [(_correlation(r, 4), 0.1), (_correlation(r, 3), 0.0), (_correlation(r, 5), 0.3)],
+    returns={"predictor": "the shape of C"},
+    mistakes={
+        "the eigenvalues themselves: take their roots": {"root": lambda c: c},
+        "the root of every entry: take the root of the eigenvalues": lambda C, boost: (
+            C.abs().sqrt() * C.sign() + boost * torch.linalg.eigvalsh(C).max().sqrt() * torch.eye(len(C))
+        ),
+        "the boost is missing": {"by": lambda boost, root: 0.0},
+        "the boost is relative: multiply it by the largest root": {"by": lambda boost, root: boost},
+        "the boost is relative to the largest root, not to the mean": {"by": lambda boost, root: boost * root.mean()},
+        "diagonal: rotate back with the eigenvectors": {"back": lambda U, d: torch.diag(d)},
+        "U and its transpose are exchanged: the eigenvectors are the columns": {
+            "back": lambda U, d: U.T @ torch.diag(d) @ U
+        },
+    },
+)
+def direct_predictor(C, boost, *, root=torch.sqrt, by=lambda boost, root: boost * root.max(), back=None):
+    """`(C, boost) -> (d, d)`: the root of C, with `boost` times its largest eigenvalue added to all."""
+    values, U = torch.linalg.eigh(C.double())
+    d = root(values.clamp(min=0))
+    return (back or (lambda U, d: U @ torch.diag(d) @ U.T))(U, d + by(boost, d))
+
+
+@exercise(
+    inputs=lambda r: [(torch.eye(n) + 0.3 * r.normal(n, n), _correlation(r, n)) for n in (4, 3)],
+    returns={"cosines": "one for each eigenvector, the largest eigenvalue first"},
+    mistakes={
+        "from the smallest eigenvalue: `eigh` sorts upwards": {"order": lambda U: U},
+        "the eigenvectors are the columns of what `eigh` returns, not the rows": {"order": lambda U: U.flip(1).T},
+        "this is u' V u: divide by the length of V u": {"length": lambda image: 1.0},
+        "this is |V u|, how much V stretches: the cosine is wanted": lambda V, C: (
+            V @ torch.linalg.eigh(C).eigenvectors.flip(1)
+        ).norm(dim=0),
+        "V is transposed": lambda V, C: alignment.solution(V.T, C),
+        "these are the eigenvectors of V: take those of C": lambda V, C: alignment.solution(V, V + V.T),
+    },
+)
+def alignment(V, C, *, order=lambda U: U.flip(1), length=lambda image: image.norm(dim=0)):
+    """`(V, C) -> (d,)`: the cosine of every eigenvector u of C with V u, largest eigenvalue first."""
+    U = order(torch.linalg.eigh(C.double()).eigenvectors)
+    image = V.double() @ U
+    return (U * image).sum(0) / length(image)
+
+
+@exercise(
+    inputs=lambda r: [(r.normal(30, 6) @ torch.diag(0.5 ** torch.arange(6.0)) + 3,), (r.normal(20, 4) - 1,)],
+    returns={"effective rank": "one number, between 1 and the width"},
+    mistakes={
+        "the mean is not subtracted: a common direction counts as one": {"center": lambda x: x},
+        "the squares of the singular values: this is the rank of the variances": {"power": 2},
+        "this is the entropy: take its exponential": {"last": lambda h: h},
+        "the entropy is in bits: take natural logarithms, or 2 to its power": {
+            "last": lambda h: (h / math.log(2)).exp()
+        },
+        "the singular values are not normalized: divide by their sum": {"total": lambda s: s.square().sum().sqrt()},
+        "the number of nonzero singular values: weigh them by their size": lambda x: float(x.shape[1]),
+    },
+)
+def effective_rank(x, *, center=lambda x: x - x.mean(0), power=1, total=torch.sum, last=torch.exp):
+    """`(x) -> rank`: the exponential of the entropy of the normalized singular values of the centered rows."""
+    s = torch.linalg.svdvals(center(x.double())) ** power
+    return last(torch.special.entr(s / total(s)).sum())

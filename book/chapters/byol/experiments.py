@@ -4,11 +4,13 @@
     python book/chapters/byol/experiments.py shapes         BYOL and its controls, the factors; three seeds
     python book/chapters/byol/experiments.py sabotage       one part removed or replaced at a time, and the predictor's
                                                             eigenvectors in the run with a linear one; three seeds
+    python book/chapters/byol/experiments.py norm           group norm with weight standardization, or in the backbone
+                                                            alone; three seeds
     python book/chapters/byol/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
 `byol_settings`; `byol_shapes` and `byol_factors` (on test images), with the checkpoint `byol_shapes`; `byol_sabotage` (on
-held-out training images) and `byol_eigenspace`; `byol_photographs`, with the checkpoint `byol_cifar10`.
+held-out training images) and `byol_eigenspace`; `byol_norm`, likewise; `byol_photographs`, with the checkpoint `byol_cifar10`.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from sslbook.book.chapters.byol.variants import (
     NoStopGradient,
     convnet,
     mlp,
+    standardize_weights,
 )
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
@@ -44,7 +47,7 @@ WIDTH, HIDDEN, DIM, BATCH, MOMENTUM = 16, 256, 64, 64, 0.9
 LR, LR_SUPERVISED = 5e-3, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)
 HELD_OUT = 800  # training images at the end, on which the ablations are measured
-STEPS = {"settings": 200, "shapes": 1200, "sabotage": 300, "photographs": 400}
+STEPS = {"settings": 200, "shapes": 600, "sabotage": 300, "photographs": 300}
 PHOTOGRAPHS = (8000, 2000)
 Table = dict[str, dict[str, list[float]]]
 
@@ -63,6 +66,11 @@ VARIANTS: dict[str, dict] = {
     "no predictor, group norm": {"norm": "group", "predictor": nn.Identity},
 }
 
+NORMS: dict[str, dict] = {
+    "group norm, weight standardization": {"norm": "group", "standardize": True},
+    "group norm, batch norm in the heads": {"norm": "group", "head_norm": "batch"},
+}
+
 
 def make(
     seed: int,
@@ -72,11 +80,16 @@ def make(
     momentum: float = MOMENTUM,
     predictor: Callable[[], nn.Module] | None = None,
     norm: str = "batch",
+    head_norm: str = "",
+    standardize: bool = False,
     width: int = WIDTH,
 ) -> BYOL:
     torch.manual_seed(seed)
-    backbone = convnet(width, norm)
-    parts = {"projector": mlp(4 * width, HIDDEN, DIM, norm), "predictor": mlp(DIM, HIDDEN, DIM, norm)}
+    backbone, head_norm = convnet(width, norm), head_norm or norm
+    parts = {"projector": mlp(4 * width, HIDDEN, DIM, head_norm), "predictor": mlp(DIM, HIDDEN, DIM, head_norm)}
+    if standardize:
+        for part in (backbone, *parts.values()):
+            standardize_weights(part)
     if predictor is not None:
         parts["predictor"] = predictor()
     return kind(backbone, view, view, HIDDEN, DIM, momentum, **parts).to(default_device())
@@ -256,6 +269,20 @@ def spectrum(method: BYOL, views: list[Tensor]) -> dict[str, list[float]]:
     }
 
 
+def norm(num_seeds: int, resume: bool) -> None:
+    """`byol_norm`: two ways to do with group norm, on the batches of `sabotage`."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["sabotage"]
+    about = {"steps": steps, "batch": BATCH, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
+    (table,), done = begin(["byol_norm"], about, resume)
+    for seed in range(done, num_seeds):
+        run = batches(data, VIEW, steps, seed)
+        for name, options in NORMS.items():
+            method = make(seed, **options)
+            log = train(method, run)
+            note(table, name, {**log, **held_out(method, data)})
+        results.save("byol_norm", table, seeds=list(range(seed + 1)), settings=about)
+
+
 class Watch:
     """Keeps the spectrum of a method with a linear predictor at some steps."""
 
@@ -322,7 +349,7 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (settings, shapes, sabotage, photographs)}
+    commands = {f.__name__: f for f in (settings, shapes, sabotage, norm, photographs)}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, default=None, help="how many: 3, of settings and photographs 1")
     parser.add_argument("--resume", action="store_true", help="go on after the seeds that the files hold")

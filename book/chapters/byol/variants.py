@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sslbook.data.loader import Batch
 from sslbook.methods.byol import BYOL, regression_loss
@@ -73,6 +74,23 @@ def replace_batch_norm(module: nn.Module, by: Literal["group", "none"]) -> nn.Mo
             replace_batch_norm(child, by)
             if by == "none" and isinstance(child, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+    return module
+
+
+class Standardized(nn.Module):
+    """Weight standardization (Qiao et al., 2019): the weights of every output have mean 0 and length 1."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = weight.flatten(1)
+        rows = rows - rows.mean(1, keepdim=True)
+        return (rows / (rows.norm(dim=1, keepdim=True) + 1e-5)).view_as(weight)
+
+
+def standardize_weights(module: nn.Module) -> nn.Module:
+    """`module` with weight standardization in every convolution and linear layer."""
+    for part in list(module.modules()):
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            parametrize.register_parametrization(part, "weight", Standardized())
     return module
 
 
