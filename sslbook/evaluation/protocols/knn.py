@@ -87,6 +87,7 @@ def neighbors(
     query_chunk: int = 1024,
     bank_chunk: int = 8192,
     device: torch.device | str | None = None,
+    shared: bool = True,
 ) -> tuple[Float[Tensor, "test k"], Int[Tensor, "test k"]]:
     """Cosine similarities and indices of the k nearest training features of every test feature, nearest first.
 
@@ -100,10 +101,12 @@ def neighbors(
         query_chunk: queries compared at a time.
         bank_chunk: bank entries compared at a time.
         device: where to compute; by default where `test_x` is.
+        shared: whether processes divide the queries; else each has its own.
     """
     device = test_x.device if device is None else torch.device(device)
     k = min(k, len(train_x))
-    own = range(distributed.rank() * query_chunk, len(test_x), distributed.world_size() * query_chunk)
+    rank, processes = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    own = range(rank * query_chunk, len(test_x), processes * query_chunk)
     best = {first: (torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for first in own}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(train_x), bank_chunk):  # the bank outside: it is the larger, and is moved only once
@@ -119,7 +122,7 @@ def neighbors(
     values, indices = torch.zeros(len(test_x), k), torch.zeros(len(test_x), k, dtype=torch.int64)
     for first, (value, index) in best.items():
         values[first : first + query_chunk], indices[first : first + query_chunk] = value.cpu(), index.cpu()
-    return everywhere(values, device), everywhere(indices, device)
+    return (everywhere(values, device), everywhere(indices, device)) if shared else (values, indices)
 
 
 def vote(
@@ -150,9 +153,10 @@ def predict(
     temperature: float = 0.07,
     *,
     device: torch.device | str | None = None,
+    shared: bool = True,
 ) -> Int[Tensor, "test"]:
-    """The label with the largest sum of votes; the lower label where votes are equal."""
-    return vote(*neighbors(train_x, test_x, k, device=device), train_y, temperature)[:, 0]
+    """The label with the largest sum of votes; the lower label where votes are equal. See `neighbors`."""
+    return vote(*neighbors(train_x, test_x, k, device=device, shared=shared), train_y, temperature)[:, 0]
 
 
 def accuracy(
