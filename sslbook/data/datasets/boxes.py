@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Boxes:
     ignored: list[bool]
     """crowds in COCO, difficult objects in VOC: neither learned nor counted as missed"""
     image_id: int = 0
+    areas: list[float] = field(default_factory=list)
+    """COCO's `area` of each object, which is that of its outline"""
     outlines: list[Any] = field(default_factory=list)
     """COCO's `segmentation` of each object, where they are wanted"""
 
@@ -40,6 +43,8 @@ class BoxList(FileList):
 
     rows: Float[Tensor, "boxes 6"]
     """left, top, right, bottom, class, whether ignored: of all images, one after another"""
+    areas: Float[Tensor, "boxes"]
+    """of the objects in pixels, by which COCO calls them small or large"""
     ends: Int[Tensor, "images"]
     """where the rows of each image end"""
     sizes: Int[Tensor, "images 2"]
@@ -55,7 +60,7 @@ class BoxList(FileList):
         """Which rows are those of an image."""
         return slice(int(self.ends[position - 1]) if position else 0, int(self.ends[position]))
 
-    @property
+    @cached_property
     def most(self) -> int:
         """The largest number of boxes in an image that are not ignored."""
         return max(int((self.rows[self.slice(i), 5] == 0).sum()) for i in range(len(self)))
@@ -71,14 +76,15 @@ class BoxList(FileList):
 
     def subset(self, positions: Int[Tensor, "some"]) -> "BoxList":
         chosen = [self.slice(i) for i in positions.tolist()]
-        rows = torch.cat([self.rows[one] for one in chosen]) if chosen else self.rows[:0]
+        which = torch.cat([torch.arange(one.start, one.stop) for one in chosen]) if chosen else torch.arange(0)
         outlines = [outline for one in chosen for outline in self.outlines[one]]
         counts = torch.tensor([one.stop - one.start for one in chosen], dtype=torch.int64)
         return BoxList(
             self.root,
             self.paths[positions.numpy()],
             self.labels[positions],
-            rows=rows,
+            rows=self.rows[which],
+            areas=self.areas[which],
             ends=counts.cumsum(0),
             sizes=self.sizes[positions],
             image_ids=self.image_ids[positions],
@@ -108,7 +114,7 @@ def box_list(
         UserError: an image file is missing.
     """
     rows: list[list[float]] = []
-    outlines, ends, empty = [], [], []
+    areas, outlines, ends, empty = [], [], [], []
     for image in images:
         width, height = image.size
         for i, (x1, y1, x2, y2) in enumerate(image.boxes):
@@ -117,6 +123,7 @@ def box_list(
                 empty.append(f"box {i + 1} of {image.file}")
                 continue
             rows.append([*box, image.classes[i], image.ignored[i]])
+            areas += image.areas[i : i + 1] or [(box[2] - box[0]) * (box[3] - box[1])]
             outlines += image.outlines[i : i + 1]
         ends.append(len(rows))
     if empty:
@@ -129,7 +136,8 @@ def box_list(
         root,
         np.array([os.fsencode(image.file) for image in images]),
         torch.full((len(images),), -1),
-        rows=torch.tensor(rows).view(-1, 6),
+        rows=torch.tensor(rows, dtype=torch.float32).view(-1, 6),
+        areas=torch.tensor(areas, dtype=torch.float32),
         ends=torch.tensor(ends),
         sizes=torch.tensor([image.size[::-1] for image in images]),
         image_ids=torch.tensor([image.image_id for image in images]),

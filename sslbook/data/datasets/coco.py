@@ -75,6 +75,7 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
             image.boxes.append((x, y, x + width, y + height))
             image.classes.append(numbers[entry["category_id"]])
             image.ignored.append(bool(entry.get("iscrowd", 0)))
+            image.areas.append(float(entry.get("area", width * height)))
             if masks:
                 image.outlines.append(_outline(entry["segmentation"]))
     order = sorted(names)
