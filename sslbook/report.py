@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -178,9 +179,9 @@ def plot_views(run: Run, rows: int = 4, columns: int = 7) -> None:
         titles.append("" if row else "image")
         for column in range(columns):
             stream, epoch = column % len(views), column // len(views)
-            view = apply_one(views[stream], image, run.clock.seed, epoch, position, stream)
-            view = plots.denormalize(view, views[stream].mean, views[stream].std)
-            shown.append(torch.nn.functional.interpolate(view[None], side)[0])
+            view = replace(views[stream], mean=(0, 0, 0), std=(1, 1, 1))
+            made = apply_one(view, image, run.clock.seed, epoch, position, stream).clamp(0, 1)
+            shown.append(torch.nn.functional.interpolate(made[None], side)[0])
             titles.append("" if row else f"view {stream + 1}" if len(views) > 1 else "view")
     alt = f"{rows} images, each followed by {columns} random views of it."
     inch = 0.9 if views[0].size < 64 else 1.2
@@ -202,8 +203,10 @@ def plot_reconstructions(run: Run, rows: int = 6) -> None:
     run.method.eval()
     visible, reconstructed = reconstruct(batch.views[0][some], batch.index[some], run.clock)
     run.method.train(was_training)
+    view = run.data.adapted(view)
     columns = [
-        plots.denormalize(x.float().cpu(), view.mean, view.std) for x in (batch.views[0][some], visible, reconstructed)
+        plots.denormalize(x.float().cpu(), view.mean, view.std)[:, [0, 1, 2] if x.shape[1] >= 3 else [0, 0, 0]]
+        for x in (batch.views[0][some], visible, reconstructed)
     ]
     titles = [title if i < 6 else "" for i, title in enumerate(["image", "visible", "reconstructed"] * rows)]
     alt = "Images, the patches of them that the encoder saw, and the images reconstructed by the decoder."

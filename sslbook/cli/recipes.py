@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from sslbook import methods
 from sslbook.cli.bounds import check_numbers
 from sslbook.cli.help import answer, is_question
-from sslbook.cli.parser import Parser
+from sslbook.cli.parser import Parser, class_named
 from sslbook.cli.renamed import RENAMED
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
 from sslbook.data.loader import Data, relocated
@@ -199,7 +199,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
         values = merge(values, layer)
     question = next((pair for pair in pairs if is_question(pair[0])), None)
     pairs = [pair for pair in pairs if pair[0] not in ("config", "recipe") and not is_question(pair[0])]
-    config = parser.parse(from_words(pairs, values, parser))
+    values = _with_channels(from_words(pairs, values, parser))
+    config = parser.parse(values)
 
     resolved = {key: value for key, value in parser.plain(config).items() if key not in NOT_WRITTEN}
     path = f"{method.__module__}.{method.__qualname__}"
@@ -208,6 +209,19 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     if question:
         answer(*question, parser=parser, resolved=resolved, description=_overview(name, method, source))
     return parser, config, resolved
+
+
+def _with_channels(values: Values) -> Values:
+    """`data.channels` is also what the backbone takes, where it has the option and nothing else was said."""
+    channels = (values.get("data") or {}).get("channels")
+    spec = (values.get("method") or {}).get("backbone")
+    if channels in (None, "null") or not isinstance(spec, dict) or "class_path" not in spec:
+        return values
+    kind = class_named(str(spec["class_path"]))
+    given = spec.get("init_args") or {}
+    if kind is None or "in_channels" not in inspect.signature(kind).parameters or "in_channels" in given:
+        return values
+    return merge(values, {"method": {"backbone": {"init_args": {"in_channels": channels}}}})
 
 
 class Layer(NamedTuple):

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -25,7 +26,7 @@ from sslbook.data.datasets.folder import load_folders
 from sslbook.data.datasets.imported import splits_of
 from sslbook.data.datasets.listed import load_list
 from sslbook.data.datasets.shapes import Shapes, load_shapes
-from sslbook.data.executors import apply_batch, apply_color
+from sslbook.data.executors import apply_batch, apply_color, unit
 from sslbook.data.images import EXTENSIONS, UnreadableImage, as_photograph
 from sslbook.data.views import View
 from sslbook.data.workers import CropDataset, CropLoader
@@ -310,6 +311,17 @@ class Data:
     def image(self, split: Literal["train", "test"], position: int) -> Any:
         """One image without augmentation, as a PIL image in mode RGB; of other channels the first three."""
         return as_photograph(self._source(split).open(position))
+
+    def values(self, split: Split, position: int) -> Float[Tensor, "channels height width"]:
+        """One image's values before any view: 8 bits in [0, 1], others as they are.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+        image = self._source(split).open(position)
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(np.array(image)).movedim(-1, 0)
+        return unit(image)
 
     def describe(self) -> str:
         """One line: `clothing-160: 3,068 training images, 10 classes, 372 test images`."""

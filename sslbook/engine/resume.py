@@ -116,7 +116,7 @@ class TrainState:
 
 def description(run: Run) -> dict[str, Any]:
     """What whoever uses the backbone must know: how to build it, which images it expects, what it learned from."""
-    view = run.method.views()[0]
+    view = run.data.adapted(run.method.views()[0])
     return {
         "backbone": describe(run.method.backbone),
         "method": type(run.method).__name__,

@@ -87,20 +87,21 @@ def _runs_of(stem: str, data: Data) -> list[Path]:
 def _learns_from(run: Path, data: Data) -> bool:
     """Whether the run's configuration names these data; folders of the same name may lie in different folders."""
     try:
-        written = read_yaml(run / "config.yaml", {"data": {"folder?": (str, None), "name?": str}})["data"]
+        written = read_yaml(run / "config.yaml", {"data": {"folder?": (str, None, [str]), "name?": str}})["data"]
     except UserError:
         return True  # started from Python, where nothing is written of the data
     folder, name = written.get("folder"), written.get("name", "shapes")
-    if folder is None or data.folder is None:
-        return folder is None and data.folder is None and name == data.name
-    return Path(folder).expanduser().resolve() == Path(data.folder).expanduser().resolve()
+    if folder is None or not data.folders:
+        return folder is None and not data.folders and name == data.name
+    listed = folder if isinstance(folder, list) else [folder]
+    return [Path(one).expanduser().resolve() for one in listed] == [p.expanduser().resolve() for p in data.folders]
 
 
 def _create_unused(folder: Path, data: Data) -> None:
     """Make sure that the folder is there, is empty, and that what is written there is not taken for images."""
-    if _holds(folder, data.folder) or _holds(data.folder, folder):
-        where = "above the images'" if _holds(folder, data.folder) else "inside the images'"
-        reason = f"lies {where} folder {data.folder}, and its plots would be learned from;"
+    if images := next((one for one in data.folders if _holds(folder, one) or _holds(one, folder)), None):
+        where = "above the images'" if _holds(folder, images) else "inside the images'"
+        reason = f"lies {where} folder {images}, and its plots would be learned from;"
     elif checkpoint.checkpoints(folder):
         reason = f"holds another run; go on with it by --resume {folder}, or"
     elif any((folder / name).exists() for name in RESULT_FILES):

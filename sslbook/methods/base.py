@@ -24,6 +24,9 @@ class Method(nn.Module):
     min_images = 1
     """How many images a loss is for at least: 2 where other images are negatives, or where a batch has a variance."""
 
+    rgb_only = False
+    """Whether the method is about red, green and blue, and cannot learn from other channels."""
+
     def views(self) -> tuple[View, ...]:
         """The views made of each image; `batch.views` holds one tensor for each of them."""
         raise NotImplementedError

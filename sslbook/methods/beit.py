@@ -61,6 +61,8 @@ class BEiT(Method):
         UserError: the backbone is no vision transformer, there is no tokenizer, or no patch or all would be masked.
     """
 
+    rgb_only = True
+
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(

@@ -81,6 +81,8 @@ class BEiTv2(Method):
             would be masked, or the early layer is not before the last.
     """
 
+    rgb_only = True
+
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(

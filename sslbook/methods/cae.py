@@ -118,6 +118,8 @@ class CAE(Method):
             or all would be masked.
     """
 
+    rgb_only = True
+
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
     positions: Tensor
 

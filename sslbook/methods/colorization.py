@@ -129,6 +129,8 @@ class Colorization(Method):
         UserError: the stride does not divide the view, or the backbone has no feature map.
     """
 
+    rgb_only = True
+
     bins: Tensor
     frequency: Tensor
     batches: Tensor

@@ -32,6 +32,7 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
+from sslbook.nn.backbones import in_channels
 from sslbook.nn.feature_map import UpConvolutions, feature_map, map_side
 from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
@@ -57,8 +58,8 @@ def pixel_weights(
 
 
 def reconstruction_loss(
-    prediction: Float[Tensor, "batch 3 height width"],
-    images: Float[Tensor, "batch 3 height width"],
+    prediction: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "batch channels height width"],
     weights: Float[Tensor, "batch height width"],
 ) -> Float[Tensor, ""]:
     """Equation 1: squared error, weighted pixel by pixel; the weights of the global batch have the mean 1."""
@@ -127,7 +128,7 @@ class ContextEncoder(Method):
         self.backbone = backbone
         dim = backbone_dim(backbone)
         self.across = ChannelwiseLinear(dim, side)
-        self.decoder = UpConvolutions(dim, [max(decoder_dim >> i, 4) for i in range(doublings)], 3)
+        self.decoder = UpConvolutions(dim, [max(decoder_dim >> i, 4) for i in range(doublings)], in_channels(backbone))
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -142,8 +143,8 @@ class ContextEncoder(Method):
         return cells.unflatten(1, grid).repeat_interleave(cell_size, dim=1).repeat_interleave(cell_size, dim=2)
 
     def predict(
-        self, images: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch height width"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, images: Float[Tensor, "batch channels height width"], mask: Bool[Tensor, "batch height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """The whole image, reconstructed from its visible pixels; masked ones are set to the mean, 0."""
         visible = images.masked_fill(mask[:, None], 0.0)
         prediction = self.decoder(self.across(feature_map(self.backbone, visible)))
@@ -161,8 +162,8 @@ class ContextEncoder(Method):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
-    ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
+        self, images: Float[Tensor, "batch channels height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]:
         """The masked images, and the same with the masked pixels predicted."""
         mask = self.sample_masks(index, clock)
         prediction = self.predict(images, mask).to(images.dtype)

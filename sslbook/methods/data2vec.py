@@ -121,7 +121,9 @@ class Data2Vec(Method):
         return (self.view,)
 
     @torch.no_grad()
-    def teacher_targets(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
+    def teacher_targets(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch patches dim"]:
         """The average of the teacher's top blocks at every patch of the whole image (section 3.3)."""
         teacher: Any = self.teacher.module
         layers = list(teacher.layers(teacher.embed(images)))[-self.num_top_layers :]

@@ -43,7 +43,7 @@ def correspondence(f_q: Float[Tensor, "n s dim"], f_k: Float[Tensor, "n s dim"])
     return (F.normalize(f_q, dim=2) @ F.normalize(f_k, dim=2).mT).argmax(dim=2)
 
 
-def local_features(backbone: nn.Module, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n s dim"]:
+def local_features(backbone: nn.Module, x: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n s dim"]:
     """The backbone's feature map, flattened to its S^2 positions; their mean is the global feature."""
     return feature_map(backbone, x).flatten(2).mT
 
@@ -81,7 +81,7 @@ class DenseCL(MoCo):
         self.dense_queue = Queue(queue_size, projector_dim)
 
     @torch.no_grad()
-    def key_features(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n s dim"]:
+    def key_features(self, x: Float[Tensor, "n channels h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n s dim"]:
         """Local features of the key backbone, by shuffling batch norm."""
         encoder = partial(local_features, self.key_backbone.module)
         return encode_shuffled(encoder, x, batch.index, clock) if self.shuffles else encoder(x)

@@ -76,6 +76,8 @@ class DVAE(Method):
         UserError: the backbone is no discrete encoder, or the images do not divide into patches.
     """
 
+    rgb_only = True
+
     backbone: DiscreteEncoder  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(

@@ -55,6 +55,8 @@ class EVA(Method):
             grid is another.
     """
 
+    rgb_only = True
+
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(

@@ -203,7 +203,7 @@ class IBOT(Method):
 
     @torch.no_grad()
     def teacher_targets(
-        self, images: Float[Tensor, "crops 3 height width"], mask: Bool[Tensor, "crops patches"], clock: Clock
+        self, images: Float[Tensor, "crops channels height width"], mask: Bool[Tensor, "crops patches"], clock: Clock
     ) -> tuple[Float[Tensor, "crops outputs"], Float[Tensor, "masked outputs"]]:
         """The teacher's distributions for the cls tokens and for the masked patches."""
         network: Any = self.teacher_backbone.module

@@ -122,7 +122,9 @@ class IJEPA(Method):
         return (self.view,)
 
     @torch.no_grad()
-    def teacher_targets(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
+    def teacher_targets(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch patches dim"]:
         """The target encoder's features of every patch of the whole image, each normalized."""
         teacher: Any = self.teacher.module
         tokens = teacher.forward_tokens(images)[:, 1:].float()

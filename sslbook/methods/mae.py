@@ -22,6 +22,7 @@ from sslbook.data.loader import Batch
 from sslbook.data.masks import require_mask
 from sslbook.data.views import MAE_CROP, View
 from sslbook.methods.base import Method
+from sslbook.nn.backbones import in_channels
 from sslbook.nn.mask_tokens import gather_tokens
 from sslbook.nn.patches import normalize_patches, patchify, unpatchify
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, require_transformer, sincos_positions
@@ -65,7 +66,14 @@ class Decoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, encoder_dim: int, dim: int, depth: int, num_heads: int, patch_size: int, grid: tuple[int, int]
+        self,
+        encoder_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int,
+        grid: tuple[int, int],
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder_dim, dim)
@@ -73,7 +81,7 @@ class Decoder(nn.Module):
         self.register_buffer("positions", sincos_positions(dim, *grid))
         self.blocks = nn.Sequential(*[Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predict = nn.Linear(dim, patch_size**2 * 3)
+        self.predict = nn.Linear(dim, patch_size**2 * channels)
         init_transformer(self)
 
     def forward(
@@ -127,7 +135,8 @@ class MAE(Method):
         self.grid = patch_grid(view.size, view.size, size)
         num_visible(self.grid[0] * self.grid[1], mask_ratio)  # raises if the ratio masks no patch or all
         self.backbone = backbone
-        self.decoder = Decoder(backbone.dim, decoder_dim, decoder_depth, decoder_num_heads, size, self.grid)
+        width, channels = (decoder_dim, decoder_depth, decoder_num_heads), in_channels(backbone)
+        self.decoder = Decoder(backbone.dim, *width, size, self.grid, channels)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
@@ -137,7 +146,7 @@ class MAE(Method):
         return self.backbone.encode(tokens)
 
     def predict(
-        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock
+        self, images: Float[Tensor, "batch channels height width"], index: Int[Tensor, "batch"], clock: Clock
     ) -> tuple[Float[Tensor, "batch masked values"], Int[Tensor, "batch masked"]]:
         """The decoder's prediction for the masked patches, and the positions of these."""
         tokens = self.backbone.embed(images)  # (batch, patches, dim): positions are added before patches are dropped
@@ -145,7 +154,7 @@ class MAE(Method):
         encoded = self.encode(gather_tokens(tokens, visible))  # no mask tokens here ("MAE encoder")
         return self.decoder(encoded, visible, masked), masked
 
-    def target(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches values"]:
+    def target(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches values"]:
         """The pixels of every patch, which the decoder is to predict."""
         return patchify(images, self.backbone.patch_size)
 
@@ -159,8 +168,8 @@ class MAE(Method):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
-    ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch 3 height width"]]:
+        self, images: Float[Tensor, "batch channels height width"], index: Int[Tensor, "batch"], clock: Clock = Clock()
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]:
         """The images with their masked patches set to zero, and with these patches reconstructed.
 
         With `norm_pix_loss` a patch is predicted up to its mean and standard deviation, which are taken from the image.

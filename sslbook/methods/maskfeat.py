@@ -83,6 +83,8 @@ class MaskFeat(Method):
             cells, or the mask ratio masks no patch or all of them.
     """
 
+    rgb_only = True
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -136,6 +136,8 @@ class MILAN(Method):
             there is no teacher, or its grid is another.
     """
 
+    rgb_only = True
+
     backbone: VisionTransformer  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(

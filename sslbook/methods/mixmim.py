@@ -28,6 +28,7 @@ from sslbook.data.masks import require_mask, uniform_mask
 from sslbook.data.views import MAE_CROP, View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
+from sslbook.nn.backbones import in_channels
 from sslbook.nn.patches import normalize_patches, patchify
 from sslbook.nn.vit import Block, VisionTransformer, init_transformer, patch_grid, require_transformer, sincos_positions
 from sslbook.schedules import Clock
@@ -110,7 +111,7 @@ class MixMIM(Method):
         self.register_buffer("positions", sincos_positions(decoder_dim, *self.grid))
         self.decoder = nn.Sequential(*[Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.predict_pixels = nn.Linear(decoder_dim, backbone.patch_size**2 * 3)
+        self.predict_pixels = nn.Linear(decoder_dim, backbone.patch_size**2 * in_channels(backbone))
         for part in (self.decoder_embed, self.decoder, self.predict_pixels):
             init_transformer(part)
 
@@ -118,8 +119,8 @@ class MixMIM(Method):
         return (self.view,)
 
     def others(
-        self, images: Float[Tensor, "batch 3 height width"], index: Int[Tensor, "batch"], clock: Clock
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, images: Float[Tensor, "batch channels height width"], index: Int[Tensor, "batch"], clock: Clock
+    ) -> Float[Tensor, "batch channels height width"]:
         """The other image for every image of this process, possibly from another process.
 
         Raises:
@@ -136,7 +137,7 @@ class MixMIM(Method):
         return distributed.all_gather(images)[rows[distributed.own_rows(len(index), index.device)]]
 
     def encode(
-        self, mixed: Float[Tensor, "batch 3 height width"], mask: Bool[Tensor, "batch patches"]
+        self, mixed: Float[Tensor, "batch channels height width"], mask: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Both class tokens and all patches, encoded as if each image were alone (masked self-attention)."""
         backbone = self.backbone
@@ -161,8 +162,8 @@ class MixMIM(Method):
 
     def predict(
         self,
-        images: Float[Tensor, "batch 3 height width"],
-        others: Float[Tensor, "batch 3 height width"],
+        images: Float[Tensor, "batch channels height width"],
+        others: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch patches"],
     ) -> Float[Tensor, "2 batch patches values"]:
         """The reconstructions of the images and of the others, from the mixture of both."""

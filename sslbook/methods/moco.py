@@ -85,7 +85,7 @@ class MoCo(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
 
-    def keys(self, x: Float[Tensor, "n 3 h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
+    def keys(self, x: Float[Tensor, "n channels h w"], batch: Batch, clock: Clock) -> Float[Tensor, "n dim"]:
         """Outputs of the key encoder, by shuffling batch norm (v1, section 3.3)."""
         encoder = nn.Sequential(self.key_backbone, self.key_projector)
         return encode_shuffled(encoder, x, batch.index, clock) if self.shuffles else encoder(x)

@@ -153,7 +153,7 @@ class MSN(Method):
         return (cosine / self.temperature).log_softmax(dim=1)
 
     @torch.no_grad()
-    def teacher_targets(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n prototypes"]:
+    def teacher_targets(self, images: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n prototypes"]:
         """The teacher's sharpened assignments of whole views."""
         z = self.teacher_head(self.teacher_backbone(images))
         with full_precision(z):

@@ -114,7 +114,9 @@ class PIRL(Method):
     def setup(self, data: Data) -> None:
         self.memory.allocate(data.num_train)
 
-    def puzzle(self, images: Float[Tensor, "n 3 h w"], index: Int[Tensor, "n"], clock: Clock) -> Float[Tensor, "n dim"]:
+    def puzzle(
+        self, images: Float[Tensor, "n channels h w"], index: Int[Tensor, "n"], clock: Clock
+    ) -> Float[Tensor, "n dim"]:
         """g(v) of the transformed image: nine patches encoded separately, concatenated in random order, projected."""
         patches = cut_patches(images, index, self.cell_size, self.patch_size, clock)  # (n, 9, 3, h, w)
         order = rng.uniform(clock.seed, clock.epoch, index, ORDER, NUM_PATCHES).argsort(dim=1, stable=True)

@@ -35,7 +35,9 @@ VIEW = View(crop=None, interpolation="bicubic")
 FULL_SIZE = 224  # the image size for which radius and shift are given
 
 
-def low_pass(images: Float[Tensor, "batch 3 height width"], radius: float) -> Float[Tensor, "batch 3 height width"]:
+def low_pass(
+    images: Float[Tensor, "batch channels height width"], radius: float
+) -> Float[Tensor, "batch channels height width"]:
     """The images without frequencies of more than `radius` periods per image (equations 2 to 4)."""
     height, width = images.shape[2:]
     vertical = torch.fft.fftfreq(height, 1 / height, device=images.device)[:, None]
@@ -45,8 +47,8 @@ def low_pass(images: Float[Tensor, "batch 3 height width"], radius: float) -> Fl
 
 
 def random_shift(
-    images: Float[Tensor, "batch 3 height width"], limit: int, index: Int[Tensor, "batch"], clock: Clock
-) -> Float[Tensor, "batch 3 height width"]:
+    images: Float[Tensor, "batch channels height width"], limit: int, index: Int[Tensor, "batch"], clock: Clock
+) -> Float[Tensor, "batch channels height width"]:
     """Every image shifted by up to `limit` pixels along both axes; the border is filled by reflection."""
     if limit == 0:
         return images
@@ -82,7 +84,7 @@ class PixMIM(MAE):
         super().__init__(backbone, view, **mae_options)
         self.radius, self.shift = radius * view.size / FULL_SIZE, round(shift * view.size / FULL_SIZE)
 
-    def target(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches values"]:
+    def target(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches values"]:
         """The low frequencies of every patch (equation 5)."""
         with full_precision(images):  # there is no Fourier transform in bfloat16
             return patchify(low_pass(images.float(), self.radius), self.backbone.patch_size)

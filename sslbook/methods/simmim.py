@@ -28,7 +28,7 @@ from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import backbone_dim
-from sslbook.nn.backbones import require
+from sslbook.nn.backbones import in_channels, require
 from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
 
@@ -50,13 +50,13 @@ def upsample_mask(mask: Bool[Tensor, "batch squares"], rows: int, factor: int) -
 
 
 def masked_l1(
-    prediction: Float[Tensor, "batch 3 height width"],
-    images: Float[Tensor, "batch 3 height width"],
+    prediction: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "batch channels height width"],
     mask: Bool[Tensor, "batch height width"],
 ) -> Float[Tensor, ""]:
     """Mean absolute error over the values of masked pixels (section 3.4, equation 1)."""
     error = (prediction.float() - images.float()).abs().sum(dim=1)
-    return (error * mask).sum() / (3 * mask.sum())
+    return (error * mask).sum() / (prediction.shape[1] * mask.sum())
 
 
 class SimMIM(Method):
@@ -93,14 +93,14 @@ class SimMIM(Method):
         self.num_masked = num_masked(self.rows**2, mask_ratio)
         self.backbone = backbone
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, net.token_dim), std=0.02))
-        self.head = nn.Linear(backbone_dim(backbone), 3 * self.stride**2)
+        self.head = nn.Linear(backbone_dim(backbone), in_channels(backbone) * self.stride**2)
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)
 
     def predict(
-        self, images: Float[Tensor, "batch 3 height width"], squares: Bool[Tensor, "batch squares"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, images: Float[Tensor, "batch channels height width"], squares: Bool[Tensor, "batch squares"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """The pixels of the whole image, predicted from the patches outside the masked squares."""
         mask = upsample_mask(squares, self.rows, self.mask_size // self.patch_size).flatten(1)  # (batch, patches)
         net: Any = self.backbone

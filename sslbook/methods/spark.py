@@ -36,7 +36,7 @@ from sslbook.data.masks import require_mask, uniform_mask
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.backbones import require
+from sslbook.nn.backbones import in_channels, require
 from sslbook.nn.patches import normalize_patches, patchify
 from sslbook.schedules import Clock
 from sslbook.types import PositiveInt
@@ -192,7 +192,7 @@ class SparK(Method):
             [Densify(m.shape[1], decoder_dim // 2**i, 3 if i else 1) for i, m in enumerate(maps[:doublings])]
         )
         self.decoder = nn.ModuleList([UpBlock(decoder_dim // 2**i) for i in range(doublings)])
-        self.predict_pixels = nn.Conv2d(decoder_dim // 2**doublings, 3, 1)
+        self.predict_pixels = nn.Conv2d(decoder_dim // 2**doublings, in_channels(backbone), 1)
         for module in [*self.densify.modules(), *self.decoder.modules()]:
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -204,7 +204,7 @@ class SparK(Method):
         """
         net: Any = self.backbone
         training = net.training
-        maps = net.eval().forward_stages(torch.zeros(1, 3, self.view.size, self.view.size))
+        maps = net.eval().forward_stages(torch.zeros(1, in_channels(net), self.view.size, self.view.size))
         net.train(training)
         parameters = [p for p in net.parameters() if p.requires_grad]
         gradients = torch.autograd.grad([m.sum() for m in maps], parameters, allow_unused=True)
@@ -216,7 +216,7 @@ class SparK(Method):
         return (self.view,)
 
     def encode(
-        self, images: Float[Tensor, "batch 3 height width"], visible: Bool[Tensor, "batch 1 rows columns"]
+        self, images: Float[Tensor, "batch channels height width"], visible: Bool[Tensor, "batch 1 rows columns"]
     ) -> list[Tensor]:
         """The sparse maps S_i, coarse to fine (section 3.1)."""
         net: Any = self.backbone
@@ -224,8 +224,8 @@ class SparK(Method):
             return net.forward_stages(images)[::-1]
 
     def predict(
-        self, images: Float[Tensor, "batch 3 height width"], visible: Bool[Tensor, "batch 1 rows columns"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+        self, images: Float[Tensor, "batch channels height width"], visible: Bool[Tensor, "batch 1 rows columns"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """The decoder's prediction of the whole image, every patch normalized."""
         maps = self.encode(images, visible)
         x = self.densify[0](maps[0], visible)  # D_4, the coarsest map made dense (section 3.2)

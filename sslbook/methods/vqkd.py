@@ -92,6 +92,8 @@ class VQKD(Method):
         UserError: the backbone is no VQTokenizer, the view has another size, or there is no teacher of the same grid.
     """
 
+    rgb_only = True
+
     backbone: VQTokenizer  # pyrefly: ignore[bad-override-mutable-attribute]
     usage: Tensor
     counts: Tensor

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sslbook.errors import UserError, first_line, import_attribute, import_extra, nearest
+from sslbook.types import PositiveInt
 
 
 @runtime_checkable
@@ -22,7 +23,7 @@ class Backbone(Protocol):
     dim: int
     """width of a feature"""
 
-    def __call__(self, x: Float[Tensor, "batch 3 height width"], /) -> Float[Tensor, "batch dim"]:
+    def __call__(self, x: Float[Tensor, "batch channels height width"], /) -> Float[Tensor, "batch dim"]:
         """One feature for every image."""
         ...
 
@@ -31,7 +32,9 @@ class Backbone(Protocol):
 class MapBackbone(Backbone, Protocol):
     """A backbone with a feature map."""
 
-    def forward_map(self, x: Float[Tensor, "batch 3 height width"], /) -> Float[Tensor, "batch dim rows columns"]:
+    def forward_map(
+        self, x: Float[Tensor, "batch channels height width"], /
+    ) -> Float[Tensor, "batch dim rows columns"]:
         """The last feature map, before pooling."""
         ...
 
@@ -40,7 +43,7 @@ class MapBackbone(Backbone, Protocol):
 class StagesBackbone(MapBackbone, Protocol):
     """A backbone with feature maps of several resolutions. (In timm `stages` is a submodule, hence the name.)"""
 
-    def forward_stages(self, x: Float[Tensor, "batch 3 height width"], /) -> list[Tensor]:
+    def forward_stages(self, x: Float[Tensor, "batch channels height width"], /) -> list[Tensor]:
         """The last feature map of every resolution `(batch, channels, rows, columns)`, fine to coarse."""
         ...
 
@@ -60,7 +63,7 @@ class TokenBackbone(MapBackbone, Protocol):
 
     def forward_tokens(
         self,
-        x: Float[Tensor, "batch 3 height width"],
+        x: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch patches"] | None = None,
         mask_token: Float[Tensor, "... token_dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -71,7 +74,7 @@ class TokenBackbone(MapBackbone, Protocol):
         ...
 
     def forward_attention(
-        self, x: Float[Tensor, "batch 3 height width"]
+        self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
         """As `forward_tokens`, and how much the first token, the class token, attends to each in the last block.
 
@@ -127,14 +130,21 @@ def backbone_dim(backbone: nn.Module) -> int:
     )
 
 
+def in_channels(backbone: nn.Module) -> int:
+    """Channels of the images that a backbone takes: its attribute `in_channels`, or red, green and blue."""
+    return getattr(backbone, "in_channels", 3)
+
+
 class TimmMaps(nn.Module):
     """What `timm_model` adds to a model with feature maps."""
 
-    def forward_map(self: Any, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+    def forward_map(
+        self: Any, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch dim rows columns"]:
         (features,) = self.forward_intermediates(x, indices=1, norm=hasattr(self, "norm"), intermediates_only=True)
         return features
 
-    def forward_stages(self: Any, x: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+    def forward_stages(self: Any, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
         features = self.forward_intermediates(x, intermediates_only=True)
         return list({tuple(f.shape[2:]): f for f in features}.values())  # the last of each resolution
 
@@ -144,7 +154,7 @@ class TimmTokens(TimmMaps):
 
     def forward_tokens(
         self: Any,
-        x: Float[Tensor, "batch 3 height width"],
+        x: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch patches"] | None = None,
         mask_token: Float[Tensor, "... token_dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -161,7 +171,7 @@ class TimmTokens(TimmMaps):
         return tokens.flatten(1, -2)
 
     def forward_attention(
-        self: Any, x: Float[Tensor, "batch 3 height width"]
+        self: Any, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
         # Attention comes in many forms (norms of queries, rotary or relative positions), so its weights are read at the
         # input of its dropout, which the fused kernel does not have.
@@ -178,11 +188,12 @@ class TimmTokens(TimmMaps):
             attention.fused_attn = fused
 
 
-def timm_model(name: str, **options: Any) -> nn.Module:
+def timm_model(name: str, in_channels: PositiveInt = 3, **options: Any) -> nn.Module:
     """Any model of timm by name, without its classifier, as a backbone; its weights keep timm's names.
 
     Args:
         name: timm's name of the model, such as `convnext_tiny`.
+        in_channels: channels of the images.
         options: what `timm.create_model` takes besides, such as `img_size` or `pretrained`.
 
     Raises:
@@ -191,8 +202,8 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     timm = import_extra("timm", "timm")
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name}{nearest(name, timm.list_models())}")
-    model: Any = timm.create_model(name, num_classes=0, **options)
-    model.dim = backbone_dim(model)
+    model: Any = timm.create_model(name, num_classes=0, **({"in_chans": in_channels} | options))
+    model.dim, model.in_channels = backbone_dim(model), options.get("in_chans", in_channels)
     kind = type(model)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     stride = model.feature_info[-1]["reduction"] if getattr(model, "feature_info", None) else 0

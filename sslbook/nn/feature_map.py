@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sslbook.nn.backbones import require
+from sslbook.nn.backbones import in_channels, require
 
 
 def feature_map(
-    backbone: nn.Module, x: Float[Tensor, "batch 3 height width"]
+    backbone: nn.Module, x: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch dim rows columns"]:
     """The backbone's last feature map, before pooling."""
     model: Any = backbone
@@ -28,7 +28,7 @@ def map_side(backbone: nn.Module, size: int, method: str) -> int:
     require(backbone, "forward_map", method)
     shapes_only = copy.deepcopy(backbone).to("meta").eval()
     with torch.no_grad():
-        return feature_map(shapes_only, torch.empty(1, 3, size, size, device="meta")).shape[2]
+        return feature_map(shapes_only, torch.empty(1, in_channels(backbone), size, size, device="meta")).shape[2]
 
 
 class UpConvolutions(nn.Sequential):

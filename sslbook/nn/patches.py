@@ -6,14 +6,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def patchify(images: Float[Tensor, "batch 3 height width"], patch_size: int) -> Float[Tensor, "batch patches values"]:
-    """The patches of every image, row by row; the values of a patch pixel by pixel, red, green and blue together."""
+def patchify(
+    images: Float[Tensor, "batch channels height width"], patch_size: int
+) -> Float[Tensor, "batch patches values"]:
+    """The patches of every image, row by row; the values of a patch pixel by pixel, its channels together."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(
     patches: Float[Tensor, "batch patches values"], patch_size: int, grid: tuple[int, int]
-) -> Float[Tensor, "batch 3 height width"]:
+) -> Float[Tensor, "batch channels height width"]:
     """The inverse of `patchify`, for a grid of rows and columns of patches."""
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=patch_size, q=patch_size)
 

@@ -36,6 +36,7 @@ class ResNet(nn.Module):
             `small`: 3x3 convolution of stride 1, for images of up to about 64 pixels.
         zero_init_residual: start every residual branch at zero, so that each block begins as the identity.
         inner_width: channels of the bottlenecks' 3x3 convolutions in units of the usual; 2 in `wide_resnet50_2`.
+        in_channels: channels of the images.
 
     Raises:
         UserError: there is no ResNet of this depth.
@@ -53,20 +54,21 @@ class ResNet(nn.Module):
         stem: Literal["imagenet", "small"] = "imagenet",
         zero_init_residual: bool = False,
         inner_width: PositiveInt = 1,
+        in_channels: PositiveInt = 3,
     ) -> None:
         init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if depth not in _BLOCKS:
             raise UserError(f"no ResNet has depth {depth}: use one of {', '.join(map(str, _BLOCKS))}")
         block, counts = _BLOCKS[depth]
-        self.init_args = init_args
+        self.init_args, self.in_channels = init_args, in_channels
         self.dim = 8 * width * block.expansion
 
         if stem == "small":
-            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
             self.maxpool: nn.Module = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -93,7 +95,7 @@ class ResNet(nn.Module):
                 last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
                 nn.init.zeros_(last.weight)  # pyrefly: ignore[bad-argument-type]
 
-    def forward_stages(self, x: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+    def forward_stages(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
         """The feature maps after each of the four stages, fine to coarse."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         maps = []
@@ -102,11 +104,11 @@ class ResNet(nn.Module):
             maps.append(x)
         return maps
 
-    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim h w"]:
+    def forward_map(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim h w"]:
         """The last feature map, before pooling."""
         return self.forward_stages(x)[-1]
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         return torch.mean(self.forward_map(x), dim=(2, 3))
 
 
@@ -114,9 +116,12 @@ def _named(name: str, size: str, depth: int, inner_width: int = 1) -> Callable[.
     """A function that makes a network of a known size; the command line reads its options from the signature."""
 
     def make(
-        width: PositiveInt = 64, stem: Literal["imagenet", "small"] = "imagenet", zero_init_residual: bool = False
+        width: PositiveInt = 64,
+        stem: Literal["imagenet", "small"] = "imagenet",
+        zero_init_residual: bool = False,
+        in_channels: PositiveInt = 3,
     ) -> ResNet:
-        return ResNet(depth, width, stem, zero_init_residual, inner_width)
+        return ResNet(depth, width, stem, zero_init_residual, inner_width, in_channels)
 
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"{size} features. For the arguments see `ResNet`."

@@ -26,7 +26,7 @@ def needs_shuffling(encoder: nn.Module, batch_norm_groups: int) -> bool:
 
 @torch.no_grad()
 def encode_shuffled(
-    encoder: Callable[[Tensor], Tensor], x: Float[Tensor, "n 3 h w"], index: Int[Tensor, "n"], clock: Clock
+    encoder: Callable[[Tensor], Tensor], x: Float[Tensor, "n channels h w"], index: Int[Tensor, "n"], clock: Clock
 ) -> Float[Tensor, "n *features"]:
     """Outputs of `encoder` for this process's images, computed with the global batch in a random order.
 

@@ -240,11 +240,11 @@ class Block(nn.Module):
 class PatchEmbedding(nn.Module):
     """A linear layer of every patch: a convolution whose stride is its size."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
         return rearrange(self.proj(x), "b dim h w -> b (h w) dim")
 
 
@@ -276,6 +276,7 @@ class VisionTransformer(nn.Module):
         drop_path_uniform: the same probability in every block, as DINOv2 has it.
         positions_offset: at other image sizes positions are resampled by the factor (side + offset) / old side; 0.1 in
             DINO and DINOv2, whose weights need it. 0 resamples to the new size.
+        in_channels: channels of the images.
     """
 
     def __init__(
@@ -292,15 +293,16 @@ class VisionTransformer(nn.Module):
         layer_scale: float | None = None,
         drop_path_uniform: bool = False,
         positions_offset: float = 0.0,
+        in_channels: PositiveInt = 3,
     ) -> None:
         init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.init_args = init_args
+        self.init_args, self.in_channels = init_args, in_channels
         self.dim, self.patch_size, self.pool = dim, patch_size, pool
         self.positions_offset = positions_offset
         self.token_dim, self.stride, self.num_prefix_tokens = dim, patch_size, 1  # of the protocol TokenBackbone
         self.grid = patch_grid(image_size, image_size, patch_size)
-        self.patch_embed = PatchEmbedding(patch_size, dim)
+        self.patch_embed = PatchEmbedding(patch_size, dim, in_channels)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         # The first row is the cls token's position.
         table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
@@ -320,7 +322,7 @@ class VisionTransformer(nn.Module):
 
     def embed(
         self,
-        x: Float[Tensor, "batch 3 height width"],
+        x: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
         mask_token: Float[Tensor, "... dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -369,19 +371,19 @@ class VisionTransformer(nn.Module):
 
     def forward_tokens(
         self,
-        x: Float[Tensor, "batch 3 height width"],
+        x: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch patches"] | None = None,
         mask_token: Float[Tensor, "... dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """The class token and the patch tokens after the last norm; for the mask see `embed`."""
         return self.encode(self.embed(x, mask, mask_token))
 
-    def forward_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+    def forward_map(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
         """The patch tokens after the last norm, as a feature map."""
         return rearrange(self.forward_tokens(x)[:, 1:], "b (h w) c -> b c h w", h=x.shape[2] // self.patch_size)
 
     def forward_attention(
-        self, x: Float[Tensor, "batch 3 height width"]
+        self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
         """As `forward_tokens`, and how much the class token attends to each in the last block, the mean over heads."""
         tokens = self.embed(x)
@@ -398,7 +400,7 @@ class VisionTransformer(nn.Module):
         table = resample_positions(value[0, 1:], grid, self.grid, self.positions_offset)
         return torch.cat([value[:, :1], table[None]], dim=1)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         tokens = self.forward_tokens(x)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
@@ -417,9 +419,11 @@ def _named(
         layer_scale: float | None = None,
         drop_path_uniform: bool = False,
         positions_offset: float = 0.0,
+        in_channels: PositiveInt = 3,
     ) -> VisionTransformer:
         shape = (image_size, patch_size, dim, depth, num_heads, mlp_ratio)
-        return VisionTransformer(*shape, positions, pool, drop_path, layer_scale, drop_path_uniform, positions_offset)
+        options = (drop_path, layer_scale, drop_path_uniform, positions_offset, in_channels)
+        return VisionTransformer(*shape, positions, pool, *options)
 
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"{size} parameters, {dim} features. For the arguments see `VisionTransformer`."
