@@ -17,6 +17,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads must not be forked
 
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing them takes longer than most tests
+
 import itertools
 import shlex
 import shutil
@@ -28,15 +30,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import jsonargparse  # noqa: F401 (what the tests import, for the forks)
+import einops  # noqa: F401 (from here on also what the tests import, for the forks)
+import hypothesis  # noqa: F401
+import jaxtyping  # noqa: F401
+import jsonargparse  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import pytest
-import torchvision  # noqa: F401
+import torch.nn.parallel  # noqa: F401
+import torchvision.transforms.v2  # noqa: F401
 import yaml
-from sklearn import linear_model  # noqa: F401
+from sklearn import linear_model, metrics  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 LISTS = Path(__file__).parent / "mutants"
-PYTEST = ["-q", "-n0", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header", "--tb=line"]
+PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header", "--tb=line"]
 COUNTER = itertools.count(10, 10)
 PATIENCE = 600.0  # seconds until a mistake that hangs counts as noticed
 
