@@ -158,6 +158,27 @@ class CrossAttention(nn.Module):
         return (y + self.mlp(self.norm2(y)))[:, 0]
 
 
+class QueryPooling(nn.Module):
+    """A learned query attends to the tokens' keys and values, and nothing else: CAPI's probe (arXiv:2502.08769).
+
+    Args:
+        dim: width of a token.
+        num_heads: attention heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        require_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.query = nn.Parameter(nn.init.trunc_normal_(torch.zeros(dim), std=0.02))
+        self.kv = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
+        q = rearrange(self.query, "(h d) -> h 1 d", h=self.num_heads).expand(len(x), -1, -1, -1)
+        k, v = rearrange(self.kv(x), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b h 1 d -> b (h d)")
+
+
 class Attentive(nn.Module):
     """An attentive probe: blocks of self-attention (V-JEPA 2 has three), a learned query, a linear layer.
 
@@ -165,13 +186,13 @@ class Attentive(nn.Module):
         dim: width of a token.
         num_classes: width of the output.
         num_heads: attention heads.
-        num_blocks: blocks in all; the last is the cross-attention.
+        num_blocks: blocks in all, of which the last is the cross-attention; 0 for CAPI's pooling alone.
     """
 
     def __init__(self, dim: int, num_classes: int, num_heads: int = 16, num_blocks: int = 1) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(dim, num_heads) for _ in range(num_blocks - 1)))
-        self.pool = CrossAttention(dim, num_heads)
+        self.pool = CrossAttention(dim, num_heads) if num_blocks else QueryPooling(dim, num_heads)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -387,6 +387,17 @@ def test_the_attentive_probe_attends() -> None:
     assert torch.allclose(pool(x), y + pool.mlp(pool.norm2(y)[:, None])[:, 0], atol=1e-9)
 
 
+def test_capi_s_probe_is_a_query_with_keys_and_values() -> None:
+    torch.manual_seed(0)
+    pool, x = heads.Attentive(8, 3, num_heads=2, num_blocks=0).pool.double(), torch.randn(2, 5, 8).double()
+    k, v = pool.kv(x).split(8, dim=2)
+    out = [
+        (torch.softmax(k[..., head] @ pool.query[head] / 2.0, dim=1)[:, :, None] * v[..., head]).sum(1)
+        for head in (slice(0, 4), slice(4, 8))
+    ]
+    assert torch.allclose(pool(x), torch.cat(out, 1), atol=1e-9)
+
+
 def test_every_stage_has_a_row() -> None:
     data = make_data()
     model = model_of(make_resnet(), data)

@@ -7,6 +7,7 @@ and not with those of a linear probe. The probes of all learning rates and weigh
 """
 
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from sslbook.evaluation.base import Metrics, Representation
 from sslbook.evaluation.heads import Attentive, tokens
 from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.transfer import Task, Training, TransferProtocol, grid, transfer
-from sslbook.types import PositiveInt
+from sslbook.types import Above, PositiveInt
 
 CROP_AND_FLIP = Augmentation()
 TRAINING = Training(epochs=20, batch_size=256, optimizer="adamw")
@@ -30,7 +31,8 @@ class AttentiveProbe(TransferProtocol):
         lrs: learning rates; all are trained at once.
         weight_decays: weight decays, each with every learning rate.
         num_heads: attention heads; a divisor of the width of a token.
-        num_blocks: 1 for the cross-attention alone; 4 puts three blocks of self-attention before it, as V-JEPA 2 does.
+        num_blocks: 1 for V-JEPA's block of cross-attention; 4 puts three blocks of self-attention before it, as V-JEPA 2
+            does; 0 for CAPI's probe: a query, keys and values, and no more.
         training: epochs, batch size, optimizer, schedule.
         augmentation: of the training images.
         cached: extract the tokens of the evaluation view once, without augmentation; they need much memory.
@@ -45,7 +47,7 @@ class AttentiveProbe(TransferProtocol):
         lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3),
         weight_decays: tuple[float, ...] = (0.01, 0.1),
         num_heads: PositiveInt = 16,
-        num_blocks: PositiveInt = 1,
+        num_blocks: Annotated[int, Above(-1)] = 1,
         training: Training = TRAINING,
         augmentation: Augmentation = CROP_AND_FLIP,
         cached: bool = False,
