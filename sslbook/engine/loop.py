@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sslbook import checkpoint, distributed
 from sslbook.data.loader import Batch, Data
+from sslbook.engine.guard import Guard
 from sslbook.engine.hooks import Hook, MetricsLog, Progress, require_monitored, watching
 from sslbook.engine.preemption import PreemptionHandler
 from sslbook.engine.resume import CONTENTS, TrainState, description, record_changes
@@ -25,6 +26,7 @@ from sslbook.engine.run import Run
 from sslbook.engine.run_folder import open_folder, removed_if_unstarted
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
+from sslbook.nn.backbones import in_channels
 from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
@@ -63,6 +65,7 @@ def pretrain(
     monitor: str | None = None,
     log_every: PositiveInt = 10,
     progress: bool = True,
+    guard: bool = False,
     hooks: list[Hook] | None = None,
     config: dict[str, Any] | None = None,
 ) -> Run:
@@ -96,6 +99,7 @@ def pretrain(
         monitor: also keep the checkpoint with the highest value of this metric, such as knn (needs its hook).
         log_every: steps between lines of metrics.jsonl.
         progress: show a progress bar.
+        guard: end the run, with what to try, when features collapse or an EMA teacher stands still; else it warns.
         hooks: what else watches the run: OnlineKNN, Plots, TensorBoard, WandB, or your own.
         config: the resolved configuration, kept in the run's folder.
 
@@ -111,6 +115,7 @@ def pretrain(
     _require_objects(method=method, data=data, optimizer=optimizer, schedule=schedule, precision=precision)
     run_device = distributed.setup(device=device)
     _require_parts(method, batch_size, grad_accum_steps)
+    _require_channels(method, data)
     require_monitored(monitor, hooks or [])
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = max(1, round(epochs * steps_per_epoch)) if steps is None else steps
@@ -137,7 +142,7 @@ def pretrain(
         clock = Clock(0, total_steps, steps_per_epoch, seed)
         run = Run(method, data, folder, clock, run_device, batch_size, config)
         train_state = TrainState(run, optim, scaler, monitor)
-        loggers = [MetricsLog(log_every), *([Progress()] if progress else [])]
+        loggers = [Guard(stop=guard), MetricsLog(log_every), *([Progress()] if progress else [])]
         watchers = [*(hooks or []), *loggers]  # in this order: what hooks measure is logged
 
         # -- resume ----------------------------------------------------------------------------------------------------
@@ -218,6 +223,17 @@ def _require_parts(method: Method, batch_size: int, grad_accum_steps: int) -> No
             f"a batch of {batch_size} cannot be shared evenly by {distributed.world_size()} process(es) in "
             f"{grad_accum_steps} part(s): make --batch_size a multiple of {parts}"
         )
+
+
+def _require_channels(method: Method, data: Data) -> None:
+    channels, taken = data.channels or 3, in_channels(method.backbone)
+    if method.rgb_only and channels != 3:
+        raise UserError(
+            f"{type(method).__name__} is about red, green and blue, and the images have {channels} channels"
+        )
+    if channels != taken:
+        cure = f"give it in_channels {channels} (--method.backbone.in_channels {channels})"
+        raise UserError(f"the images have {channels} channels and the backbone takes {taken}: {cure}")
 
 
 def _set_up(
