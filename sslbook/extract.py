@@ -2,8 +2,10 @@
 
     python -m sslbook.extract runs/simclr-shapes --data.folder PHOTOS --out features.npz
     python -m sslbook.extract backbone.safetensors --data.folder PHOTOS --out features.safetensors
+    python -m sslbook.extract runs/mae-photos --data.folder PHOTOS --what tokens --out tokens.npz
 
-The file holds, a row for each image: `features` (float32), `labels` (-1 where there is none), `split` (0 train, 1
+The file holds, a row for each image: `features` (float32; with `--what tokens` instead `tokens`, patches x dim, with
+`--what maps` instead `maps`, dim x rows x columns), `labels` (-1 where there is none), `split` (0 train, 1
 test), `index` (the position in the split) and, for files, `paths` relative to the folder. In safetensors, which has no
 text, `paths` are the bytes of all of them, each ended by a zero byte.
 
@@ -18,14 +20,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sslbook import checkpoint
+from sslbook import checkpoint, distributed
 from sslbook.data.datasets.base import FileList
 from sslbook.data.loader import Data
 from sslbook.errors import UserError, at_least_one
 from sslbook.evaluate import choose_device, own_data, quiet_about_skipped, require_writable, tell_skipped, view_of
 from sslbook.evaluation.features import Split, extract_with_index
+from sslbook.nn.backbones import require
 from sslbook.weights.backbone import load_backbone
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -35,6 +38,7 @@ def extract(
     run: str,
     data: Data,
     out: str,
+    what: Literal["features", "tokens", "maps"] = "features",
     split: Literal["all", "train", "test"] = "all",
     overwrite: bool = False,
     resize: int | None = None,
@@ -52,6 +56,8 @@ def extract(
         run: run folder, exported backbone or checkpoint; `--run` may be left out if it comes first.
         data: images.
         out: the file to write, `.npz` or `.safetensors`.
+        what: features, one vector an image; tokens, the last layer's patches, row by row, without the class token; maps,
+            the last feature map before pooling. Tokens and maps of an image take as many numbers as 200 features or more.
         split: only the training or the test images; all of them by default, the training images first.
         overwrite: replace a file that is there.
         resize: the image's shorter side before the center is cropped; by default 8/7 of the view, below 128 pixels all.
@@ -73,25 +79,58 @@ def extract(
     at_least_one(batch_size=batch_size)
     options = {"device": choose_device(device), "batch_size": batch_size, "progress": progress}
     module, facts = load_backbone(run, backbone)
+    local = module if what == "features" else Local(module, what)
     view = view_of(facts, resize)
     splits = SPLITS if data.num_test else SPLITS[:1]
-    print(data.describe())
-    parts: dict[str, list[Any]] = {"features": [], "labels": [], "split": [], "index": []}
+    if distributed.is_main():
+        print(data.describe())
+    parts: dict[str, list[Any]] = {what: [], "labels": [], "split": [], "index": []}
     paths: list[str] = []
     with quiet_about_skipped():
         for number, name in enumerate(splits if split == "all" else (split,), start=split == "test"):
-            x, y, index = extract_with_index(module, data, name, view, **options)
+            x, y, index = extract_with_index(local, data, name, view, **options)
             for key, values in zip(parts, (x, y, torch.full_like(y, number, dtype=torch.uint8), index)):
                 parts[key].append(values)
             paths += _paths(data, name, index.tolist())
     table: dict[str, Any] = {name: torch.cat(part).numpy() for name, part in parts.items()}
+    if isinstance(local, Local):
+        table[what] = table[what].reshape(-1, *local.shape)
     if paths:
         table["paths"] = np.array(paths)
+    if not distributed.is_main():
+        return table
     checkpoint.write_atomically(target, lambda part: _write(part, table, target.suffix, facts, data))
     tell_skipped(data)
-    count, dim = table["features"].shape
-    print(f"{count:,} images, {dim} features each, in {target}")
+    count, *shape = table[what].shape
+    print(f"{count:,} images, {what} of {' x '.join(map(str, shape))} each, in {target}")
     return table
+
+
+class Local(nn.Module):
+    """A backbone's patch tokens or map as one long vector; `shape` is their own, once an image was seen.
+
+    Args:
+        backbone: has `forward_tokens` or `forward_map`.
+        what: tokens or maps.
+
+    Raises:
+        UserError: it has not.
+    """
+
+    shape: tuple[int, ...]
+
+    def __init__(self, backbone: nn.Module, what: Literal["tokens", "maps"]) -> None:
+        super().__init__()
+        require(backbone, {"tokens": "forward_tokens", "maps": "forward_map"}[what], f"--what {what}")
+        self.backbone, self.what = backbone, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "tokens":
+            local = self.backbone.forward_tokens(x)[:, self.backbone.num_prefix_tokens :]  # pyrefly: ignore
+        else:
+            local = self.backbone.forward_map(x)  # pyrefly: ignore
+        self.shape = tuple(local.shape[1:])
+        return local.flatten(1)
 
 
 def _paths(data: Data, split: Split, positions: list[int]) -> list[str]:

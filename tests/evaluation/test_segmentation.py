@@ -20,7 +20,7 @@ from sslbook.evaluation.protocols.segmentation import Segmentation
 from sslbook.nn import ConvNet, VisionTransformer
 from sslbook.nn.resnet import ResNet
 
-OPTIONS = {"train_batch_size": 4, "size": 16, "steps": 30, "lr": (0.03,)}
+OPTIONS = {"train_batch_size": 4, "size": 16, "steps": 30, "lrs": (0.03,)}
 
 
 def write_pairs(folder: Path, count: int = 8, side: tuple[int, int] = (24, 20), seed: int = 0) -> dict[str, Path]:
@@ -119,7 +119,7 @@ def test_frozen_maps_find_the_squares(squares: dict[str, Path], head: str) -> No
     torch.manual_seed(0)
     backbone = ConvNet(8)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    protocol = Segmentation(**squares, head=head, **{**OPTIONS, "lr": (0.03, 1e-9)})
+    protocol = Segmentation(**squares, head=head, **{**OPTIONS, "lrs": (0.03, 1e-9)})
     model = representation(backbone)
     found = protocol.run(model, model.data)
     assert found["mIoU"] > protocol.chance(model.data)["mIoU"] + 10
@@ -241,9 +241,9 @@ def test_rejects_a_backbone_without_maps_and_sizes_that_do_not_fit(squares: dict
     with pytest.raises(UserError, match="a multiple of the patches' 4"):
         Segmentation(**squares, size=18).run(model, model.data)
     with pytest.raises(UserError, match="one learning rate"):
-        Segmentation(head="fcn", lr=(0.1, 0.2))
+        Segmentation(head="fcn", lrs=(0.1, 0.2))
     with pytest.raises(UserError, match=r"train_batch_size 16: .* has 8 training images"):
-        Segmentation(**squares, lr=(0.1,)).run(model, model.data)
+        Segmentation(**squares, lrs=(0.1,)).run(model, model.data)
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------

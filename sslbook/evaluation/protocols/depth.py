@@ -59,7 +59,7 @@ class Depth(Protocol):
         size: side of the training crops, and the shorter side of a whole test image; by default that of the run.
         steps: optimizer steps.
         train_batch_size: crops in a step, over all processes.
-        lr: learning rates of AdamW, one head for each; the RMSE on a tenth of the training images chooses.
+        lrs: learning rates of AdamW, one head for each; the RMSE on a tenth of the training images chooses.
         weight_decay: of AdamW.
         precision: of training.
     """
@@ -81,7 +81,7 @@ class Depth(Protocol):
         size: PositiveInt | None = None,
         steps: PositiveInt = 38_400,
         train_batch_size: PositiveInt = 16,
-        lr: list[PositiveFloat] = [1e-4, 3e-4, 1e-3, 3e-3],  # noqa: B006 (never changed)
+        lrs: list[PositiveFloat] = [1e-4, 3e-4, 1e-3, 3e-3],  # noqa: B006 (never changed)
         weight_decay: float = 0.01,
         precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
@@ -91,7 +91,7 @@ class Depth(Protocol):
         self.images, self.depths, self.test_images, self.test_depths = images, depths, test_images, test_depths
         self.scale, self.min_depth, self.max_depth = scale, min_depth, max_depth
         self.size, self.steps, self.train_batch_size = size, steps, train_batch_size
-        self.lr, self.weight_decay, self.precision = list(lr), weight_decay, precision
+        self.lrs, self.weight_decay, self.precision = list(lrs), weight_decay, precision
         self._data: PairData | None = None
         self._shown: list[Shown] = []
 
@@ -117,19 +117,19 @@ class Depth(Protocol):
         with torch.random.fork_rng():
             torch.manual_seed(model.seed)
             backbone = copy.deepcopy(model.backbone)
-            heads = [BinnedDepth(backbone_dim(backbone), self.min_depth, self.max_depth) for _ in self.lr]
+            heads = [BinnedDepth(backbone_dim(backbone), self.min_depth, self.max_depth) for _ in self.lrs]
         loss = partial(scale_invariant_log_loss, limits=(self.min_depth, self.max_depth))
         task = DenseTask(backbone, heads, loss, dense.training_view)
 
-        learned, held = dense.held_out() if len(self.lr) > 1 else (self.pairs, self.pairs)
+        learned, held = dense.held_out() if len(self.lrs) > 1 else (self.pairs, self.pairs)
         fit(
             task,
             learned,
             model,
             self.name,
             optimizer="adamw",
-            lr=max(self.lr),
-            rules=learning_rates(self.lr),
+            lr=max(self.lrs),
+            rules=learning_rates(self.lrs),
             weight_decay=self.weight_decay,
             schedule=Warmup("5 %", then=Cosine()),
             steps=self.steps,
@@ -138,10 +138,10 @@ class Depth(Protocol):
         )
         task.eval()
         best = 0
-        if len(self.lr) > 1:
-            found = [self._errors(dense, held, lambda x, i=i: task.predict(x)[i])["RMSE"] for i in range(len(self.lr))]
+        if len(self.lrs) > 1:
+            found = [self._errors(dense, held, lambda x, i=i: task.predict(x)[i])["RMSE"] for i in range(len(self.lrs))]
             best = min(range(len(found)), key=lambda i: found[i])
-            details["chosen on a tenth of the training images"] = {"lr": self.lr[best], "RMSE": found}
+            details["chosen on a tenth of the training images"] = {"lr": self.lrs[best], "RMSE": found}
         model.details[self.name] = details
         return self._errors(dense, self.pairs, lambda x: task.predict(x)[best], show=True)
 

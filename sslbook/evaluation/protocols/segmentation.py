@@ -70,7 +70,7 @@ class Segmentation(Protocol):
         size: side of the training crops, and the shorter side of a whole test image; by default that of the run.
         steps: optimizer steps.
         train_batch_size: crops in a step, over all processes.
-        lr: learning rates: for linear, heads among which a tenth of the training images chooses; fcn takes one. By
+        lrs: learning rates: for linear, heads among which a tenth of the training images chooses; fcn takes one. By
             default 1e-4 to 1e-2 for linear (AdamW), 0.01 for fcn (SGD).
         weight_decay: by default 1e-3 for linear, 5e-4 for fcn.
         precision: of training.
@@ -96,7 +96,7 @@ class Segmentation(Protocol):
         size: PositiveInt | None = None,
         steps: PositiveInt = 20_000,
         train_batch_size: PositiveInt = 16,
-        lr: Sequence[PositiveFloat] | None = None,
+        lrs: Sequence[PositiveFloat] | None = None,
         weight_decay: float | None = None,
         precision: Literal["float32", "bf16"] = "float32",
         k: PositiveInt = 30,
@@ -107,11 +107,11 @@ class Segmentation(Protocol):
         self.folder, self.images, self.masks = folder, images, masks
         self.test_images, self.test_masks, self.ignore = test_images, test_masks, tuple(ignore)
         self.head, self.size, self.steps, self.train_batch_size = head, size, steps, train_batch_size
-        self.lr = list(lr or {"linear": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "fcn": (0.01,)}.get(head, ()))
+        self.lrs = list(lrs or {"linear": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "fcn": (0.01,)}.get(head, ()))
         self.weight_decay = {"fcn": 5e-4}.get(head, 1e-3) if weight_decay is None else weight_decay
         self.precision, self.k, self.temperature, self.bank = precision, k, temperature, bank
-        if head == "fcn" and len(self.lr) != 1:
-            raise UserError(f"lr {self.lr}: fcn trains one network, so give one learning rate")
+        if head == "fcn" and len(self.lrs) != 1:
+            raise UserError(f"lrs {self.lrs}: fcn trains one network, so give one learning rate")
         self._data: PairData | None = None
         self._shown: list[Shown] = []
 
@@ -213,7 +213,7 @@ class Segmentation(Protocol):
 
     def _trained(self, dense: Dense, details: dict[str, Any]) -> Score:
         """The scores of a head after training, and for linear of the one that was chosen."""
-        task, choose = self._task(dense), self.head == "linear" and len(self.lr) > 1
+        task, choose = self._task(dense), self.head == "linear" and len(self.lrs) > 1
         learned, held = dense.held_out() if choose else (dense.data, dense.data)
         fit(
             task,
@@ -221,8 +221,8 @@ class Segmentation(Protocol):
             dense.model,
             f"{self.name}-{self.head}",
             optimizer="sgd" if self.head == "fcn" else "adamw",
-            lr=max(self.lr),
-            rules=learning_rates(self.lr) if self.head == "linear" else [],
+            lr=max(self.lrs),
+            rules=learning_rates(self.lrs) if self.head == "linear" else [],
             weight_decay=self.weight_decay,
             schedule=Linear() if self.head == "fcn" else Warmup("4 %", then=Linear()),
             steps=self.steps,
@@ -233,10 +233,10 @@ class Segmentation(Protocol):
         best = 0
         if choose:
             found = [
-                metrics(confusion(dense, held, lambda x, i=i: task.predict(x)[i]))["mIoU"] for i in range(len(self.lr))
+                metrics(confusion(dense, held, lambda x, i=i: task.predict(x)[i]))["mIoU"] for i in range(len(self.lrs))
             ]
             best = max(range(len(found)), key=lambda i: found[i])
-            details["chosen on a tenth of the training images"] = {"lr": self.lr[best], "mIoU": found}
+            details["chosen on a tenth of the training images"] = {"lr": self.lrs[best], "mIoU": found}
         return lambda x: task.predict(x)[best]
 
     def _task(self, dense: Dense) -> DenseTask:
@@ -246,7 +246,7 @@ class Segmentation(Protocol):
             backbone = copy.deepcopy(dense.model.backbone)
             dim = backbone_dim(backbone)
             if self.head == "linear":
-                heads = [nn.Sequential(frozen_norm(dim), nn.Conv2d(dim, classes, 1)) for _ in self.lr]
+                heads = [nn.Sequential(frozen_norm(dim), nn.Conv2d(dim, classes, 1)) for _ in self.lrs]
                 return DenseTask(backbone, heads, loss, dense.training_view)
             backbone.requires_grad_(True)
             auxiliary = None
