@@ -13,6 +13,7 @@ their mistakes: what is wrong, the text, and what stands in its place.
 """
 
 import argparse
+import ast
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads must not be forked
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,11 +72,17 @@ def read(areas: list[str], only: str) -> list[Mutant]:
     return [mutant for mutant in found if only in mutant.file + " " + mutant.what]
 
 
-def stale(mutants: list[Mutant]) -> list[str]:
-    """Mistakes whose text does not stand in its file exactly once."""
-    texts = {mutant.file: (ROOT / mutant.file).read_text(encoding="utf-8") for mutant in mutants}
-    counts = [(mutant, texts[mutant.file].count(mutant.old)) for mutant in mutants]
-    return [f"{mutant.file}: {mutant.old!r} stands there {count} times" for mutant, count in counts if count != 1]
+def stale(mutants: list[Mutant]) -> Iterator[str]:
+    """Mistakes whose text does not stand in its file exactly once, or that leave no Python behind."""
+    for mutant in mutants:
+        text = (ROOT / mutant.file).read_text(encoding="utf-8")
+        if (count := text.count(mutant.old)) != 1:
+            yield f"{mutant.file}: {mutant.old!r} stands there {count} times"
+        elif mutant.file.endswith(".py"):
+            try:
+                ast.parse(text.replace(mutant.old, mutant.new))
+            except SyntaxError as error:
+                yield f"{mutant.file}: {mutant.what}: {error}"
 
 
 def run(tree: Path, tests: str, slow: bool, log: Path) -> int:
@@ -135,7 +143,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     mutants = read(options.areas, options.only)
-    if lines := stale(mutants):
+    if lines := list(stale(mutants)):
         raise SystemExit("\n".join(lines))
     if options.list:
         raise SystemExit(f"{len(mutants)} mistakes in {len({m.file for m in mutants})} files; all apply")
