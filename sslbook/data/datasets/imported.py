@@ -56,17 +56,28 @@ def load_imported(
     own = {"root": str(Path(root).expanduser()), "download": download}
     common = {key: value for key, value in own.items() if key in parameters} | given
 
-    def make(options: dict[str, Any], values: Sequence[Any], key: str) -> Any:
-        """The dataset with the first of the values that it knows of the argument `key`."""
-        refusal: Exception | None = None
-        for value in values:
+    def make(options: dict[str, Any], names: Sequence[Any], labeled: bool) -> Any:
+        """The dataset with the first of these names of its split that it knows; if it can be, a labeled one."""
+        found, refusal = None, None
+        for split in names:
             try:
-                return dataset_class(**{**options, key: value})
-            except (ValueError, KeyError) as error:
-                if isinstance(error, UserError):
-                    raise
+                dataset = dataset_class(**{**options, "split": split})
+            except UserError:
+                raise
+            except (
+                ValueError,
+                KeyError,
+                RuntimeError,
+                OSError,
+            ) as error:  # an unknown name, or its files are not there
                 refusal = refusal or error
-        raise UserError(f"data set {name}: {first_line(refusal)}; set data.arguments.{key}") from refusal
+                continue
+            if not labeled or any(label is not None for label in _labels(dataset)):
+                return dataset
+            found = dataset if found is None else found  # Places365 gives no labels of its test images
+        if found is None:
+            raise _refused(name, refusal, "download" in parameters and not download, "; or set data.arguments.split")
+        return found
 
     which = {key: None for key in ("train", "split") if key in parameters}
     try:
@@ -80,19 +91,24 @@ def load_imported(
                 dataset_class(**{**common, "train": False, **given_test}),
             ]
         elif "split" in parameters:
-            first = make(common, [given["split"]] if "split" in given else TRAIN_SPLITS, "split")
+            first = make(common, [given["split"]] if "split" in given else TRAIN_SPLITS, labeled=False)
             used = given.get("split", getattr(first, "split", getattr(first, "_split", "train")))
             rest = [given_test["split"]] if "split" in given_test else [s for s in TEST_SPLITS if s != used]
-            sets = [first, make({**common, **given_test}, rest, "split")]
+            sets = [first, make({**common, **given_test}, rest, labeled=True)]
         else:
             sets = [dataset_class(**common)]
             if test_arguments:
                 sets.append(dataset_class(**common, **given_test))
     except (RuntimeError, OSError) as error:
-        cure = "" if download or "download" not in parameters else ", or set data.download true"
-        raise UserError(f"data set {name}: {first_line(error)}; set data.root to its folder{cure}") from error
+        raise _refused(name, error, "download" in parameters and not download) from error
     splits = splits_of(sets)
     return _held_out(splits) if len(sets) == 1 else splits
+
+
+def _refused(name: str, error: BaseException | None, may_download: bool, other: str = "") -> UserError:
+    cure = ", or set data.download true" if may_download else ""
+    reason = first_line(error).rstrip(".") if error else "no data"
+    return UserError(f"data set {name}: {reason}; set data.root to its folder{cure}{other}")
 
 
 def _object(value: Any) -> Any:
