@@ -4,7 +4,7 @@ Processes divide the images in whole batches, and each gets the features of all:
 processes there are. All of them must ask for the features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -162,6 +162,38 @@ def _collect(
     if not len(index):
         raise UserError(f"no readable image in the {split} split; check the folder and its files")
     return rows if len(index) == total else rows[index], index
+
+
+def extract_files(
+    backbone: nn.Module,
+    count: int,
+    load: Callable[[int], Tensor],
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> Float[Tensor, "{count} dim"]:
+    """Features of images that a protocol loads itself, on the CPU.
+
+    Args:
+        backbone: maps images to one vector each; it is left in the mode it came in.
+        count: number of images.
+        load: the image of a number from 0 to `count` - 1, normalized, `(3, height, width)`; raises `UnreadableImage`.
+        device: where to compute; by default where the backbone is.
+        batch_size: images at a time; all of a batch must have one size.
+        progress: show a bar.
+    """
+    device = device_of(backbone) if device is None else torch.device(device)
+    backbone.to(device)
+    rows, processes = torch.empty(0, 0), distributed.world_size()
+    own = torch.arange(count).split(batch_size)[distributed.rank() :: processes]
+    with frozen(backbone), torch.autocast(device.type, enabled=False):
+        for index in tqdm(own, desc="features", unit="batch", leave=False, disable=not progress or None):
+            output = backbone(torch.stack([load(int(i)) for i in index]).to(device))
+            _check(output, len(index))
+            rows = rows if len(rows) else torch.zeros(count, output.shape[1])
+            rows[index] = output.float().cpu()
+    return everywhere(rows, device)
 
 
 def some_of(data: Data, images: int, seed: int) -> Data:
