@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslbook.book.chapters.byol import exercises as byol
 from sslbook.book.chapters.learning_without_labels import exercises as first
 from sslbook.book.chapters.mae import exercises as mae
 from sslbook.book.chapters.rotation import exercises as rotation
@@ -150,6 +151,28 @@ def limits_by_small_numbers(sigma: Tensor) -> list[Tensor]:
     return [s @ torch.linalg.inv((1 - rho) * s + rho * d) for rho in (1e-7, 1 - 1e-7)]
 
 
+def unexplained_by_covariances(z: Tensor, target: Tensor) -> float:
+    both = np.cov(torch.cat([z, target], 1).numpy().T, bias=True)
+    k = z.shape[1]
+    return np.trace(both[k:, k:] - both[k:, :k] @ np.linalg.solve(both[:k, :k], both[:k, k:]))
+
+
+def predictor_by_singular_values(C: Tensor, boost: float) -> Tensor:
+    u, c, v = torch.linalg.svd(C)
+    return u @ c.sqrt().diag() @ v + boost * c.max().sqrt() * torch.eye(len(C))
+
+
+def alignment_by_numpy(V: Tensor, C: Tensor) -> list[float]:
+    values, U = np.linalg.eigh(C.numpy())
+    columns = [-U[:, j] for j in np.argsort(-values)]  # the sign of an eigenvector is free
+    return [float(u @ V.numpy() @ u / np.linalg.norm(V.numpy() @ u)) for u in columns]
+
+
+def shares_of_directions(x: Tensor) -> np.ndarray:
+    s = np.linalg.svd(x.numpy() - x.numpy().mean(0), compute_uv=False)
+    return s / s.sum()
+
+
 UNUSUAL: list[tuple[Exercise, Callable]] = [
     (first.knn_vote, vote_by_loops),
     (first.knn_vote, vote_as_softmax),
@@ -192,6 +215,17 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
     (mae.absolute_error_minimizer, lambda x: min(x.tolist(), key=lambda c: float((x - c).abs().mean()))),
     (mae.linear_limits, limits_by_small_numbers),
     (mae.unpredictable_loss, lambda s, v: 1 - s / (s + v)),
+    (
+        byol.byol_loss,
+        lambda p, z: 2 - 2 * (F.normalize(p, dim=1, eps=1e-6) * F.normalize(z.detach(), dim=1)).sum(1).mean(),
+    ),
+    (byol.half_life, lambda m: np.log2(0.5) / np.log2(m)),
+    (byol.unexplained, unexplained_by_covariances),
+    (byol.fixed_points, lambda lam, s, eta: np.sort(np.roots([lam + s, -lam, eta]))),
+    (byol.survivors, lambda lam, s, eta: sum(x * x - 4 * eta * (x + s) > 0 for x in lam.tolist())),
+    (byol.direct_predictor, predictor_by_singular_values),
+    (byol.alignment, alignment_by_numpy),
+    (byol.effective_rank, lambda x: np.exp(-sum(q * np.log(q) for q in shares_of_directions(x)))),
 ]
 
 
