@@ -8,6 +8,8 @@ from torch import Tensor
 from sslbook.notebook import plots, style
 from sslbook.notebook.schematic import Diagram
 
+LOW = 0.2  # a feature_std below which features lie close together
+
 FIGURES = (
     "byol.schematic",
     "byol.movie",
@@ -134,43 +136,41 @@ def neighbors(queries: Tensor, images: Tensor, same: Tensor, share: float, what:
 
 def eigenspace(row: Mapping[str, Sequence[float]], step: int) -> style.Figure:
     """What the linear predictor does to each eigenvector of the correlation, at one step of the run."""
-    values = np.array(row["eigenvalues"])
+    values, cosine = np.array(row["eigenvalues"]), np.array(row["alignment"])
     root, along = np.sqrt(values / values[0]), np.array(row["predictor"])
     along = along / max(np.abs(along).max(), 1e-9)
-    lead = np.mean(row["alignment"][:8])
-    alt = f"After {step} steps the mean cosine of the eight leading eigenvectors with their images is {lead:.2f}."
+    aligned = int((cosine > 0.9).sum())
+    alt = f"After {step} steps {aligned} of {len(values)} eigenvectors have a cosine above 0.9 with their image."
     fig, axes = style.figure(alt, 1, 2, width=6.6, height=2.8, caption=None, least=480)
     axes[0].axhline(0, color=style.GRAY, lw=0.8)
-    axes[0].plot(range(1, len(values) + 1), row["alignment"], "o", ms=4, color=style.BLUE)
-    axes[0].set(xlabel="eigenvector j", ylabel="cos(Vu, u)", ylim=(-1.05, 1.05))
-    axes[0].set_title(f"alignment, eight leading: {lead:.2f}", fontsize=10)
+    axes[0].plot(range(1, len(values) + 1), cosine, "o", ms=4, color=style.BLUE)
+    axes[0].set(xlabel="eigenvector j", ylabel="cosine of u and Vu", ylim=(-1.05, 1.05))
+    axes[0].set_title(f"{aligned} of {len(values)} aligned", fontsize=10)
     axes[1].plot([0, 1], [0, 1], "--", color=style.GRAY)
-    axes[1].annotate("v = √c", (0.62, 0.66), color=style.TEXT, rotation=0, ha="right")
+    axes[1].annotate("v = √c", (0.5, 0.62), color=style.TEXT, ha="right")
     axes[1].plot(root, along, "o", ms=4, color=style.ORANGE)
-    axes[1].set(xlabel="√c, relative", ylabel="v, relative", xlim=(0, 1.05), ylim=(-0.3, 1.05))
+    axes[1].set(xlabel="√c, relative", ylabel="v, relative", xlim=(-0.03, 1.05), ylim=(-0.4, 1.08))
     return fig
 
 
-def alignment(steps: Sequence[int], by_seed: Sequence[Sequence[float]], asymmetry: Sequence[Sequence[float]]):
-    """Mean alignment of the eight leading eigenvectors, and the asymmetry of the predictor, over the run."""
-    mean, start = np.mean(by_seed, axis=0), np.mean(asymmetry, axis=0)
+def alignment(
+    steps: Sequence[int], by_vector: Sequence[Sequence[Sequence[float]]], shares: Sequence[float]
+) -> style.Figure:
+    """The alignment of the leading eigenvectors over the run, (vectors, seeds, steps), and their shares of the trace."""
+    ends = [float(np.mean([seed[-1] for seed in seeds])) for seeds in by_vector]
+    words = ", ".join(f"{end:.2f} ({100 * share:.1f} %)" for end, share in zip(ends, shares))
     caption = (
-        f"In the network the eigenvectors align as well: the mean cosine of the eight leading ones goes from "
-        f"{mean[0]:.2f} to {mean[-1]:.2f}, and the asymmetry of the predictor from {start[0]:.2f} to {start[-1]:.2f}. "
-        "One line a seed."
+        "The cosine of the leading eigenvectors with their images over the run, one line a seed. At the end it is, with "
+        f"the eigenvector's share of the variance of z, {words}."
     )
-    alt = f"The alignment goes from {mean[0]:.2f} to {mean[-1]:.2f}, the asymmetry from {start[0]:.2f} to {start[-1]:.2f}."
+    alt = f"At the end the cosines of the {len(ends)} leading eigenvectors are {words}."
     fig, ax = style.figure(alt=alt, caption=caption, name="byol.alignment")
-    for row, other in zip(by_seed, asymmetry):
-        ax.plot(steps, row, "o-", ms=4, color=style.BLUE, lw=1.2)
-        ax.plot(steps, other, "s--", ms=4, color=style.ORANGE, lw=1.2)
-    ax.annotate(
-        "alignment", (steps[-1], mean[-1]), xytext=(-4, 10), textcoords="offset points", color=style.BLUE, ha="right"
-    )
-    ax.annotate(
-        "asymmetry", (steps[-1], start[-1]), xytext=(-4, 10), textcoords="offset points", color=style.ORANGE, ha="right"
-    )
-    ax.set(xlabel="step", ylabel="cosine; ratio of norms", ylim=(-0.1, 1.15))
+    for j, (seeds, color, mark) in enumerate(zip(by_vector, style.COLORS, "os^Dv")):
+        for values in seeds:
+            ax.plot(steps, values, mark + "-", ms=4, color=color, lw=1.2)
+        ax.annotate(f"{j + 1}", (steps[-1], ends[j]), xytext=(7, -4), textcoords="offset points", color=color)
+    ax.axhline(0, color=style.GRAY, lw=0.8)
+    ax.set(xlabel="step", ylabel="cosine of u and Vu", ylim=(-0.4, 1.08))
     return fig
 
 
@@ -178,17 +178,21 @@ def collapse(table: Mapping[str, Mapping[str, Sequence[float]]], base: float) ->
     """feature_std and linear accuracy of every variant; `base` is the accuracy with random weights."""
     names = [name for name in table if "feature_std" in table[name]]
     std, line = ([np.mean(table[name][column]) for name in names] for column in ("feature_std", "linear"))
-    flat = [name for name, s in zip(names, std) if s < 0.1]
+    flat = ", ".join(str(i + 1) for i, s in enumerate(std) if s < LOW)
     caption = (
-        f"Linear accuracy over feature_std of every run's end. Below a feature_std of 0.1 are: {', '.join(flat) or 'none'}. "
-        "The dotted line is the accuracy with random weights."
+        f"Linear accuracy over feature_std at the end of every run, means over seeds; numbers as in the list above. "
+        f"Below a feature_std of {LOW} are the runs {flat}. The dotted line is the accuracy with random weights."
     )
     fig, ax = style.figure(
-        width=6.4, height=3.8, alt=f"Collapsed: {', '.join(flat) or 'none'}.", caption=caption, name="byol.collapse"
+        width=6.4,
+        height=3.8,
+        alt=f"Below a feature_std of {LOW} are the runs {flat}.",
+        caption=caption,
+        name="byol.collapse",
     )
     ax.axhline(base, color=style.GRAY, ls=":")
     for i, (s, a) in enumerate(zip(std, line)):
-        color, mark = (style.ORANGE, "s") if s < 0.1 else (style.BLUE, "o")
+        color, mark = (style.ORANGE, "s") if s < LOW else (style.BLUE, "o")
         ax.plot(s, a, mark, color=color, ms=7)
         ax.annotate(str(i + 1), (s, a), xytext=(5, 4), textcoords="offset points", color=style.TEXT, fontsize=10)
     ax.set(xlabel="feature_std of z", ylabel="linear accuracy (%)", xlim=(-0.03, 1.05))
