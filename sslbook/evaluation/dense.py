@@ -36,7 +36,7 @@ from sslbook.optim import ParamRule
 from sslbook.rng import permutation
 from sslbook.schedules import Clock, Schedule
 
-SHOWN = 4  # images in a picture
+SHOWN = 4  # test images in a figure
 
 
 def crop_target(target: Shaped[Tensor, "height width"], crop: CropParams, size: int) -> Shaped[Tensor, "{size} {size}"]:
@@ -50,7 +50,7 @@ def crop_target(target: Shaped[Tensor, "height width"], crop: CropParams, size: 
 
 
 class PairDataset(CropDataset):
-    """Crops of pairs: the first of its two views is the image, the second the target, cut out of the same place."""
+    """Crops of pairs: the first of its two views is the image, the second the target, cropped by the same parameters."""
 
     def _augment(self, view: View, images: Sequence[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
         made = []

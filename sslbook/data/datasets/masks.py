@@ -200,7 +200,7 @@ def load_masks(train: tuple[Path, Path], test: tuple[Path, Path], ignore: Sequen
 
 
 def find_layout(folder: Path) -> Masked:
-    """VOC 2012 (with the masks of SBD if they are there), ADE20K or Cityscapes, told by their folders.
+    """VOC 2012 (with the masks of SBD if they are there), ADE20K or Cityscapes, recognized by their folders.
 
     Raises:
         UserError: the folder is none of them, or a file is missing.

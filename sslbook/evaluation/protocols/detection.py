@@ -27,7 +27,7 @@ from sslbook.evaluation.detectors import BoxData, DetectionTask, detector, kind_
 from sslbook.schedules import Duration, Step, Warmup
 from sslbook.types import PositiveFloat, PositiveInt
 
-SHOWN, SURE = 4, 0.5  # images in a picture, and the least score of a box in it
+SHOWN, SURE = 4, 0.5  # test images in a figure, and the least score of a box in it
 
 
 class Detection(Protocol):
