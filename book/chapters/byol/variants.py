@@ -32,7 +32,7 @@ class NoStopGradient(BYOL):
 
 
 class DirectPred(BYOL):
-    """The predictor is computed from the correlation of its inputs (Tian et al., 2021, section 4), not trained.
+    """The predictor is computed from the correlation of its inputs (Tian et al., 2021), not trained.
 
     `boost` is added to all eigenvalues, relative to the largest; the paper's epsilon. A factor in front of the matrix
     has no effect on a cosine.
