@@ -78,10 +78,10 @@ def evaluate(
         controls: also measure pixels and random weights.
         resize: the image's shorter side before the center is cropped; by default 8/7 of the view, below 128 pixels all.
         batch_size: images at a time.
-        seed: of what protocols draw, and of the random weights where the run did not keep those it began with.
+        seed: of what protocols sample, and of the random weights where the run did not keep those it began with.
         device: cpu, cuda, cuda:1; a GPU if there is one.
         backbone: the module to fill, for backbones that are not from sslbook.nn.
-        out: a new JSON file for the result, with its origin (command, commit, versions, hardware, date); pictures are
+        out: a new JSON file for the result, with its origin (command, commit, versions, hardware, date); plots are
             written beside it.
         keep: a folder for the runs of protocols that train, which go on there after a stop; by default nothing is kept.
         progress: show progress bars.

@@ -1,4 +1,4 @@
-"""The tables of results, rewritten from `book/results`: all of them in `results.md`, ten methods in the README.
+"""The tables of results, rewritten from `book/results`: `results.md` has all, `choosing.md` families, the README ten.
 
     python book/reference/results_tables.py
 
@@ -7,6 +7,7 @@ replaced, everything else stays. In `results.md` a method links to its file and 
 """
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ COLUMNS = {
     "memory (MB)": ("memory (MB)", 0),
 }
 TEN = ["SimCLR", "MoCoV3", "BYOL", "SwAV", "DINO", "VICReg", "IJEPA", "MAE", "DeepClusterV2", "Rotation"]
+TOKENIZERS = ("dvae", "vqkd")  # trained for their vocabulary
 CONTROLS = ["pixels", "random weights", "supervised", "chance"]
 
 Values = Mapping[str, Mapping[str, float | Sequence[float]]]
@@ -125,6 +127,26 @@ def ten_methods() -> str:
     return "\n\n".join([table(values, columns), *(result.origin() for result in data.values())])
 
 
+def family_table() -> str:
+    """A line a family: medians over its methods on CIFAR-10, beside what their networks reach before training."""
+    result, file_of, family = results.load("cifar10_jpeg_all"), names(), families()
+    members: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    for row, metrics in result.values.items():
+        if row in file_of and file_of[row] not in TOKENIZERS:
+            members.setdefault(family[file_of[row]], []).append(metrics)
+    rows = {}
+    for name, methods in members.items():
+        rows[f"{name} ({len(methods)})"] = row = {}
+        for metric in ("kNN", "linear"):
+            row[metric] = statistics.median(statistics.mean(m[metric]) for m in methods)
+            before = (statistics.mean(m[metric]) - statistics.mean(m[f"{metric}, untrained"]) for m in methods)
+            row[f"{metric} gain"] = statistics.median(before)
+        row["s per 1,000"] = statistics.median(statistics.mean(m["s per 1,000"]) for m in methods)
+    columns = {"kNN gain": ("kNN gain", 1), "linear gain": ("linear gain", 1)}
+    order = {c: {**COLUMNS, **columns}[c] for c in ("kNN", "kNN gain", "linear", "linear gain", "s per 1,000")}
+    return f"{table(rows, order)}\n\n{with_file(result)}"
+
+
 def insert(page: Path, new: str) -> str:
     """The text of `page` with `new` between the markers."""
     text = page.read_text(encoding="utf-8")
@@ -135,7 +157,12 @@ def insert(page: Path, new: str) -> str:
 
 def pages() -> dict[Path, str]:
     """From a page to the text it should have."""
-    content = {ROOT / "book" / "reference" / "results.md": all_tables(), ROOT / "README.md": ten_methods()}
+    reference = ROOT / "book" / "reference"
+    content = {
+        reference / "results.md": all_tables(),
+        reference / "choosing.md": family_table(),
+        ROOT / "README.md": ten_methods(),
+    }
     return {page: insert(page, new) for page, new in content.items()}
 
 

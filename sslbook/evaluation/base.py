@@ -43,7 +43,7 @@ class Representation:
         device: where to compute; by default where the backbone is.
         batch_size: images at a time.
         progress: show bars.
-        seed: key of everything that a protocol draws at random.
+        seed: of everything random in a protocol.
         folder: where a protocol that trains keeps its run, so that it can be resumed; by default nothing is kept.
         details: what protocols noted beside their metrics, by protocol.
     """
@@ -111,7 +111,7 @@ class Protocol:
         raise NotImplementedError
 
     def figures(self) -> dict[str, "Figure"]:
-        """Pictures of the last `run`, by name."""
+        """Figures of the last `run`, by name."""
         return {}
 
     def chance(self, data: Data) -> Metrics:
@@ -176,14 +176,14 @@ def require(protocols: Sequence[Protocol], backbone: nn.Module, data: Data) -> N
 def measure(
     models: Mapping[str, Representation],
     protocols: Sequence[Protocol],
-    draw: Callable[[str, "Figure"], object] | None = None,
+    save_figure: Callable[[str, "Figure"], object] | None = None,
 ) -> Tables:
     """Every protocol on every model: `{table: {row: {metric: value}}}`, the level of chance last in each table.
 
     Args:
         models: the first is the one in question; controls that cannot serve a protocol are left out.
         protocols: what to measure.
-        draw: called with the name and each picture that a protocol has of the first model.
+        save_figure: called with the name and each figure that a protocol has of the first model.
 
     Raises:
         UserError: the first model or the data lack what a protocol needs.
@@ -196,9 +196,9 @@ def measure(
             if protocol.lacks(model.backbone, model.data) is None:
                 table = tables.setdefault(_table(protocol), {})
                 table.setdefault(name, {}).update(protocol.run(model, model.data))
-                if draw is not None and model is first:
+                if save_figure is not None and model is first:
                     for what, figure in protocol.figures().items():
-                        draw(f"{protocol.name}-{what}", figure)
+                        save_figure(f"{protocol.name}-{what}", figure)
     for protocol in protocols:
         if level := protocol.chance(first.data):
             tables[_table(protocol)].setdefault("chance", {}).update(level)
