@@ -353,6 +353,9 @@ class FeatureData(Data):
         super().__init__()
         self.name, self._splits = like.name, Splits(train, train, test, like.class_names)
 
+    def adapted(self, view: View) -> View:
+        return view
+
     def _load(self, source: Any, views: Any, positions: Any, seed: int, epoch: int, device: Any, training: bool) -> Any:
         for index in positions:
             yield Batch((source.x[index].to(device),), index.to(device), source.labels[index].to(device))
@@ -427,7 +430,7 @@ def transfer(
     positions = (labels >= 0).nonzero()[:, 0] if positions is None else positions
     require_labels(data, positions, task.training.batch_size)
     device = device_of(model.backbone) if model.device is None else torch.device(model.device)
-    backbone = model.backbone.to(device)
+    backbone, model = model.backbone.to(device), replace(model, view=data.adapted(model.view))
     example = torch.zeros(2, len(model.view.mean), model.view.size, model.view.size, device=device)
     dims = shapes(task.reading, backbone, example)
     weights = _weights(backbone)

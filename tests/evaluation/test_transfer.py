@@ -425,6 +425,18 @@ def test_tokens_extracted_once_have_their_shape(trained: list[Transfer]) -> None
     assert trained[-1].task.reading(nn.Identity(), torch.zeros(2, 80))[0].shape == (2, 5, 16)
 
 
+def test_images_of_five_channels(trained: list[Transfer]) -> None:
+    x, y = images(48, 1)
+    five = torch.cat([x, x[:, :2]], 1)
+    data = Data.from_images(five, y, five[:24], y[:24], CLASSES, "n", mean=[0.5] * 5, std=[0.25] * 5)
+    for cached in (True, False):
+        probe = LinearSGD((0.1,), training=SHORT, cached=cached, batch_norm=True)
+        assert probe.run(model_of(nn.Flatten(), data), data)["linear SGD"] > 30
+    with pytest.raises(UserError, match="RandAugment is for 3 channels"):
+        tuned = Augmentation(rand_augment=9.0)
+        LinearSGD((0.1,), training=SHORT, augmentation=tuned).run(model_of(nn.Flatten(), data), data)
+
+
 # -- going on, and processes -------------------------------------------------------------------------------------------
 
 
