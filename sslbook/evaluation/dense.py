@@ -5,6 +5,7 @@ flipped alike. A test image is shown whole: its shorter side is brought to `size
 resized (bilinear) to the target, never the target to the prediction.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,10 +233,10 @@ def fit(
     batch_size: int,
     precision: Literal["float32", "bf16"] = "float32",
     **options: Any,
-) -> Run:
+) -> tuple[Run, dict[str, float]]:
     """Train a task by the loop of pre-training, in the folder that the representation keeps, if it keeps one.
 
-    Random states of the caller are left as they were.
+    Returns the run, and its first and last loss that were logged. Random states of the caller are left as they were.
     """
     makers = {
         "sgd": partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
@@ -246,7 +247,7 @@ def fit(
         raise UserError(f"train_batch_size {batch_size}: {data.name} has {data.num_train} training images")
     with _folder(model.folder, name) as folder, torch.random.fork_rng():
         torch.manual_seed(model.seed)
-        return pretrain(
+        run = pretrain(
             task,
             data,
             makers[optimizer],
@@ -262,6 +263,9 @@ def fit(
             progress=model.progress,
             **options,
         )
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if distributed.is_main() else []
+        entries = [json.loads(lines[i]) for i in (0, -1)] if lines else []
+        return run, {f"loss at step {entry['step']}": entry["loss"] for entry in entries}
 
 
 @contextmanager

@@ -122,7 +122,7 @@ class Depth(Protocol):
         task = DenseTask(backbone, heads, loss, dense.training_view)
 
         learned, held = dense.held_out() if len(self.lrs) > 1 else (self.pairs, self.pairs)
-        fit(
+        _, losses = fit(
             task,
             learned,
             model,
@@ -136,6 +136,7 @@ class Depth(Protocol):
             batch_size=self.train_batch_size,
             precision=self.precision,
         )
+        details |= losses
         task.eval()
         best = 0
         if len(self.lrs) > 1:

@@ -129,7 +129,7 @@ class Detection(Protocol):
             backbone = copy.deepcopy(model.backbone).cpu().requires_grad_(True)
             network = detector(backbone, kind, boxes.num_classes, self.size, masks=self.masks, channels=self.channels)
         task = DetectionTask(backbone, network, view)
-        run = fit(
+        run, losses = fit(
             task,
             boxes,
             model,
@@ -154,8 +154,8 @@ class Detection(Protocol):
             ]
         else:
             metrics = {}
-        loss = {key: value for key, value in run.metrics.items() if key.startswith("loss")}
-        model.details[self.name] = {"data": boxes.describe(), "detector": kind, "last losses": loss}
+        last = {key: value for key, value in run.metrics.items() if key.startswith("loss")}
+        model.details[self.name] = {"data": boxes.describe(), "detector": kind, **losses, "last losses": last}
         return distributed.broadcast(metrics)
 
     def figures(self) -> dict[str, Any]:

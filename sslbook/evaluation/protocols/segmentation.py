@@ -215,7 +215,7 @@ class Segmentation(Protocol):
         """The scores of a head after training, and for linear of the one that was chosen."""
         task, choose = self._task(dense), self.head == "linear" and len(self.lrs) > 1
         learned, held = dense.held_out() if choose else (dense.data, dense.data)
-        fit(
+        _, losses = fit(
             task,
             learned,
             dense.model,
@@ -229,6 +229,7 @@ class Segmentation(Protocol):
             batch_size=self.train_batch_size,
             precision=self.precision,
         )
+        details |= losses
         task.eval()
         best = 0
         if choose:
