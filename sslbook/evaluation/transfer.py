@@ -498,7 +498,7 @@ def _fit(
         data.labels("train").tolist(),
     )
     with _folder(model.folder, f"{task.name}-{_hash(repr(key).encode())}") as folder:
-        pretrain(
+        run = pretrain(
             method,
             data,
             partial(OPTIMIZERS[how.optimizer], lr=base.lr, weight_decay=base.weight_decay),
@@ -520,6 +520,9 @@ def _fit(
             progress=model.progress,
             config={"protocol": task.name, "options": {name: str(value) for name, value in task.options.items()}},
         )
+    if not run.finished:
+        cure = f"the same command goes on ({model.folder})" if model.folder else "give --keep FOLDER to go on next time"
+        raise UserError(f"{task.name} was stopped at step {run.clock.step} of {run.clock.total_steps}: {cure}")
     return count(method, data, model.view, model.batch_size, device)
 
 

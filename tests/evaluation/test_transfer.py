@@ -1,6 +1,8 @@
 """The trainer of transfer: frozen statistics, heads at once, choices, resumption, processes, and what is refused."""
 
 import copy
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -488,6 +490,27 @@ def test_a_run_that_was_killed_goes_on(step: int, tmp_path: Path, trained: list[
         assert len(steps) == 12  # other weights, another run
     whole, resumed = trained[0].state_dict(), trained[1].state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no such signals")
+def test_a_run_that_is_stopped_is_not_measured(tmp_path: Path, trained: list[Transfer]) -> None:
+    data, protocol = make_data(), LinearSGD((0.1,), training=SHORT)
+    forward = Transfer.forward
+
+    def stopping(self: Transfer, batch: Batch, clock: Clock) -> dict:
+        if clock.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch, clock)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transfer, "forward", stopping)
+        with pytest.raises(UserError, match=r"linear_sgd was stopped at step 4 of 12: give --keep FOLDER"):
+            protocol.run(model_of(make_convnet(), data), data)
+        with pytest.raises(UserError, match=r"the same command goes on"):
+            protocol.run(model_of(make_convnet(), data, tmp_path), data)
+    assert trained == []
+    protocol.run(model_of(make_convnet(), data, tmp_path), data)
+    assert len(trained) == 1
 
 
 def run_both() -> dict[str, object]:
