@@ -5,6 +5,7 @@ values are left as they are. float32 holds all integers up to 2^24.
 """
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def _stored(path: str | Path, channels: int) -> Any:
             return _of_pil(image, channels)
     from torchvision.io import ImageReadMode, decode_image, read_file
 
-    return bands(decode_image(read_file(str(path)), ImageReadMode.UNCHANGED).numpy(), channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchcodec, its successor, needs ffmpeg
+        return bands(decode_image(read_file(str(path)), ImageReadMode.UNCHANGED).numpy(), channels)
 
 
 def _of_pil(image: Any, channels: int) -> Any:

@@ -95,6 +95,7 @@ class DeepCluster(Method):
         self.cluster_view = View.center(view.size, max(cluster_resize, view.size), view.mean, view.std)
         self.kmeans_iterations, self.recluster_every = kmeans_iterations, recluster_every
         self.backbone = Sobel(backbone) if sobel else backbone
+        self.rgb_only = sobel
         self.classifier = nn.Linear(dim, num_clusters)
         self.register_buffer("assignment", torch.empty(0, dtype=torch.int64))
 
