@@ -6,12 +6,15 @@ torchrun --nproc-per-node 8 -m sslbook.train moco --recipe imagenet --data.root 
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
 from sslbook import distributed
 from sslbook.cli.recipes import resolve
+from sslbook.cli.slurm import submit
 from sslbook.engine.loop import pretrain
+from sslbook.engine.preemption import requeue
 from sslbook.errors import UserError
 
 ERROR_HINTS = {  # what torch says of batches and images that are too small or too large, and what to do about it
@@ -20,6 +23,8 @@ ERROR_HINTS = {  # what torch says of batches and images that are too small or t
     "Kernel size can't be greater than actual input size": "the views are too small for the backbone: raise their size",
     "doesn't match model": "this timm model takes images of one size: give the views that size, or the backbone theirs "
     "by --method.backbone.dict_kwargs.img_size, or by --method.backbone.dict_kwargs.dynamic_img_size true",
+    "Connection closed by peer": "another process of this run ended: its output says why; go on with --resume",
+    "Connection reset by peer": "another process of this run ended: its output says why; go on with --resume",
     "can't allocate memory": "out of memory: lower --batch_size or the views' size, or raise --grad_accum_steps",
 }
 
@@ -30,12 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: something the user can mend.
     """
-    parser, config, resolved = resolve(sys.argv[1:] if argv is None else argv, pretrain)
+    words = sys.argv[1:] if argv is None else argv
+    parser, config, resolved = resolve(words, pretrain)
+    if config.launcher is not None:
+        return submit(words, parser.construct(config).slurm, config.out_dir and Path(config.out_dir))
     torch.manual_seed(config.seed)  # the initial weights
     distributed.setup(device=config.device)  # from here on, what is printed is printed once
     try:
         options = vars(parser.construct(config))
-        for name in ("config", "recipe", "trust"):
+        for name in ("config", "recipe", "trust", "launcher", "slurm"):
             options.pop(name, None)
         report_kind, protocols = options.pop("report"), options.pop("protocols")
         if protocols is not None:  # what cannot be measured is refused now, not after the training
@@ -55,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             if not run.finished:
                 print(f"stopped after step {run.clock.step}; go on with: python -m sslbook.train --resume {run.folder}")
+                requeue(run.stopped_by)
             elif report_kind != "none":
                 from sslbook.report import report
 

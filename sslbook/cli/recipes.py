@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from sslbook.cli.bounds import check_numbers
 from sslbook.cli.help import answer, is_question
 from sslbook.cli.parser import Parser, class_named
 from sslbook.cli.renamed import RENAMED
+from sslbook.cli.slurm import Slurm
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
 from sslbook.data.loader import Data, relocated
 from sslbook.errors import UserError, import_attribute, nearest
@@ -28,7 +29,15 @@ from sslbook.files import read_json
 from sslbook.methods.base import Method
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NOT_WRITTEN = ("config", "recipe", "resume", "out_dir", "trust")  # options that say where a run stands, not what it is
+NOT_WRITTEN = (
+    "config",
+    "recipe",
+    "resume",
+    "out_dir",
+    "trust",
+    "launcher",
+    "slurm",
+)  # options that say where a run stands, not what it is
 
 
 def method_class(name: str) -> type[Method]:
@@ -114,18 +123,22 @@ def train_parser(method: type[Method], engine: Callable, prog: str) -> Parser:
         default=False,
         help="let the config.yaml of a resumed run import code from outside sslbook, such as a method of your own",
     )
+    parser.add_argument(
+        "--launcher", type=Literal["slurm"] | None, help="submit the run as a job of SLURM, by submitit, instead"
+    )
+    parser.add_class_arguments(Slurm, "slurm")
     return parser
 
 
 OWN_CODE = ("sslbook.", "torch.nn.", "torch.optim.")
 
 
-def require_own_code(config: Path, named: Collection[str] = ()) -> None:
+def require_own_code(config: Path, named: str = "") -> None:
     """Refuse a run's configuration that names code outside the package: whoever gave you the run could run anything.
 
     Args:
         config: the file.
-        named: import paths that the user has given himself.
+        named: text with the import paths that the user has given himself.
 
     Raises:
         UserError: it names code outside the package, torch's layers and optimizers.
@@ -171,7 +184,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     layers = [_read_layer(path) for path in ([resumed] if resumed else []) + files]
     if resumed:
         if given.get("trust") not in ("true", "True"):
-            require_own_code(resumed, {word for word in (name, *given.values()) if word})
+            named = [*argv, *(path for file in files for path in _import_paths(read_yaml(file)))]
+            require_own_code(resumed, " ".join(named))
         layers[0].values.pop("init_from", None)  # the run has begun from them already
         if isinstance(data := layers[0].values.get("data"), dict):
             layers[0].values["data"] = relocated(data, _began_in(resumed.parent))

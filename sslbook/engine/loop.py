@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sslbook import checkpoint, distributed
 from sslbook.data.loader import Batch, Data
 from sslbook.engine.guard import Guard
+from sslbook.engine.heartbeat import Heartbeat
 from sslbook.engine.hooks import Hook, MetricsLog, Progress, require_monitored, watching
 from sslbook.engine.preemption import PreemptionHandler
 from sslbook.engine.resume import CONTENTS, TrainState, description, record_changes
@@ -142,7 +143,7 @@ def pretrain(
         clock = Clock(0, total_steps, steps_per_epoch, seed)
         run = Run(method, data, folder, clock, run_device, batch_size, config)
         train_state = TrainState(run, optim, scaler, monitor)
-        loggers = [Guard(stop=guard), MetricsLog(log_every), *([Progress()] if progress else [])]
+        loggers = [Heartbeat(), Guard(stop=guard), MetricsLog(log_every), *([Progress()] if progress else [])]
         watchers = [*(hooks or []), *loggers]  # in this order: what hooks measure is logged
 
         # -- resume ----------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def pretrain(
                         train_state.save(watchers, keep_last)
                     if epoch_ended:
                         break
-    return _finish(run)
+    return _finish(run, preemption.requested)
 
 
 # -- the parts of it, in order -----------------------------------------------------------------------------------------
@@ -369,8 +370,8 @@ def _end_epoch(run: Run, hooks: list[Hook]) -> None:
     run.method.train()
 
 
-def _finish(run: Run) -> Run:
-    run.finished = run.clock.step >= run.clock.total_steps
+def _finish(run: Run, stopped_by: int) -> Run:
+    run.finished, run.stopped_by = run.clock.step >= run.clock.total_steps, stopped_by
     run.measure_memory()
     run.method.eval()
     if distributed.is_main():

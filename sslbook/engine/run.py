@@ -30,6 +30,7 @@ class Run:
         images_per_second: moving average over the last steps.
         peak_memory: the most memory so far, in MB: of tensors on the GPU, or else of the whole process.
         finished: whether all steps are done.
+        stopped_by: the signal that stopped it, or 0.
     """
 
     method: Method
@@ -45,6 +46,7 @@ class Run:
     images_per_second: float = 0.0
     peak_memory: float = 0.0
     finished: bool = False
+    stopped_by: int = 0
 
     def count_step(self, seconds: float) -> None:
         """Add the time of one step."""
