@@ -14,7 +14,8 @@ class Epochs(IterableDataset):
     """Our batches, epoch after epoch."""
 
     def __init__(self, data: sslbook.Data, method: Method, batch_size: int) -> None:
-        self.data, self.method, self.batch_size, self.epoch = data, method, batch_size, 0
+        self.data, self.method = data, method
+        self.batch_size, self.epoch = batch_size, 0
 
     def __iter__(self):
         views, seed, epoch = self.method.views(), 0, self.epoch
@@ -25,7 +26,7 @@ class Epochs(IterableDataset):
 class SelfSupervised(pl.LightningModule):
     """Calls a method's events where Lightning has its own."""
 
-    def __init__(self, method: Method, data: sslbook.Data, batch_size: int, epochs: int):
+    def __init__(self, method: Method, data: sslbook.Data, batch_size: int, epochs=2):
         super().__init__()
         self.method, self.data = method, data
         self.steps = data.steps_per_epoch(batch_size)
@@ -47,7 +48,7 @@ class SelfSupervised(pl.LightningModule):
         self.method.before_optimizer_step(self.clock())
 
     def on_train_batch_end(self, outputs, batch, number) -> None:
-        if self.global_step > self.taken:  # not after every part of an accumulated batch
+        if self.global_step > self.taken:  # not after each part of a batch
             self.taken = self.global_step
             self.method.after_step(self.clock())
 
@@ -59,7 +60,7 @@ class SelfSupervised(pl.LightningModule):
 data = sslbook.Data(shapes=sslbook.Shapes(num_train=64, num_test=32))
 view = sslbook.View(size=16, crop=(0.3, 1.0))
 method = MoCo(ConvNet(8), view, projector_dim=16, queue_size=64, batch_norm_groups=1)
-module = SelfSupervised(method, data, batch_size=16, epochs=2)
+module = SelfSupervised(method, data, batch_size=16)
 loader = DataLoader(Epochs(data, method, batch_size=16), batch_size=None)
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 trainer = pl.Trainer(max_epochs=2, accelerator="cpu", log_every_n_steps=1, **quiet)

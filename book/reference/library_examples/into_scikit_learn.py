@@ -13,8 +13,8 @@ from sslbook.nn import ConvNet
 
 data = sslbook.Data(shapes=sslbook.Shapes(num_train=200, num_test=100))
 torch.manual_seed(0)
-backbone = ConvNet()  # or: backbone, facts = sslbook.load_backbone("runs/simclr-shapes")
-view = sslbook.View.center(16)  # no randomness: the center, at the size it was trained on
+backbone = ConvNet()  # or: sslbook.load_backbone("runs/simclr-shapes")[0]
+view = sslbook.View.center(16)  # the center, at the size it was trained on
 
 train_x, train_y = extract_features(backbone, data, "train", view, progress=False)
 test_x, test_y = extract_features(backbone, data, "test", view, progress=False)

@@ -45,9 +45,10 @@ class MyData(sslbook.Data):
     def batches(self, views, batch_size, *, seed, epoch, **where) -> Iterator[Batch]:
         rank, processes = where.get("rank", 0), where.get("world_size", 1)
         images = TwoViews(self.images)
-        order = DistributedSampler(images, processes, rank, seed=seed, drop_last=True)
+        order = DistributedSampler(images, processes, rank, seed=seed)
         order.set_epoch(epoch)
-        loader = DataLoader(images, batch_size // processes, sampler=order, drop_last=True)
+        own = batch_size // processes
+        loader = DataLoader(images, own, sampler=order, drop_last=True)
         for number, (one, two, index) in enumerate(loader):
             if number >= where.get("start", 0):  # a resumed run is in mid-epoch
                 yield Batch((one, two), index, torch.full_like(index, -1))

@@ -27,7 +27,8 @@ class Checkers:
         for x in range(0, 32, 2 * side):
             for y in range(0, 32, side):
                 shift = side * (y // side % 2)
-                board.paste((230, 230, i % 250), (x + shift, y, x + shift + side, y + side))
+                left = x + shift
+                board.paste((230, 230, i % 250), (left, y, left + side, y + side))
         return board, i % 2
 
 
