@@ -89,6 +89,8 @@ class Protocol:
     """whether it needs labeled training and test images"""
     title: str | None = None
     """heads a table of its own, with a line for every metric; without it the metrics are columns of the shared table"""
+    digits = 1
+    """behind the point, in a table of its own"""
     cost = "seconds"
     """what it takes beyond extracting features, for who is to decide"""
     uses_data = True
@@ -220,6 +222,7 @@ def measure_online(
 def format_tables(tables: Tables, protocols: Sequence[Protocol], data: Data) -> str:
     """The tables as text. Models are rows of the shared table, and columns of a table with a title of its own."""
     titles = {_table(protocol): protocol.title for protocol in protocols}
+    digits = {_table(protocol): protocol.digits for protocol in protocols}
     parts = []
     for name, rows in tables.items():
         if title := titles[name]:
@@ -227,7 +230,7 @@ def format_tables(tables: Tables, protocols: Sequence[Protocol], data: Data) -> 
                 metric: {row: m[metric] for row, m in rows.items() if metric in m}
                 for metric in next(iter(rows.values()))
             }
-            parts.append(f"{title}\n{Table(lines)}")
+            parts.append(f"{title}\n{Table(lines, digits=digits[name])}")
         else:
             parts.append(f"Metrics in %, on {data.num_test:,} test images\n{Table(rows)}")
     return "\n\n".join(parts)

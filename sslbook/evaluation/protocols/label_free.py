@@ -52,6 +52,7 @@ class LabelFree(Protocol):
 
     labels = False
     title = "Without labels (RankMe, LiDAR: effective ranks; no percentages)"
+    digits = 2
     cost = "seconds, and a pass over VIEW_IMAGES x NUM_VIEWS views"
 
     def __init__(
