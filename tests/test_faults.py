@@ -92,9 +92,10 @@ def test_a_stalled_process_is_named(moment: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_keeps_the_trajectory(before: int, after: int, tmp_path: Path) -> None:
+    """Rotation, whose training is stable: SimCLR's at this size makes 1e-2 of a rounding error in two steps."""
     options = {**OPTIONS, "optimizer": PLAIN}
-    start(command("simclr", tmp_path / "whole", **options), tmp_path / "log")
-    words = command("simclr", tmp_path / "parts", **options)
+    start(command("rotation", tmp_path / "whole", **options), tmp_path / "log")
+    words = command("rotation", tmp_path / "parts", **options)
     codes = start(words, tmp_path / "log", before, Fault("TERM", "step", 4))
     assert codes == [0] * before, (tmp_path / "log").read_text()[-2000:]
     assert checkpoint.load(checkpoint.find(tmp_path / "parts"))["step"] == 4
@@ -102,7 +103,7 @@ def test_another_number_of_processes_keeps_the_trajectory(before: int, after: in
     assert codes == [0] * after, (tmp_path / "log").read_text()[-2000:]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in one:
-        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
