@@ -2,6 +2,7 @@
 
     python book/chapters/byol/experiments.py settings       learning rates, on images of another seed of Shapes
     python book/chapters/byol/experiments.py shapes         BYOL and its controls, the factors; three seeds
+    python book/chapters/byol/experiments.py group          the same with group norm in the backbone; three seeds
     python book/chapters/byol/experiments.py sabotage       one part removed or replaced at a time, and the predictor's
                                                             eigenvectors in the run with a linear one; three seeds
     python book/chapters/byol/experiments.py norm           group norm with weight standardization, or in the backbone
@@ -296,6 +297,38 @@ class Watch:
             self.found[str(step)] = {name: [round(v, 6) for v in values] for name, values in found.items()}
 
 
+def group(num_seeds: int, resume: bool) -> None:
+    """`byol_group` and `byol_group_factors`: as `shapes`, with group norm in the backbone; its checkpoint of seed 0."""
+    data, names = Data(shapes=TINY_SHAPES), ["byol_group", "byol_group_factors"]
+    about = {"steps": STEPS["shapes"], "batch": BATCH, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
+    (rows, known), done = begin(names, about, resume)
+
+    def factor(column: str, network: nn.Module) -> None:
+        x, _, test_x, _ = features(network, data)
+        for name, value in factors.probe(x, data.factors("train"), test_x, data.factors("test")).items():
+            known.setdefault(name, {}).setdefault(column, []).append(round(value, 2))
+
+    if not done:
+        for name, level in factors.chance_levels(data.factors("train"), data.factors("test")).items():
+            known[name] = {"chance": [round(level, 2)]}
+        factor("pixels", nn.Flatten())
+    for seed in range(done, num_seeds):
+        method = make(seed, **GROUP_BACKBONE)
+        fresh = copy.deepcopy(method.backbone)
+        print(train(method, batches(data, VIEW, STEPS["shapes"], seed)), flush=True)
+        note(rows, "BYOL, group norm in the backbone", score(method.backbone, data))
+        note(rows, "random weights, group norm", score(fresh, data))
+        factor("h", method.backbone)
+        factor("z", nn.Sequential(method.backbone, method.projector))
+        factor("random weights", fresh)
+        if seed == 0:  # load_backbone needs convnet(WIDTH, "group")
+            path = results.book() / "checkpoints" / "byol_group.safetensors"
+            command = "python book/chapters/byol/experiments.py group"
+            export_backbone(path, method.backbone, {"method": "BYOL", "command": command, "seed": 0, "settings": about})
+        for name, table in zip(names, (rows, known)):
+            results.save(name, table, seeds=list(range(seed + 1)), settings=about)
+
+
 def sabotage(num_seeds: int, resume: bool) -> None:
     """`byol_sabotage`: one part removed or replaced at a time, on the same batches; `byol_eigenspace` of the linear one."""
     data, steps, names = Data(shapes=TINY_SHAPES), STEPS["sabotage"], ["byol_sabotage", "byol_eigenspace"]
@@ -355,7 +388,7 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (settings, shapes, sabotage, norm, photographs)}
+    commands = {f.__name__: f for f in (settings, shapes, group, sabotage, norm, photographs)}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--seeds", type=int, default=None, help="how many: 3, of settings and photographs 1")
     parser.add_argument("--resume", action="store_true", help="go on after the seeds that the files hold")
