@@ -6,11 +6,8 @@ resized (bilinear) to the target, never the target to the prediction.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,12 +27,13 @@ from sslbook.data.workers import CropDataset
 from sslbook.engine.loop import pretrain
 from sslbook.engine.run import Run
 from sslbook.errors import UserError
-from sslbook.evaluation.base import Representation
+from sslbook.evaluation.base import Protocol, Representation
 from sslbook.evaluation.features import device_of
+from sslbook.evaluation.transfer import hash_of_weights, run_folder, short_hash
 from sslbook.methods.base import Method
 from sslbook.optim import ParamRule
 from sslbook.rng import permutation
-from sslbook.schedules import Clock, Schedule
+from sslbook.schedules import Clock
 
 SHOWN = 4  # test images in a figure
 
@@ -223,20 +221,22 @@ def fit(
     task: Method,
     data: Data,
     model: Representation,
-    name: str,
+    protocol: Protocol,
     *,
     optimizer: Literal["sgd", "adamw"],
     lr: float,
     weight_decay: float,
-    schedule: Schedule,
     steps: int,
     batch_size: int,
-    precision: Literal["float32", "bf16"] = "float32",
     **options: Any,
 ) -> tuple[Run, dict[str, float]]:
     """Train a task by the loop of pre-training, in the folder that the representation keeps, if it keeps one.
 
-    Returns the run, and its first and last loss that were logged. Random states of the caller are left as they were.
+    A run is resumed if options, weights and data are the same. Returns the run, and its first and last loss that were
+    logged. Random states of the caller are left as they were.
+
+    Raises:
+        UserError: there are too few images, or the training was stopped.
     """
     makers = {
         "sgd": partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
@@ -245,37 +245,32 @@ def fit(
     device = device_of(model.backbone) if model.device is None else torch.device(model.device)
     if batch_size > data.num_train:
         raise UserError(f"train_batch_size {batch_size}: {data.name} has {data.num_train} training images")
-    with _folder(model.folder, name) as folder, torch.random.fork_rng():
+    own = {name: str(value) for name, value in vars(protocol).items() if not name.startswith("_")}
+    key = (hash_of_weights(model.backbone), own, model.seed, data.describe(), data.fingerprint())
+    name = f"{protocol.name}-{short_hash(repr(key).encode())}"
+    with run_folder(model.folder, name) as folder, torch.random.fork_rng():
         torch.manual_seed(model.seed)
         run = pretrain(
             task,
             data,
             makers[optimizer],
-            schedule=schedule,
             steps=steps,
             batch_size=batch_size,
-            precision=precision,
             seed=model.seed,
             device=str(device),
             out_dir=folder,
             resume="auto",
             checkpoint_every=f"{max(1, steps // 10)} steps",
             progress=model.progress,
+            config={"protocol": protocol.name, "options": own},
             **options,
         )
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if distributed.is_main() else []
-        entries = [json.loads(lines[i]) for i in (0, -1)] if lines else []
-        return run, {f"loss at step {entry['step']}": entry["loss"] for entry in entries}
-
-
-@contextmanager
-def _folder(kept: Path | None, name: str) -> Iterator[Path]:
-    if kept is not None:
-        yield kept / name
-        return
-    with tempfile.TemporaryDirectory() as own:
-        yield Path(distributed.broadcast(own)) / name
-        distributed.barrier()  # no process leaves, and removes it, while another still writes there
+    if not run.finished:
+        cure = f"the same command goes on ({model.folder})" if model.folder else "give --keep FOLDER to go on next time"
+        raise UserError(f"{protocol.name} was stopped at step {run.clock.step} of {steps}: {cure}")
+    entries = [json.loads(lines[i]) for i in (0, -1)] if lines else []
+    return run, {f"loss at step {entry['step']}": entry["loss"] for entry in entries}
 
 
 def frozen_norm(dim: int) -> nn.BatchNorm2d:

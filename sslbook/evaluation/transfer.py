@@ -433,7 +433,7 @@ def transfer(
     backbone, model = model.backbone.to(device), replace(model, view=data.adapted(model.view))
     example = torch.zeros(2, len(model.view.mean), model.view.size, model.view.size, device=device)
     dims = shapes(task.reading, backbone, example)
-    weights = _weights(backbone)
+    weights = hash_of_weights(backbone)
     if task.augmentation is None and task.frozen == "all":
         data, read = read_once(model, data, task.reading)
         positions = torch.isin(read, positions).nonzero()[:, 0]
@@ -497,7 +497,7 @@ def _fit(
         data.fingerprint(),
         data.labels("train").tolist(),
     )
-    with _folder(model.folder, f"{task.name}-{_hash(repr(key).encode())}") as folder:
+    with run_folder(model.folder, f"{task.name}-{short_hash(repr(key).encode())}") as folder:
         run = pretrain(
             method,
             data,
@@ -560,7 +560,7 @@ def count(
 
 
 @contextmanager
-def _folder(keep: Path | None, name: str) -> Iterator[Path]:
+def run_folder(keep: Path | None, name: str) -> Iterator[Path]:
     """Where a run is kept, or a temporary folder."""
     if keep is not None:
         yield keep / name
@@ -573,7 +573,7 @@ def _folder(keep: Path | None, name: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _weights(module: nn.Module) -> str:
+def hash_of_weights(module: nn.Module) -> str:
     """A hash of a network's weights: those of a run that is resumed are the same."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in module.state_dict().items():
@@ -582,7 +582,7 @@ def _weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash(text: bytes) -> str:
+def short_hash(text: bytes) -> str:
     return hashlib.blake2b(text, digest_size=6).hexdigest()
 
 

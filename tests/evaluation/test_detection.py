@@ -249,6 +249,16 @@ def test_a_detector_learns_the_squares_and_prints_cocos_metrics(squares: Path) -
     assert set(protocol.figures()) == {"images"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["c4", "fpn", "simple"])
+def test_training_in_bf16(squares: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model = representation(make_backbone(kind))
+    options = {**OPTIONS, "steps": 2, "detector": kind, "masks": True, "precision": "bf16"}
+    found = Detection(coco=squares, **options).run(model, model.data)
+    assert set(found) >= {"AP", "mask AP"}
+
+
 def _trained(squares: Path, kind: str) -> tuple[dict[str, float], Tensor]:
     torch.manual_seed(0)
     backbone = make_backbone(kind)

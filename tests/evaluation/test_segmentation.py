@@ -203,7 +203,10 @@ def test_images_without_masks_are_counted_and_masks_without_images_refused(tmp_p
     with pytest.warns(UserWarning, match=r"1 of 4 images have no file in .* left out \(1\)"):
         assert Segmentation(**options).pairs.num_train == 3
     (options["test_images"] / "3.png").unlink()
-    with pytest.warns(match="left out"), pytest.raises(UserError, match=r"test_masks: 1 files have no image in .*\(3\)"):
+    with (
+        pytest.warns(match="left out"),
+        pytest.raises(UserError, match=r"test_masks: 1 files have no image in .*\(3\)"),
+    ):
         _ = Segmentation(**options).pairs
 
 
@@ -309,3 +312,31 @@ def test_photographs(shared_data: Path) -> None:
     for position in range(0, 100, 10):
         image, mask = found.open(position)
         assert mask.shape == (image.height, image.width)
+
+
+def test_a_kept_run_goes_on_only_with_its_own_options(squares: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = ConvNet(4)
+
+    def measured(**options) -> tuple[dict[str, float], int]:
+        model = representation(backbone, folder=tmp_path)
+        found = Segmentation(**squares, **{**OPTIONS, "steps": 2, **options}).run(model, model.data)
+        return found, len(list(tmp_path.iterdir()))
+
+    first, _ = measured()
+    (log,) = tmp_path.glob("*/metrics.jsonl")
+    steps = log.read_text()
+    assert measured() == (first, 1)
+    assert log.read_text() == steps  # nothing was trained again
+    assert measured(lrs=(0.5,))[1] == 2
+    backbone.layers[0].weight.data += 1
+    assert measured()[1] == 3  # another network's run is not taken for this one's
+
+
+@pytest.mark.slow
+def test_training_in_bf16(squares: dict[str, Path]) -> None:
+    torch.manual_seed(0)
+    for head in ("linear", "fcn"):
+        model = representation(ConvNet(8))
+        found = Segmentation(**squares, head=head, **OPTIONS, precision="bf16").run(model, model.data)
+        assert found["mIoU"] > 20

@@ -126,7 +126,7 @@ class Depth(Protocol):
             task,
             learned,
             model,
-            self.name,
+            self,
             optimizer="adamw",
             lr=max(self.lrs),
             rules=learning_rates(self.lrs),

@@ -133,7 +133,7 @@ class Detection(Protocol):
             task,
             boxes,
             model,
-            f"{self.name}-{kind}",
+            self,
             optimizer=self.optimizer,
             lr=self.lr,
             weight_decay=self.weight_decay,

@@ -219,7 +219,7 @@ class Segmentation(Protocol):
             task,
             learned,
             dense.model,
-            f"{self.name}-{self.head}",
+            self,
             optimizer="sgd" if self.head == "fcn" else "adamw",
             lr=max(self.lrs),
             rules=learning_rates(self.lrs) if self.head == "linear" else [],
