@@ -48,8 +48,8 @@ WIDTH, HIDDEN, DIM, BATCH, MOMENTUM = 16, 256, 64, 64, 0.9
 LR, LR_SUPERVISED = 5e-3, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)
 HELD_OUT = 800  # training images at the end, on which the ablations are measured
-STEPS = {"settings": 200, "shapes": 600, "sabotage": 300, "photographs": 300}
-PHOTOGRAPHS = (6000, 1000)
+STEPS = {"settings": 200, "shapes": 600, "sabotage": 300, "photographs": 200}
+PHOTOGRAPHS = (4000, 1000)
 Table = dict[str, dict[str, list[float]]]
 
 NONE = "as it should be"
