@@ -113,7 +113,7 @@ def expected(first: int, last: int, parts: int) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_loop_calls_in_order_in_the_right_mode_with_the_right_clock(parts: int, tmp_path: Path) -> None:
-    method, _ = run(tmp_path / "run", grad_accum_steps=parts)
+    method, _ = run(tmp_path / "run", method=Recorder().eval(), grad_accum_steps=parts)  # in whatever mode it comes
     assert method.events == expected(0, 7, parts)
     assert method.modes == "eval"  # when training is over
 
@@ -145,6 +145,15 @@ def test_every_epoch_has_its_own_order_and_views(tmp_path: Path) -> None:
     for i in range(IMAGES):
         assert not torch.allclose(views[0][i], views[1][i]), f"image {i} has the views of the epoch before"
         assert not torch.allclose(views[0][i][0], views[0][i][1]), "the two views of an image are one"
+
+
+def test_order_and_views_depend_on_the_seed(tmp_path: Path) -> None:
+    runs = [run(tmp_path / str(i), steps=3, seed=seed)[0].seen for i, seed in enumerate((3, 4, 3))]
+    orders = [[i for index, _, _ in seen for i in index] for seen in runs]
+    assert orders[0] == orders[2] != orders[1]
+    views = [{i: x[:, k] for index, x, _ in seen for k, i in enumerate(index)} for seen in runs]
+    assert all(torch.equal(views[0][i], views[2][i]) for i in range(IMAGES))
+    assert not any(torch.allclose(views[0][i], views[1][i]) for i in range(IMAGES))
 
 
 SCHEDULES: list[Schedule] = [Cosine(stop=0.1), Warmup("3 steps", then=Linear()), Warmup(1, then=Cosine())]

@@ -86,3 +86,37 @@ def test_moments() -> None:
     torch.testing.assert_close(mean, x.double().mean(0).float())
     torch.testing.assert_close(std[:2], x[:, :2].double().std(0, correction=0).float())
     assert std[2] == 1
+
+
+def standardized(x: Tensor, by: Tensor) -> Tensor:
+    return (x - by.mean(0)) / by.std(0, correction=0)
+
+
+def test_the_layer_is_trained_on_all_training_images_with_the_chosen_penalty() -> None:
+    """Against scikit-learn's on features standardized by the training images, and so few that a fifth of them counts."""
+    x, y = overlapping(60, seed=7)
+    new, _ = overlapping(40, seed=8)
+    result = linear.probe(x, y, new, torch.zeros(40, dtype=torch.int64))
+    exact = LogisticRegression(C=1 / (result.penalty * len(x)), max_iter=5000).fit(standardized(x, x), y)
+    wanted = torch.from_numpy(exact.predict_log_proba(standardized(new, x)))
+    torch.testing.assert_close(result.classifier.log_probabilities(new), wanted, rtol=0, atol=0.05)
+
+
+def test_penalties_are_compared_on_held_out_images_standardized_as_the_others() -> None:
+    x, y = overlapping(60, seed=9)
+    x = x.sign() * x.abs() ** 1.5  # heavy tails: the moments of a part differ from those of the whole
+    found = linear.probe(x, y, x, y).validation
+    held = linear.stratified(y, 0.2)
+    for penalty, accuracy in found.items():
+        exact = LogisticRegression(C=1 / (penalty * int((~held).sum())), max_iter=5000)
+        exact.fit(standardized(x[~held], x[~held]), y[~held])
+        assert accuracy == pytest.approx(100 * exact.score(standardized(x[held], x[~held]), y[held]), abs=1e-6)
+
+
+def test_a_prediction_depends_on_no_other_test_image() -> None:
+    x, y = overlapping(80, seed=10)
+    new = 3 * overlapping(30, seed=11)[0]
+    classifier = linear.probe(x, y, new, torch.zeros(30, dtype=torch.int64)).classifier
+    together = classifier.log_probabilities(new)
+    torch.testing.assert_close(together[:1], classifier.log_probabilities(new[:1]))
+    torch.testing.assert_close(together[5:7], classifier.log_probabilities(new[5:7]))
