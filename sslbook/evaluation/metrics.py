@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def average_precision(
     return 100 * torch.tensor(found, dtype=torch.float64)
 
 
-def multi_label(predicted: Int[Tensor, "n classes"], targets: Int[Tensor, "n classes"]) -> dict[str, float]:
+def multi_label(predicted: Bool[Tensor, "n classes"], targets: Int[Tensor, "n classes"]) -> dict[str, float]:
     """Precision, recall and F1 per class (CP, CR, CF1) and overall (OP, OR, OF1) of images with several labels.
 
     As in Wang et al. (2016, "CNN-RNN: A unified framework for multi-label image classification"), section 4.1: CP and CR
@@ -100,11 +100,11 @@ def multi_label(predicted: Int[Tensor, "n classes"], targets: Int[Tensor, "n cla
     F1.) Targets of -1 do not count.
 
     Args:
-        predicted: 1 where a class is predicted, else 0.
+        predicted: whether a class is predicted.
         targets: 1, 0, or -1.
     """
     counted = (targets >= 0).cpu().numpy()
-    truth, found = (targets.cpu().numpy() == 1), (predicted.cpu().numpy() == 1) & counted
+    truth, found = (targets.cpu().numpy() == 1), predicted.cpu().numpy() & counted
     hits, guessed, positive = ((truth & found).sum(0), found.sum(0), truth.sum(0))
     shown = positive > 0  # a class without positives has no recall
     by_class = [float(np.mean(hits[shown] / np.maximum(whole[shown], 1))) for whole in (guessed, positive)]

@@ -70,7 +70,7 @@ def voc(scores: list[float], targets: list[int]) -> float:
 
 def test_multi_label_is_literal() -> None:
     targets = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, -1], [0, 0, 0]])
-    predicted = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    predicted = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
     values = multi_label(predicted, targets)
     # Class 0: 2 of 3 predictions right, 2 of 2 found; class 1: 1 of 2 right, 1 of 2 found; class 2 has no positives.
     cp, cr = (2 / 3 + 1 / 2) / 2, (1 + 1 / 2) / 2

@@ -1,15 +1,23 @@
 """Linear SVMs against scikit-learn's own cross validation, labels of several classes, and awkward splits."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import LinearSVC
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslbook.data.loader import Data
+from sslbook.data.views import View
 from sslbook.errors import UserError
+from sslbook.evaluation.base import Representation
 from sslbook.evaluation.protocols import svm
+from sslbook.evaluation.protocols.few_shot import FewShot
 from sslbook.evaluation.protocols.svm import SVM
 from tests.evaluation.given import clusters, given
 
@@ -50,6 +58,34 @@ def test_several_classes_an_image_and_difficult_ones() -> None:
         100 * average_precision_score(new_y[10:, 0], decisions[10:, 0]), abs=1e-6
     )
     assert precision.min() > 90
+
+
+def test_a_list_of_images_with_several_classes(tmp_path: Path) -> None:
+    """From the files to the metrics: the color of each half of an image are its two classes."""
+    colors = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
+    g = torch.Generator().manual_seed(0)
+    for split, count in (("train", 60), ("test", 24)):
+        rows = []
+        for i in range(count):
+            both = [list(colors)[int(c)] for c in torch.randint(3, (2,), generator=g)]
+            picture = Image.new("RGB", (8, 8), colors[both[0]])
+            picture.paste(colors[both[1]], (4, 0, 8, 8))
+            picture.save(tmp_path / f"{split}{i}.png")
+            rows.append({"image": f"{split}{i}.png", "labels": sorted(set(both))})
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    data = Data(list=tmp_path / "train.json", test_list=tmp_path / "test.json", workers=0)
+    assert data.kind == "several classes"
+    model = Representation(nn.Flatten(), data, View.center(8), progress=False)
+    for protocol in (SVM([1.0]), FewShot([10], samples=2)):
+        assert protocol.lacks(model.backbone, data) is None
+        metrics = protocol.run(model, data)
+    assert metrics["10-shot"] > 95
+    assert SVM([1.0]).run(model, data)["SVM mAP"] == 100
+    noted = model.details["svm"]
+    assert noted["a class is predicted where its decision value is positive"]["OF1"] == 100
+    assert set(noted["average precision"]) == set(colors)
+    assert 40 < SVM().chance(data)["SVM mAP"] < 75
+    assert FewShot().chance(data) == {}
 
 
 def test_awkward_classes() -> None:

@@ -27,7 +27,7 @@ from sslbook import distributed
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Metrics, Protocol, Representation
-from sslbook.evaluation.metrics import average_precision, classification
+from sslbook.evaluation.metrics import average_precision, classification, multi_label
 
 COSTS = [1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20))]
 FOLDS = 3
@@ -64,6 +64,8 @@ class SVM(Protocol):
             predicted = decisions.argmax(dim=1)
             details |= classification(predicted, test_y, names)
             metrics = {"SVM": details["accuracy"], **metrics}
+        else:
+            details["a class is predicted where its decision value is positive"] = multi_label(decisions > 0, new_y)
         model.details[self.name] = details
         return metrics
 
