@@ -71,12 +71,18 @@ class PairData(Data):
         test: pairs to evaluate on.
         class_names: names of the classes, if there are any.
         name: of the data, for folders and tables.
+        workers: processes that decode images.
     """
 
     def __init__(
-        self, train: PairList, test: PairList | None = None, class_names: tuple[str, ...] = (), name: str = "pairs"
+        self,
+        train: PairList,
+        test: PairList | None = None,
+        class_names: tuple[str, ...] = (),
+        name: str = "pairs",
+        workers: int | None = None,
     ) -> None:
-        super().__init__(augment="workers")
+        super().__init__(augment="workers", workers=workers)
         self.name, self._splits = name, Splits(train, train, test, class_names)
 
     def _dataset(self, source: ImageSource, views: tuple[View, ...], seed: int, training: bool) -> CropDataset:
@@ -207,10 +213,8 @@ class Dense:
         if len(train) < 2:
             raise UserError("one training image: a learning rate is chosen on a tenth of them, so give at least 2")
         fit, held = (train.subset(part.sort().values) for part in (order[count:], order[:count]))
-        return (
-            PairData(fit, self.data._splits.test, self.data.class_names, self.data.name),
-            PairData(fit, held, self.data.class_names, self.data.name),
-        )
+        about = (self.data.class_names, self.data.name, self.data.workers)
+        return PairData(fit, self.data._splits.test, *about), PairData(fit, held, *about)
 
     def images(self, data: PairData, split: Literal["train", "test"]) -> Iterator[tuple[int, Tensor, Tensor, Any]]:
         """`whole_images` of a split."""
