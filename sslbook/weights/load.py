@@ -29,6 +29,8 @@ def load_weights(module: nn.Module, source: str | Path) -> Loaded:
         model, _, file = open_named(source)
         return fill(module, model.state_dict() if file is None else read_tensors(file), str(source))
     path = Path(source)
+    if str(source).startswith(("timm/", "torchvision/")) and not path.exists():
+        raise UserError(f"{source}: no such file; a model of a library is {str(source).replace('/', ':', 1)}")
     if path.is_dir():
         path = path / "backbone.safetensors" if (path / "backbone.safetensors").exists() else find(path)
     return fill(module, read_tensors(path), str(path))

@@ -83,7 +83,7 @@ def _fetched(what: str, fetch: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # hubs, sockets and caches raise dozens of kinds
         cure = f"download a file of weights elsewhere and give {what}+FILE"
-        raise UserError(f"{what}: its weights cannot be had ({first_line(error)[:120]}): {cure}") from error
+        raise UserError(f"{what}: its weights cannot be had ({first_line(error)[:120].strip(' .')}): {cure}") from error
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:
