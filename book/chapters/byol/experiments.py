@@ -1,8 +1,8 @@
 """What the chapter on BYOL quotes: the choice of its settings, its longer runs over several seeds, its ablations.
 
     python book/chapters/byol/experiments.py settings       learning rates, on images of another seed of Shapes
-    python book/chapters/byol/experiments.py shapes         BYOL and its controls, the factors; three seeds
-    python book/chapters/byol/experiments.py group          the same with group norm in the backbone; three seeds
+    python book/chapters/byol/experiments.py shapes         BYOL and its controls; three seeds
+    python book/chapters/byol/experiments.py group          BYOL with group norm in the backbone, and the factors
     python book/chapters/byol/experiments.py sabotage       one part removed or replaced at a time, and the predictor's
                                                             eigenvectors in the run with a linear one; three seeds
     python book/chapters/byol/experiments.py norm           group norm with weight standardization, or in the backbone
@@ -10,8 +10,9 @@
     python book/chapters/byol/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
-`byol_settings`; `byol_shapes` and `byol_factors` (on test images), with the checkpoint `byol_shapes`; `byol_sabotage` (on
-held-out training images) and `byol_eigenspace`; `byol_norm`, likewise; `byol_photographs`, with the checkpoint `byol_cifar10`.
+`byol_settings`; `byol_shapes`; `byol_group` and `byol_group_factors` (all on test images), with the checkpoint
+`byol_group`; `byol_sabotage` (on held-out training images) and `byol_eigenspace`; `byol_norm`, likewise;
+`byol_photographs`, with the checkpoint `byol_cifar10`.
 """
 
 import argparse
@@ -212,89 +213,21 @@ def settings(num_seeds: int, resume: bool) -> None:
 
 
 def shapes(num_seeds: int, resume: bool) -> None:
-    """`byol_shapes` and `byol_factors`: the method beside its controls; the checkpoint is of seed 0."""
-    data, names = Data(shapes=TINY_SHAPES), ["byol_shapes", "byol_factors"]
-    about = {"steps": STEPS["shapes"], "batch": BATCH, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
-    (rows, known), done = begin(names, about, resume)
-
-    def factor(column: str, network: nn.Module) -> None:
-        x, _, test_x, _ = features(network, data)
-        for name, value in factors.probe(x, data.factors("train"), test_x, data.factors("test")).items():
-            known.setdefault(name, {}).setdefault(column, []).append(round(value, 2))
-
+    """`byol_shapes`: the method beside its controls."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["shapes"]
+    about = {"steps": steps, "batch": BATCH, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
+    (rows,), done = begin(["byol_shapes"], about, resume)
     if not done:
         rows |= {name: {} for name in ("BYOL", "random weights", "pixels", "supervised")}
-        for name, level in factors.chance_levels(data.factors("train"), data.factors("test")).items():
-            known[name] = {"chance": [round(level, 2)]}
-        factor("pixels", nn.Flatten())
         note(rows, "pixels", score(nn.Flatten(), data))
     for seed in range(done, num_seeds):
         method = make(seed)
         fresh = copy.deepcopy(method.backbone)
-        print(train(method, batches(data, VIEW, STEPS["shapes"], seed)), flush=True)
+        print(train(method, batches(data, VIEW, steps, seed)), flush=True)
         note(rows, "BYOL", score(method.backbone, data))
         note(rows, "random weights", score(fresh, data))
-        factor("BYOL", method.backbone)
-        factor("random weights", fresh)
-        if seed == 0:
-            path = results.book() / "checkpoints" / "byol_shapes.safetensors"
-            command = "python book/chapters/byol/experiments.py shapes"
-            export_backbone(path, method.backbone, {"method": "BYOL", "command": command, "seed": 0, "settings": about})
-        note(
-            rows,
-            "supervised",
-            score(train_supervised(fresh, data, VIEW, STEPS["shapes"], seed, LR_SUPERVISED), data),
-        )
-        for name, table in zip(names, (rows, known)):
-            results.save(name, table, seeds=list(range(seed + 1)), settings=about)
-
-
-def spectrum(method: BYOL, views: list[Tensor]) -> dict[str, list[float]]:
-    """Eigenvalues of the correlation of z, and what the linear predictor does to each eigenvector.
-
-    `predictor` is the component of W u_j along eigenvector u_j, `alignment` its cosine with u_j.
-    """
-    method.eval()
-    with torch.no_grad():
-        z = torch.cat([method.projector(method.backbone(x)) for x in views]).double()
-    method.train()
-    weight = method.predictor.weight.detach().double()  # pyrefly: ignore
-    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    images_of = weight @ vectors  # column j: what becomes of eigenvector j
-    along = (vectors * images_of).sum(0)
-    return {
-        "eigenvalues": values.tolist(),
-        "predictor": along.tolist(),
-        "alignment": (along / images_of.norm(dim=0)).tolist(),
-        "asymmetry": [((weight - weight.T).norm() / (weight + weight.T).norm()).item()],
-    }
-
-
-def norm(num_seeds: int, resume: bool) -> None:
-    """`byol_norm`: two ways to do with group norm, on the batches of `sabotage`."""
-    data, steps = Data(shapes=TINY_SHAPES), STEPS["sabotage"]
-    about = {"steps": steps, "batch": BATCH, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
-    (table,), done = begin(["byol_norm"], about, resume)
-    for seed in range(done, num_seeds):
-        run = batches(data, VIEW, steps, seed)
-        for name, options in NORMS.items():
-            method = make(seed, **options)
-            log = train(method, run)
-            note(table, name, {**log, **held_out(method, data)})
-        results.save("byol_norm", table, seeds=list(range(seed + 1)), settings=about)
-
-
-class Watch:
-    """Keeps the spectrum of a method with a linear predictor at some steps."""
-
-    def __init__(self, at: list[int], views: list[Tensor]) -> None:
-        self.at, self.views, self.found = at, views, {}
-
-    def __call__(self, step: int, method: BYOL) -> None:
-        if step in self.at:
-            found = spectrum(method, self.views)
-            self.found[str(step)] = {name: [round(v, 6) for v in values] for name, values in found.items()}
+        note(rows, "supervised", score(train_supervised(fresh, data, VIEW, steps, seed, LR_SUPERVISED), data))
+        results.save("byol_shapes", rows, seeds=list(range(seed + 1)), settings=about)
 
 
 def group(num_seeds: int, resume: bool) -> None:
