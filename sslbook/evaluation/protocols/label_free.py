@@ -68,6 +68,7 @@ class LabelFree(Protocol):
         few = some_of(data, self.images, model.seed)
         if few is not data:
             model = replace(model, data=few, _features={})
+        other = self._other(model)  # what cannot be loaded is reported before the work
         x = model.features("train").x
         variances = metrics.singular_values(x, center=True).square() / len(x)
         self._spectrum = variances[variances > 1e-12 * variances[0]]
@@ -82,9 +83,11 @@ class LabelFree(Protocol):
             "uniformity": metrics.uniformity(x[permutation(model.seed, 1, len(x))[:UNIFORMITY]]),
             "feature std": float(metrics.feature_std(x)),
         }
-        if (other := self._other(model)) is not None:
+        if other is not None:
+            if not torch.equal(other.features("train").index, model.features("train").index):
+                raise UserError(f"{self.against}: could not read the same images; check them")
             name = "random weights" if self.against is None else self.against.rstrip("/").rpartition("/")[2]
-            found[f"CKA with {name}"] = metrics.cka(x, other)
+            found[f"CKA with {name}"] = metrics.cka(x, other.features("train").x)
         model.details[self.name] = {
             "images": len(x),
             "width of the features": x.shape[1],
@@ -93,23 +96,20 @@ class LabelFree(Protocol):
         }
         return found
 
-    def _other(self, model: Representation) -> Float[Tensor, "images dim"] | None:
-        """Features of the model to compare with on the same images; None where nobody can build it."""
+    def _other(self, model: Representation) -> Representation | None:
+        """The model to compare with; None where nobody can build it."""
         if self.against is not None:
             backbone, facts = load_backbone(self.against)
             view = facts.get("view")
             own = model.view if view is None else center_view(view["size"], tuple(view["mean"]), tuple(view["std"]))
-            x = replace(model, backbone=backbone, view=own, _features={}).features("train")
-            if not torch.equal(x.index, model.features("train").index):
-                raise UserError(f"{self.against}: could not read the same images; check them")
-            return x.x
+            return replace(model, backbone=backbone, view=own, _features={})
         description = describe(model.backbone)
         if description["init_args"] is None:
             return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(model.seed + 1)  # another start than that of the control with random weights
             backbone: nn.Module = build(description)
-        return replace(model, backbone=backbone, _features={}).features("train").x
+        return replace(model, backbone=backbone, _features={})
 
     def figures(self) -> dict[str, "Figure"]:
         return {"spectrum": spectrum_figure(self._spectrum)} if len(self._spectrum) > 2 else {}
