@@ -126,7 +126,11 @@ def _supervised(run: Run, initial: nn.Module, view: View) -> base.Representation
 def _print_more(run: Run, measured: Sequence[base.Protocol], supervised: bool) -> None:
     """What else could be measured, how, and what it costs."""
     lines = []
-    for protocol in (base.find(name)() for name in base.available()):
+    for name in base.available():
+        try:
+            protocol = base.find(name)()
+        except UserError:  # it has images of its own, which its options name
+            continue
         new = protocol.name not in [other.name for other in measured]
         if new and protocol.lacks(run.method.backbone, run.data) is None:
             lines.append(f"  python -m sslbook.evaluate {run.folder} --protocols {protocol.name}   ({protocol.cost})")
