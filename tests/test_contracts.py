@@ -34,13 +34,16 @@ def data() -> Data:
 
 
 class Recorder(Method):
-    """Its loss is `scale` times the sum of its weights, whatever the images, so that the gradient is `scale`."""
+    """Its loss is `scale` times the sum of its weights, so that the gradient is `scale`.
+
+    With `by_index` it is also multiplied by the mean position of the images, which differs from process to process.
+    """
 
     queue: Tensor
 
-    def __init__(self, scale: float = 1.0, rank_in_buffer: bool = False) -> None:
+    def __init__(self, scale: float = 1.0, rank_in_buffer: bool = False, by_index: bool = False) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.by_index = scale, by_index
         self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8 * 3, 2))
         self.extra = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.Dropout(0.5))
         self.teacher = EMA(self.extra)
@@ -61,7 +64,8 @@ class Recorder(Method):
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         self.events.append(("forward", clock.step, clock.epoch, self.modes))
         self.seen.append((batch.index.tolist(), torch.stack(batch.views), float(torch.rand(()))))
-        return {"loss": self.scale * sum(p.sum() for p in self.backbone.parameters())}
+        scale = self.scale * (batch.index.float().mean() if self.by_index else 1.0)
+        return {"loss": scale * sum(p.sum() for p in self.backbone.parameters())}
 
     def before_optimizer_step(self, clock: Clock) -> None:
         self.gradient = float(self.backbone[1].weight.grad.mean())
@@ -241,8 +245,40 @@ def test_rules_reach_their_parameters(tmp_path: Path) -> None:
     torch.testing.assert_close(method.backbone[1].bias.detach(), expected)
 
 
+def test_a_rule_has_a_schedule_of_its_own(tmp_path: Path) -> None:
+    method = Recorder()
+    before = method.backbone[1].bias.detach().clone()
+    run(tmp_path / "run", method=method, rules=[ParamRule("bias", schedule=Linear(0.0, 1.0))], schedule=Linear())
+    torch.testing.assert_close(method.backbone[1].bias.detach(), before - sum(rates(Linear(0.0, 1.0), 7)))
+
+
+class Ordered(Recorder):
+    """Shows the last image only, in every epoch as often as there are images."""
+
+    def sample_order(self, data: Data, clock: Clock) -> Tensor:
+        return torch.full((IMAGES,), IMAGES - 1)
+
+
+def test_a_method_may_choose_the_images(tmp_path: Path) -> None:
+    method, _ = run(tmp_path / "run", method=Ordered(), steps=4)
+    assert [index for index, _, _ in method.seen] == [[IMAGES - 1] * BATCH] * 4
+
+
+class Counts(Recorder):
+    """Logs the step."""
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        return {**super().forward(batch, clock), "number": torch.tensor(float(clock.step))}
+
+
+def test_a_line_of_metrics_holds_the_mean_over_its_steps(tmp_path: Path) -> None:
+    run(tmp_path / "run", method=Counts(), log_every=3)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["number"]) for line in logged] == [(3, 1.0), (6, 4.0), (7, 6.0)]
+
+
 def _in_processes(out: str, parts: int) -> dict[str, Any]:
-    recorder = Recorder(2.0, rank_in_buffer=True)
+    recorder = Recorder(2.0, rank_in_buffer=True, by_index=True)
     method, watcher = run(Path(out), method=recorder, grad_accum_steps=parts, base_batch_size=8)
     seen = [(index, draw) for index, _, draw in method.seen]
     return {"rates": watcher.rates, "moves": method.moves, "queue": method.queue.tolist(), "seen": seen}
@@ -254,10 +290,13 @@ def test_in_two_processes_rate_step_and_buffers_are_those_of_one(parts: int, poo
     one, two = pool.run(_in_processes, str(tmp_path / "run"), parts)
     for got in (one, two):
         assert got["rates"] == pytest.approx([0.25] * 7)
-        assert got["moves"] == pytest.approx([-0.5] * 7)
         assert got["queue"] == [0.0, 0.0], "buffers are those of process 0"
     shown = [a + b for (a, _), (b, _) in zip(one["seen"], two["seen"])]
     assert sorted(i for index in shown[: 3 * parts] for i in index) == list(range(IMAGES))
+    batches = [[i for index in shown[step * parts : (step + 1) * parts] for i in index] for step in range(7)]
+    wanted = [-0.25 * 2.0 * sum(batch) / BATCH for batch in batches]  # rate times the gradient of the global batch
+    for got in (one, two):
+        assert got["moves"] == pytest.approx(wanted, rel=1e-4)
     assert one["seen"][0][1] != two["seen"][0][1], "torch's random numbers (drop path) differ between processes"
 
 

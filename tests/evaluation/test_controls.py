@@ -1,6 +1,7 @@
 """Controls: pixels are the images themselves, labels help, no global state changes."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -77,3 +78,18 @@ def test_a_diverging_control_stops() -> None:
     nn.init.constant_(backbone[0].weight, float("nan"))
     with pytest.raises(UserError, match="loss became nan at step 0"):
         controls.train_supervised(backbone, data, VIEW, 3, 20, evaluation_view=VIEW, progress=False)
+
+
+def test_the_control_is_measured_on_the_test_images() -> None:
+    """Which here are the training images with the other label."""
+    images = torch.cat([torch.zeros(16, 3, 16, 16), torch.full((16, 3, 16, 16), 255.0)]).to(torch.uint8)
+    labels = torch.arange(32) // 16
+    data = Data.from_images(images, labels, images, 1 - labels, ("dark", "bright"))
+    options = {"evaluation_view": VIEW, "lr": 0.02, "progress": False}
+    assert controls.train_supervised(network(), data, VIEW, 30, 16, **options) < 20
+
+
+def test_the_control_s_rate_rises_linearly_and_falls_along_a_cosine() -> None:
+    rates = [controls._schedule(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == pytest.approx([(1 + math.cos(math.pi * i / 95)) / 2 for i in range(95)])

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 
 from sslbook.errors import UserError
-from sslbook.evaluation.protocols import factors
+from sslbook.evaluation.protocols import factors, linear
 
 
 def made_up(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -68,3 +70,26 @@ def test_rejects_factors_of_other_images() -> None:
     train_x, train_f = made_up(50, seed=1)
     with pytest.raises(UserError, match="50 values for 49 images"):
         factors.probe(train_x[:49], train_f, train_x, train_f)
+
+
+def test_ridge_is_retrained_on_all_with_a_penalty_chosen_on_training_images() -> None:
+    """Against scikit-learn's, with so few images and so much noise that either would change the score."""
+    g = torch.Generator().manual_seed(0)
+    x, new = torch.randn(40, 30, generator=g), torch.randn(60, 30, generator=g)
+    weights = torch.randn(30, generator=g)
+    y, new_y = (z @ weights + 6 * torch.randn(len(z), generator=g) for z in (x, new))
+
+    def r2(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, penalty: float) -> float:
+        mean, std = a.mean(0), a.std(0, correction=0)
+        fit = Ridge(alpha=penalty * len(a)).fit((a - mean) / std, b)
+        return r2_score(d, fit.predict((c - mean) / std))
+
+    held = linear.stratified(torch.zeros(40, dtype=torch.int64), 0.2, 0)
+    best = max(linear.PENALTIES, key=lambda p: r2(x[~held], y[~held], x[held], y[held], p))
+    wanted = 100 * r2(x, y, new, new_y, best)
+    assert wanted < 100 * max(r2(x, y, new, new_y, p) for p in linear.PENALTIES) - 1, (
+        "choosing on test images is no better"
+    )
+    assert wanted != pytest.approx(100 * r2(x[~held], y[~held], new, new_y, best), abs=0.5)
+    got = factors.probe(x, {"position": y}, new, {"position": new_y})["position"]
+    assert got == pytest.approx(wanted, abs=0.05)
