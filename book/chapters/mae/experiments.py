@@ -330,8 +330,9 @@ def store(method: MAE, name: str, about: dict) -> None:
     folder = results.book() / "checkpoints"
     weights = {key: value.cpu().clone() for key, value in method.state_dict().items() if "pos" not in key}
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    about = {**about, "seed": 0, "commit": results.commit(folder), "torch": torch.__version__}
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")
+    facts = {"method": "MAE", "command": about.pop("command"), "seed": 0, "settings": about}
+    facts |= {"commit": results.commit(folder), "torch": torch.__version__}
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def main() -> None:
