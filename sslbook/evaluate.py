@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from sslbook import checkpoint, distributed, results
+from sslbook.cli.recipes import foreign_code
 from sslbook.data.loader import Data, relocated
 from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one, nearest
@@ -43,6 +44,7 @@ from sslbook.evaluation.base import (
 )
 from sslbook.evaluation.controls import pixels
 from sslbook.evaluation.features import center_view
+from sslbook.files import read_json
 from sslbook.nn.backbones import build
 from sslbook.weights.backbone import is_ours, load_backbone
 from sslbook.weights.models import is_named, open_named
@@ -181,6 +183,7 @@ def choose_device(device: str | None) -> torch.device:
 
 def view_of(facts: dict[str, Any], resize: int | None) -> View:
     """The view that suits an exported backbone; UserError if its description does not say."""
+    at_least_one(resize=1 if resize is None else resize)
     try:
         view = facts["view"]
         mean, std = (tuple(float(value) for value in view[key]) for key in ("mean", "std"))
@@ -204,19 +207,17 @@ def own_data(run: str) -> tuple[str, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path}: no such run folder, exported backbone or checkpoint")
     if description.is_file():
-        try:
-            facts = json.loads(description.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{description}: not valid JSON") from None
+        facts = read_json(description, checkpoint.DESCRIPTION)
     else:
         description = checkpoint.find(path)
         facts = checkpoint.load(description, "description")["description"]
-    data = facts.get("data") if isinstance(facts, dict) else None
+    data = facts.get("data")
     options = data.get("init_args", data) if isinstance(data, dict) else None
     if not isinstance(options, dict) or not options:
         raise UserError(f"{run}: does not say which images it learned from; give --data.folder or --data.name")
-    if "." in str(options.get("name", "")):
-        raise UserError(f"{run}: learned from {options['name']}, a class of your own; give it again as --data.name")
+    name = str(options.get("name", ""))
+    if foreign := [*([name] if "." in name else []), *foreign_code(options)]:
+        raise UserError(f"{run}: learned from {foreign[0]}, a class of your own; give it again as --data.name")
     return str(description), {"data": relocated(options, str(facts.get("cwd", "")))}
 
 

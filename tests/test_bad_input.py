@@ -13,11 +13,11 @@ import torch
 import yaml
 from PIL import Image
 
-from sslbook import checkpoint, train
+from sslbook import checkpoint, tools, train
 from sslbook.compare import compare
 from sslbook.data.views import View
 from sslbook.errors import UserError
-from sslbook.evaluate import require_writable
+from sslbook.evaluate import own_data, require_writable
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import ConvNet
 from sslbook.weights.backbone import export_backbone, load_backbone
@@ -284,3 +284,30 @@ def test_compare_refuses_unlabeled_images_before_it_trains(tmp_path: Path, monke
     with pytest.raises(UserError, match="compared on labeled training and test images"):
         compare("x", ["rotation"], options="--data.folder photos --data.workers 0 --batch_size 4")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", ".x", "os.path", "nowhere.x", "os.system"])
+def test_what_is_no_tool(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be imported"):
+        tools.main([name])
+
+
+def test_a_run_folder_with_an_impossible_name() -> None:
+    with pytest.raises(UserError, match="null byte"):
+        train.main(["simclr", "--batch_size=8", "--data.shapes.num_train=16", "--out_dir=a\0b"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"name": "evilmod.X"}, {"name": "shapes", "shapes": {"class_path": "evilmod.X"}}, {"folder": ["evilmod.X"]}],
+)
+def test_the_description_of_a_run_names_no_code(data: dict, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "evilmod.py").write_text(EVIL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "backbone.json").write_text(json.dumps({"data": data}))
+    with pytest.raises(UserError, match="a class of your own"):
+        own_data(str(tmp_path))
+    assert not (tmp_path / "evilmod.ran").exists()
+    (tmp_path / "backbone.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        own_data(str(tmp_path))

@@ -156,6 +156,7 @@ def test_the_job_is_printed_and_not_submitted(tmp_path: Path, capsys) -> None:
         train.main(["simclr", *SLURM])
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_job_is_the_command(tmp_path: Path, monkeypatch) -> None:
     submitit = pytest.importorskip("submitit", reason="needs submitit")
     job = Job(command("rotation", tmp_path / "run", **{**OPTIONS, "steps": 1}))
@@ -163,6 +164,7 @@ def test_the_job_is_the_command(tmp_path: Path, monkeypatch) -> None:
     exported: list[dict] = []
     environment = type("Environment", (), {"export": lambda self, **options: exported.append(options)})
     monkeypatch.setattr(submitit.helpers, "TorchDistributedEnvironment", environment)
+    monkeypatch.setattr(sys, "argv", ["submitit"])
     job()
     assert exported == [{"set_cuda_visible_devices": False}]
     assert checkpoint.find(tmp_path / "run").name == "checkpoint-00000001.pt"

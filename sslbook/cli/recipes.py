@@ -143,9 +143,13 @@ def require_own_code(config: Path, named: str = "") -> None:
     Raises:
         UserError: it names code outside the package, torch's layers and optimizers.
     """
-    for path in _import_paths(read_yaml(config)):
-        if not path.startswith(OWN_CODE) and path not in named:
-            raise UserError(f"{config}: names {path}, code outside sslbook; if you know it, give --trust true")
+    if foreign := foreign_code(read_yaml(config), named):
+        raise UserError(f"{config}: names {foreign[0]}, code outside sslbook; if you know it, give --trust true")
+
+
+def foreign_code(values: Any, named: str = "") -> list[str]:
+    """The import paths in values that lead out of the package and do not stand in the text `named`."""
+    return [path for path in _import_paths(values) if not path.startswith(OWN_CODE) and path not in named]
 
 
 def _import_paths(values: Any) -> Iterator[str]:
@@ -196,7 +200,8 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
 
     if "recipe" in given or not (resumed or ("resume" in given and layers)):
         in_files = [data for layer in layers if isinstance(data := layer.values.get("data"), dict)]
-        folder = given.get("data.folder") or any(data.get("folder") for data in in_files)
+        keys = ("folder", "list")
+        folder = any(given.get(f"data.{key}") or any(data.get(key) for data in in_files) for key in keys)
         path = recipe_path(name, given.get("recipe") or ("folder" if folder else "shapes"))
         accepted = {option.split(".")[1] for option in parser.options if option.startswith("method.")}
         layers.insert(0, _read_layer(path, read_recipe(path, accepted, shared="." in name)))

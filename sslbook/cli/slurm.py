@@ -6,7 +6,9 @@ The job is the same command with `--resume auto`, a process for each GPU. Shortl
 signal: the run saves, leaves and goes into the queue again (`sslbook.engine.preemption`), until it is finished.
 """
 
+import runpy
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +55,9 @@ class Job:
     def __call__(self) -> None:
         import submitit
 
-        from sslbook.cli.common import run
-        from sslbook.train import main
-
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        run(lambda: main(self.words))
+        sys.argv[1:] = self.words
+        runpy.run_module("sslbook.train", run_name="__main__")
 
     def checkpoint(self) -> Any:
         """Called by submitit when the time is over before the first step: the same again."""

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if "." not in name and name not in tools():
         raise UserError(f"there is no tool {name}{nearest(name, list(tools()))}")
     try:
-        tool = importlib.import_module(name if "." in name else f"sslbook.tools.{name}")
-    except ImportError as error:
+        run = importlib.import_module(name if "." in name else f"sslbook.tools.{name}").main
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # no module, no main, no name of a module
         raise UserError(f"tool {name}: cannot be imported ({error})") from None
-    tool.main(words)
+    run(words)
