@@ -150,6 +150,8 @@ def read_safetensors(path: Path) -> Tensors:
         return load_file(path)
     except FileNotFoundError:
         reason = "no such run folder or file"
+    except PermissionError:
+        reason = "cannot be read: permission denied"
     except (SafetensorError, OSError, ValueError):
         reason = "truncated, or not a safetensors file"
     raise UserError(f"{path}: {reason}")
