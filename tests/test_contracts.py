@@ -212,6 +212,15 @@ def test_gradients_are_clipped_without_the_scale_of_mixed_precision(precision: s
     assert method.moves == pytest.approx([-0.5 * 10 / norm] * 2, rel=1e-4)
 
 
+def test_the_scale_of_mixed_precision_is_kept_over_a_resume(tmp_path: Path) -> None:
+    """The first scale makes the gradient infinite, so that a step is skipped and the scale halved."""
+    options = {"precision": "fp16", "optimizer": partial(torch.optim.SGD, lr=1e-34)}
+    method, _ = run(tmp_path / "run", steps=3, method=Recorder(1e34), **options)
+    assert method.moves == pytest.approx([0.0, -1.0, -1.0])
+    method, _ = run(tmp_path / "run", steps=5, method=Recorder(1e34), resume=tmp_path / "run", **options)
+    assert method.moves == pytest.approx([-1.0, -1.0])
+
+
 def test_the_gradient_of_an_accumulated_batch_is_its_mean(tmp_path: Path) -> None:
     method, _ = run(tmp_path / "run", method=Recorder(2.0), grad_accum_steps=4)
     assert method.gradient == pytest.approx(2.0)
