@@ -21,6 +21,7 @@ from sslbook import distributed
 from sslbook.data.datasets.base import ImageSource, Splits
 from sslbook.data.datasets.masks import PairList
 from sslbook.data.executors import apply_one
+from sslbook.data.images import UnreadableImage
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import CropParams, View, sample_params
 from sslbook.data.workers import CropDataset
@@ -183,7 +184,11 @@ def whole_images(
     source = data._source(split)
     own = range(distributed.rank(), len(source), distributed.world_size())
     for position in tqdm(own, desc=f"whole images of {split}", leave=False, disable=None if progress else True):
-        image, target = source.open(position)
+        try:
+            image, target = source.open(position)
+        except UnreadableImage as error:
+            data._note_unreadable(((error.name, error.reason),))
+            continue
         scale = view.size / min(image.height, image.width)
         sides = [max(1, round(side * scale / multiple)) * multiple for side in (image.height, image.width)]
         x = T.resize(T.pil_to_tensor(image).float() / 255, sides, antialias=True)
@@ -195,6 +200,10 @@ class Dense:
 
     def __init__(self, model: Representation, data: PairData, size: int | None, crop: tuple[float, float]) -> None:
         self.model, self.data = model, data
+        data.workers, data.unreadable = (
+            model.data.workers,
+            model.data.unreadable,
+        )  # of the command's options and reports
         self.device = device_of(model.backbone) if model.device is None else torch.device(model.device)
         self.multiple = int(getattr(model.backbone, "patch_size", 1))
         side = size or model.view.size
@@ -214,7 +223,10 @@ class Dense:
             raise UserError("one training image: a learning rate is chosen on a tenth of them, so give at least 2")
         fit, held = (train.subset(part.sort().values) for part in (order[count:], order[:count]))
         about = (self.data.class_names, self.data.name, self.data.workers)
-        return PairData(fit, self.data._splits.test, *about), PairData(fit, held, *about)
+        parts = PairData(fit, self.data._splits.test, *about), PairData(fit, held, *about)
+        for part in parts:
+            part.unreadable = self.data.unreadable
+        return parts
 
     def images(self, data: PairData, split: Literal["train", "test"]) -> Iterator[tuple[int, Tensor, Tensor, Any]]:
         """`whole_images` of a split."""

@@ -264,8 +264,8 @@ class KeyedSampler:
     def __init__(self, count: int, positive: float, stream: int) -> None:
         self.count, self.positive, self.stream = count, positive, stream
         self.key: tuple[int, int, Tensor] = (0, 0, torch.zeros(0, dtype=torch.int64))
-        self.sampled = 0
-        """how many the last call chose in all"""
+        self.sampled = self.positives = 0
+        """how many the last call chose in all, and how many of them hold an object"""
 
     def __call__(self, matched: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         seed, epoch, index = self.key
@@ -276,7 +276,8 @@ class KeyedSampler:
             negative = _lowest(u, labels == 0, self.count - int(positive.sum()))
             for part, mask in zip(chosen, (positive, negative)):
                 part.append(mask)
-        self.sampled = int(sum(mask.sum() for part in chosen for mask in part))
+        self.positives, negatives = (int(sum(mask.sum() for mask in part)) for part in chosen)
+        self.sampled = self.positives + negatives
         return chosen
 
 
@@ -320,7 +321,7 @@ class DetectionTask(Method):
         losses = {**first, **second}
         counts = {name: samplers[name in second].sampled for name in losses}
         if "loss_mask" in losses:
-            counts["loss_mask"] = sum(len(one["boxes"]) for one in targets)
+            counts["loss_mask"] = samplers[1].positives
         # Means over what each process has sampled, weighted so that their mean is that over all processes.
         names = list(losses)
         own = torch.tensor([float(counts[name]) for name in names], device=x.device)

@@ -17,6 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from sslbook.nn.backbones import backbone_dim, require
+from sslbook.nn.modes import in_mode
 
 
 class FeaturePyramid(nn.Module):
@@ -89,9 +90,7 @@ class ChannelNorm(nn.LayerNorm):
 
 def stage_widths(backbone: nn.Module) -> list[int]:
     """Channels of every map of `forward_stages`; one blank image is shown."""
-    training = backbone.training
-    weight = next(backbone.parameters())
-    with torch.no_grad():
-        maps = backbone.eval().forward_stages(torch.zeros(1, 3, 64, 64, device=weight.device))  # pyrefly: ignore
-    backbone.train(training)
+    device = next(backbone.parameters()).device
+    with torch.no_grad(), in_mode(backbone, False):
+        maps = backbone.forward_stages(torch.zeros(1, 3, 64, 64, device=device))  # pyrefly: ignore
     return [stage.shape[1] for stage in maps]

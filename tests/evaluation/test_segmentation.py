@@ -210,6 +210,18 @@ def test_images_without_masks_are_counted_and_masks_without_images_refused(tmp_p
         _ = Segmentation(**options).pairs
 
 
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
+    options = write_pairs(tmp_path, count=6)
+    (options["images"] / "2.png").write_bytes(b"no image")
+    model = representation(ConvNet(4))
+    with pytest.warns(UserWarning, match="skipped the unreadable image"):
+        Segmentation(**options, **{**OPTIONS, "steps": 2}).run(model, model.data)
+    assert [Path(name).name for name in model.data.unreadable] == ["2.png"]
+    (options["test_images"] / "3.png").write_bytes(b"no image")
+    Segmentation(**options, head="knn").run(model, model.data)
+    assert [Path(name).name for name in model.data.unreadable] == ["2.png", "3.png"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

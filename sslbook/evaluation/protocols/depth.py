@@ -111,7 +111,6 @@ class Depth(Protocol):
         return super().lacks(backbone, data)
 
     def run(self, model: Representation, data: Data) -> Metrics:
-        self.pairs.workers = data.workers
         dense = Dense(model, self.pairs, self.size, crop=(0.2, 1.0))
         details: dict[str, Any] = {"data": self.pairs.describe(), "size": dense.view.size}
         with torch.random.fork_rng():

@@ -121,6 +121,7 @@ class Detection(Protocol):
     def run(self, model: Representation, data: Data) -> Metrics:
         name = (self.coco or self.voc or Path()).name
         boxes = BoxData(*self.lists, self.scale, self.masks, data.workers, name)
+        boxes.unreadable = data.unreadable
         mean, std = model.view.mean, model.view.std
         view = View(self.size, crop=None, flip=0.5, mean=mean, std=std)
         kind = self.detector or kind_of(model.backbone)

@@ -49,6 +49,7 @@ from sslbook.evaluation.dense import (
 )
 from sslbook.evaluation.features import frozen
 from sslbook.nn.backbones import backbone_dim
+from sslbook.nn.feature_pyramid import stage_widths
 from sslbook.schedules import Linear, Warmup
 from sslbook.types import PositiveFloat, PositiveInt
 
@@ -136,7 +137,6 @@ class Segmentation(Protocol):
 
     def run(self, model: Representation, data: Data) -> Metrics:
         pairs = self.pairs
-        pairs.workers = data.workers
         dense = Dense(model, pairs, self.size, crop=(0.2, 1.0))
         details: dict[str, Any] = {"data": pairs.describe(), "size": dense.view.size}
         if self.head == "knn":
@@ -252,9 +252,8 @@ class Segmentation(Protocol):
             backbone.requires_grad_(True)
             auxiliary = None
             if hasattr(backbone, "forward_stages"):
-                with torch.no_grad():
-                    before = backbone.forward_stages(torch.zeros(1, 3, dense.view.size, dense.view.size))[-2]
-                auxiliary = FCNHead(before.shape[1], classes, convolutions=1, width=256, joins=False)
+                before = stage_widths(backbone)[-2]
+                auxiliary = FCNHead(before, classes, convolutions=1, width=256, joins=False)
             dilate(backbone)
             heads = [FCNHead(dim, classes)]
             return DenseTask(backbone, heads, loss, dense.training_view, frozen=False, auxiliary=auxiliary)
