@@ -226,3 +226,13 @@ def test_odd_shapes(shape) -> None:
 def test_rejects_invalid_fields(field, value) -> None:
     with pytest.raises(UserError, match=f"view.{field} = "):
         View(**{field: value})
+
+
+def test_decisions_about_an_image_are_independent() -> None:
+    view = View(flip=0.5, color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.5, grayscale=0.5, blur=0.5, solarize=0.5)
+    n = 4000
+    crop, color = sample_params(view, 0, 0, torch.arange(n), 0, torch.full((n,), 40), torch.full((n,), 50))
+    decided = [crop.flip, color.jitter, color.grayscale, color.blur, color.solarize]
+    values = [*decided, *color.factors.T, color.sigma]
+    correlation = torch.corrcoef(torch.stack([value.float() for value in values]))
+    assert (correlation - torch.eye(len(values))).abs().max() < 0.08  # five standard deviations
