@@ -129,6 +129,17 @@ def test_every_operation_changes_an_image_and_only_it() -> None:
     torch.testing.assert_close(others[list(views).index("flip")], center.flip(3))
 
 
+@pytest.mark.filterwarnings("ignore:.*left out of their views")
+def test_bands_that_are_no_colors() -> None:
+    bands = torch.randint(256, (12, 5, 8, 8), dtype=torch.uint8)
+    data = Data.from_images(bands, torch.full((12,), -1), mean=(0.5,) * 5, std=(0.2,) * 5)
+    view = View.center(8, mean=(0.5,) * 5, std=(0.2,) * 5)
+    one = Representation(nn.Flatten(), data, view, progress=False)
+    found = Invariance(images=12).run(one, data)
+    assert set(operations(view)) - set(found) == {"saturation", "hue", "grayscale"}
+    assert {"RankMe", "LiDAR"} < set(LabelFree(view_images=12, num_views=2).run(one, data))
+
+
 # -- processes and runs ------------------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,7 @@ def test_accuracy_is_that_of_each_image_corrupted_by_itself() -> None:
     assert metrics["corrupted"] == pytest.approx(sum(accuracy.values()) / 4)
     assert metrics["lost"] == pytest.approx(metrics["clean"] - metrics["corrupted"])
     assert metrics["contrast"] == pytest.approx((accuracy["contrast", 2] + accuracy["contrast", 5]) / 2)
-    assert set(protocol.figures()) == {"severity", "images at severity 2"}
+    assert set(protocol.figures()) == {"severity", "images"}
     assert set(protocol.chance(one.data)) == {"clean", "corrupted", "contrast", "gaussian noise"}
 
 
@@ -66,6 +66,15 @@ def test_knn_classifies_too_and_mce_is_relative_to_alexnet(monkeypatch: pytest.M
         lambda *_: 100 - torch.tensor(list(robustness.ALEXNET.values()))[:, None].expand(-1, 5),
     )
     assert Robustness("knn").run(one, one.data)["mCE"] == pytest.approx(100)
+
+
+def test_images_normalized_by_the_data_are_corrupted_alike() -> None:
+    one = model()
+    other = model()
+    other.data = Data(shapes=Shapes(num_train=80, num_test=30, size=16), mean=VIEW.mean, std=VIEW.std)
+    other.view = View.center(16, mean=(0.1, 0.1, 0.1), std=(2.0, 2.0, 2.0))  # the data's take precedence
+    chosen = {"corruptions": ["brightness"], "severities": [5]}
+    assert Robustness(**chosen).run(other, other.data) == pytest.approx(Robustness(**chosen).run(one, one.data))
 
 
 def test_what_is_refused() -> None:

@@ -42,11 +42,16 @@ class Invariance(Protocol):
         self._found: Metrics = {}
 
     def run(self, model: Representation, data: Data) -> Metrics:
-        views = operations(model.view)
+        center = data.adapted(model.view)
+        views = {name: data.adapted(view) for name, view in operations(center).items()}
+        # Of bands that are no colors some operations are left out: their view is the center itself.
+        views = {
+            name: view for name, view in views.items() if replace(view, color_jitter_p=center.color_jitter_p) != center
+        }
         z = extract_views(
             model.backbone,
             data,
-            (model.view, *views.values()),
+            (center, *views.values()),
             self.images,
             seed=model.seed,
             device=model.device,

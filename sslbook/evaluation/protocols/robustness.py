@@ -12,7 +12,6 @@ robustness to common corruptions and perturbations"; what our implementation doe
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -100,16 +99,16 @@ class Robustness(Protocol):
     ) -> Float[Tensor, "corruptions severities"]:
         """Accuracy, in percent, of every corruption and severity. The images are read once; processes divide them."""
         device = device_of(model.backbone) if model.device is None else torch.device(model.device)
-        plain = replace(model.view, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (model.view.mean, model.view.std))
+        view = data.adapted(model.view)  # what the classifier was trained on
+        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (view.mean, view.std))
         correct = torch.zeros(len(self.corruptions), len(self.severities) + 1, dtype=torch.int64)  # last column: all
         rank, processes = distributed.rank(), distributed.world_size()
-        batches = data.evaluation_batches("test", plain, model.batch_size, device, rank=rank, world_size=processes)
+        batches = data.evaluation_batches("test", view, model.batch_size, device, rank=rank, world_size=processes)
         total = -(-data.num_test // (model.batch_size * processes)) * len(self.corruptions)
         bar = tqdm(total=total, desc="corruptions", leave=False, disable=not model.progress or None)
         with frozen(model.backbone), torch.autocast(device.type, enabled=False), bar:
             for batch in batches:
-                images, labels = batch.views[0].clamp(0, 1), batch.label.cpu()
+                images, labels = (batch.views[0] * std + mean).clamp(0, 1), batch.label.cpu()
                 self._example = images[:1].cpu() if not len(self._example) else self._example
                 correct[:, -1] += int((labels >= 0).sum())
                 for i, name in enumerate(self.corruptions):
@@ -152,4 +151,4 @@ class Robustness(Protocol):
             index = torch.zeros(1, dtype=torch.int64)
             ax.imshow(corrupt(self._example, name, severity, index)[0].permute(1, 2, 0).numpy())
             ax.set_title(name, fontsize=9)
-        return {"severity": figure, f"images at severity {severity}": sheet}
+        return {"severity": figure, "images": sheet}

@@ -87,13 +87,14 @@ class ShapeBias(Protocol):
         return super().lacks(backbone, data)
 
     def run(self, model: Representation, data: Data) -> Metrics:
+        view = data.adapted(model.view)
         if self.folder is not None:
             paths, shapes, textures = conflicts(self.folder)
-            load = lambda i: apply_one(model.view, open_image(paths[i]), 0, 0, i, 0)  # noqa: E731
+            load = lambda i: apply_one(view, open_image(paths[i]), 0, 0, i, 0)  # noqa: E731
             members = categories({*shapes, *textures}, data)
         else:
             pairs, shapes, textures = self._pairs(data, model.seed)
-            load = lambda i: self._mixed(data, model.view, *pairs[i].tolist())  # noqa: E731
+            load = lambda i: self._mixed(data, view, *pairs[i].tolist())  # noqa: E731
             members = {name: [i] for i, name in enumerate(data.class_names)}
         names = list(members)
         x = extract_files(
