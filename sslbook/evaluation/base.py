@@ -127,6 +127,8 @@ class Protocol:
             return f"a backbone with {self.needs} (a method {method}), which {type(backbone).__name__} does not offer"
         if self.trains and not any(True for _ in backbone.parameters()):
             return f"a backbone with parameters, and {type(backbone).__name__} has none"
+        if self.uses_data and self.labels and data.kind in ("several classes", "numbers"):
+            return f"one class of each image, and those of {data.name} have {data.kind}"
         if self.uses_data and self.labels and not data.has_test_labels:
             return (
                 f"labeled training and test images; {data.name} has no labels for both: "
