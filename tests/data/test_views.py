@@ -236,3 +236,18 @@ def test_decisions_about_an_image_are_independent() -> None:
     values = [*decided, *color.factors.T, color.sigma]
     correlation = torch.corrcoef(torch.stack([value.float() for value in values]))
     assert (correlation - torch.eye(len(values))).abs().max() < 0.08  # five standard deviations
+
+
+@pytest.mark.parametrize(("size", "width"), [(16, 3), (40, 5), (100, 11)])
+def test_the_blur_is_a_gaussian_as_wide_as_a_tenth_of_the_image(size: int, width: int) -> None:
+    """SimCLR, appendix A. One white pixel becomes the kernel itself."""
+    view = View(size, crop=None, flip=0.0, blur=1.0, blur_sigma=(1.5, 1.5), **PLAIN)
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    image[:, :, size // 2, size // 2] = 255
+    offset = torch.arange(size) - size // 2
+    weight = torch.exp(-(offset**2) / (2 * 1.5**2)) * (offset.abs() <= width // 2)
+    kernel = torch.outer(weight, weight) / weight.sum() ** 2
+    batch = apply_batch(view, image, 0, 0, torch.tensor([0]), 0)[0]
+    single = apply_one(view, F.to_pil_image(image[0]), 0, 0, 0, 0)
+    for blurred in (batch, single):
+        torch.testing.assert_close(blurred, kernel.expand(3, -1, -1), rtol=0, atol=1e-5)
