@@ -304,3 +304,20 @@ def test_outlines_that_are_missing_are_reported_before_training(tmp_path: Path) 
     folder = write_squares(tmp_path / "coco", count=2, masks=False)
     with pytest.raises(UserError, match=r"annotations\[0\] \(id 1\): 'segmentation' is missing"):
         Detection(coco=folder, masks=True).lacks(ConvNet(4), Data(workers=0))
+
+
+@pytest.mark.slow
+def test_loss_falls_on_photographs(shared_data: Path) -> None:
+    """Real boxes of many sizes: 16 photographs to learn from, 8 to measure on."""
+    torch.manual_seed(0)
+    train, test = load_coco(shared_data / "coco-mini")
+    options = {**OPTIONS, "size": 64, "train_batch_size": 2, "scale": (1.0, 1.0)}
+    protocol = Detection(coco=shared_data / "coco-mini", steps=40, **options)
+    protocol._lists = (train.subset(torch.arange(16)), test.subset(torch.arange(8)))
+    model = representation(ConvNet(8))
+    found = protocol.run(model, model.data)
+    losses = {name: loss for name, loss in model.details["detection"].items() if name.startswith("loss at step")}
+    print(losses, found)
+    first, last = losses.values()
+    assert last < 0.8 * first
+    assert set(found) >= {"AP", "AP50", "AP75", "AP small"}

@@ -1,6 +1,6 @@
 """Segmentation: crops of image and mask agree, the mIoU is a literal count, masks keep their size, heads learn."""
 
-from functools import partial
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sslbook.data.datasets.masks import find_layout, load_masks, pairs, read_mask
+from sslbook import evaluate
+from sslbook.data.datasets.masks import find_layout, load_masks, read_mask
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
@@ -19,6 +20,7 @@ from sslbook.evaluation.protocols import segmentation
 from sslbook.evaluation.protocols.segmentation import Segmentation
 from sslbook.nn import ConvNet, VisionTransformer
 from sslbook.nn.resnet import ResNet
+from sslbook.weights.backbone import export_backbone
 
 OPTIONS = {"train_batch_size": 4, "size": 16, "steps": 30, "lrs": (0.03,)}
 
@@ -314,16 +316,26 @@ def test_reads_ade20k_and_cityscapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_photographs(shared_data: Path) -> None:
-    """Real masks: every one has its image's size, and the classes are those that occur."""
-    coco = shared_data / "coco-mini"
-    read = partial(read_mask, table=torch.arange(256))
-    with pytest.warns(UserWarning, match="28 of 128 images have no file"):
-        found = pairs(coco / "val2017", coco / "semantic_val2017", read)
-    assert len(found) == 100
-    for position in range(0, 100, 10):
-        image, mask = found.open(position)
-        assert mask.shape == (image.height, image.width)
+def test_photographs(shared_data: Path, tmp_path: Path) -> None:
+    """Real masks: every one has its image's size, and a head learns more than the most frequent class."""
+    torch.manual_seed(0)
+    options = {}
+    for split, prefix in (("train2017", ""), ("val2017", "test_")):
+        for what, source in (("images", split), ("masks", f"semantic_{split}")):
+            options[prefix + what] = tmp_path / (prefix + what)
+            options[prefix + what].mkdir()
+            for path in sorted((shared_data / "coco-mini" / f"semantic_{split}").glob("*.png"))[:16]:
+                name = path.name if what == "masks" else f"{path.stem}.jpg"
+                (options[prefix + what] / name).symlink_to(shared_data / "coco-mini" / source / name)
+    model = representation(ConvNet(8))
+    chosen = {"ignore": (0, 255), "size": 32, "steps": 40, "train_batch_size": 4, "lrs": (0.03,)}
+    protocol = Segmentation(**options, **chosen)
+    found, level = protocol.run(model, model.data), protocol.chance(model.data)
+    losses = {name: loss for name, loss in model.details["segmentation"].items() if name.startswith("loss at step")}
+    print(losses, found, level)
+    first, last = losses.values()
+    assert last < 0.8 * first
+    assert found["mIoU"] > level["mIoU"]
 
 
 def test_a_kept_run_goes_on_only_with_its_own_options(squares: dict[str, Path], tmp_path: Path) -> None:
@@ -352,3 +364,22 @@ def test_training_in_bf16(squares: dict[str, Path]) -> None:
         model = representation(ConvNet(8))
         found = Segmentation(**squares, head=head, **OPTIONS, precision="bf16").run(model, model.data)
         assert found["mIoU"] > 20
+
+
+@pytest.mark.slow
+def test_the_command_writes_result_and_picture(squares: dict[str, Path], tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    view = {"size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
+    export_backbone(tmp_path / "backbone.safetensors", ConvNet(8).eval(), {"view": view, "method": "Mine"})
+    words = [f"--{key}={value}" for key, value in squares.items()]
+    words += ["--head=knn", "--size=16", "--data.workers=0", "--progress=false", f"--out={tmp_path / 'result.json'}"]
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["evaluate", "segmentation", str(tmp_path / "backbone.safetensors"), *words])
+        evaluate.main()
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert list(content["values"]) == ["Mine", "random weights", "chance"]
+    assert content["values"]["Mine"]["mIoU"] > content["values"]["chance"]["mIoU"]
+    assert content["settings"]["details"]["Mine"]["segmentation"]["size"] == 16
+    assert (tmp_path / "result-segmentation-images.png").stat().st_size > 1000
+    assert "mIoU" in capsys.readouterr().out
