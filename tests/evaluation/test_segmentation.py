@@ -367,7 +367,7 @@ def test_training_in_bf16(squares: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_result_and_picture(squares: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_the_command_writes_result_and_figure(squares: dict[str, Path], tmp_path: Path, capsys) -> None:
     torch.manual_seed(0)
     view = {"size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
     export_backbone(tmp_path / "backbone.safetensors", ConvNet(8).eval(), {"view": view, "method": "Mine"})
