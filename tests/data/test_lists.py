@@ -9,6 +9,8 @@ from PIL import Image
 
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
+from sslbook.evaluation.protocols.knn import KNN
+from sslbook.nn import ConvNet
 
 
 @pytest.fixture
@@ -210,3 +212,11 @@ def test_folders_one_after_the_other(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"names .*one twice: give every folder once"):
         Data(folder=[one, one])
     assert Data(folder=[one]).describe() == Data(folder=one).describe()
+
+
+def test_protocols_for_one_class_say_what_these_images_have(folder: Path) -> None:
+    rows = "\n".join(f"images/{i:02}.png {i / 2}" for i in range(30))
+    for text, what in ((rows, "numbers"), (rows.replace(".", ",").replace(",png", ".png"), "several classes")):
+        data = listed(folder, "a.txt", text)
+        assert KNN().lacks(ConvNet(4), data) == f"one class of each image, and those of a.txt have {what}"
+        assert not data.has_test_labels
