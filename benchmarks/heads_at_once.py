@@ -11,8 +11,9 @@ from sslbook import results
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.evaluation.augment import Augmentation
+from sslbook.evaluation.classifier import OPTIMIZERS, Task, Training, Transfer
 from sslbook.evaluation.heads import Attentive, Heads, feature, linear, shapes, tokens
-from sslbook.evaluation.transfer import OPTIMIZERS, Setting, Task, Training, Transfer, grid
+from sslbook.evaluation.transfer import Setting, grid
 from sslbook.nn import VisionTransformer
 from sslbook.schedules import Clock
 

@@ -18,13 +18,14 @@ from sslbook.errors import UserError
 from sslbook.evaluation import heads, transfer
 from sslbook.evaluation.augment import Augmentation
 from sslbook.evaluation.base import Representation
+from sslbook.evaluation.classifier import Task, Training, Transfer, freeze, set_drop_path
+from sslbook.evaluation.feature_data import FeatureData, FeatureSource
 from sslbook.evaluation.protocols import linear as exact
 from sslbook.evaluation.protocols.attentive import AttentiveProbe
 from sslbook.evaluation.protocols.finetune import FineTune
 from sslbook.evaluation.protocols.linear_sgd import LinearSGD
 from sslbook.evaluation.protocols.linear_stages import LinearStages
 from sslbook.evaluation.protocols.semi_supervised import SemiSupervised
-from sslbook.evaluation.transfer import Training, Transfer, freeze
 from sslbook.nn import ConvNet, ResNet, VisionTransformer
 from sslbook.schedules import Clock, Constant
 
@@ -130,7 +131,7 @@ def test_a_head_of_a_grid_is_the_head_alone(optimizer: str, trained: list[Transf
     settings = transfer.grid((3.0, 30.0) if optimizer == "lars" else (0.03, 0.3), (0.0, 0.01))
 
     def run(own: list[transfer.Setting]) -> nn.ModuleList:
-        task = transfer.Task("t", {}, lambda s, c: heads.linear(s[-1], c), training, Augmentation(), batch_norm=True)
+        task = Task("t", {}, lambda s, c: heads.linear(s[-1], c), training, Augmentation(), batch_norm=True)
         fit = {"task": task, "backbone": make_convnet(), "dims": [torch.Size([16])], "example": torch.zeros(2, 3, 8, 8)}
         model = model_of(make_convnet(), data)
         transfer._fit(model, data, [(s, 0) for s in own], **fit, device=torch.device("cpu"), weights="")
@@ -234,15 +235,15 @@ def test_what_is_chosen_is_trained_again_on_all_images(trained: list[Transfer]) 
 
 def test_accuracy_counts_what_is_right() -> None:
     data = make_data(48, 24)
-    task = transfer.Task("t", {}, lambda s, c: heads.linear(s[-1], c), SHORT)
+    task = Task("t", {}, lambda s, c: heads.linear(s[-1], c), SHORT)
     head = heads.Heads([nn.Linear(6, 6)], [0], False, [6])
     with torch.no_grad():
         head.each[0].weight.copy_(torch.eye(6))
         head.each[0].bias.zero_()
     method = Transfer(nn.Identity(), head, task, View.center(8), 6, torch.zeros(2, 6))
     logits = torch.randn(24, 6)
-    source = transfer.FeatureSource(logits, data.labels("test"))
-    made = transfer.FeatureData(source, source, data)
+    source = FeatureSource(logits, data.labels("test"))
+    made = FeatureData(source, source, data)
     top1, top5, total = transfer.count(method, made, View.center(8), 7, torch.device("cpu"))[0]
     y = data.labels("test")
     assert top1.sum() == (logits.argmax(1) == y).sum()
@@ -265,7 +266,7 @@ def test_averaged_weights_are_evaluated(trained: list[Transfer]) -> None:
 
 
 def test_ema_follows_its_recursion() -> None:
-    task = transfer.Task("t", {}, lambda s, c: heads.linear(s[-1], c), SHORT, Augmentation(), frozen="none", ema=0.9)
+    task = Task("t", {}, lambda s, c: heads.linear(s[-1], c), SHORT, Augmentation(), frozen="none", ema=0.9)
     net = ConvNet(4)
     method = Transfer(
         net, heads.Heads([nn.Linear(16, 6)], [0], False, [16]), task, View.center(8), 6, torch.zeros(2, 3, 8, 8)
@@ -280,7 +281,7 @@ def test_ema_follows_its_recursion() -> None:
 
 
 def test_flipped_images_are_averaged() -> None:
-    task = transfer.Task("t", {}, lambda s, c: heads.linear(s[-1], c), SHORT, Augmentation(), flip_test=True)
+    task = Task("t", {}, lambda s, c: heads.linear(s[-1], c), SHORT, Augmentation(), flip_test=True)
     net = nn.Flatten()
     head = heads.Heads([nn.Linear(48, 6)], [0], False, [48])
     method = Transfer(net, head, task, View.center(4), 6, torch.zeros(2, 3, 4, 4)).eval()
@@ -291,14 +292,14 @@ def test_flipped_images_are_averaged() -> None:
 
 def test_drop_path_of_our_blocks_and_timm_s() -> None:
     vit = VisionTransformer(8, 4, 16, 5, 2)
-    transfer.set_drop_path(vit, 0.2)
+    set_drop_path(vit, 0.2)
     assert [block.drop_path for block in vit.blocks] == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
     timm = pytest.importorskip("timm")
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=0)
-    transfer.set_drop_path(net, 0.2)
+    set_drop_path(net, 0.2)
     assert [block.drop_path2.drop_prob for block in net.blocks] == pytest.approx([0.0, 0.1, 0.2])
     with pytest.raises(UserError, match="drop_path: the blocks of ConvNet"):
-        transfer.set_drop_path(ConvNet(4), 0.1)
+        set_drop_path(ConvNet(4), 0.1)
 
 
 def test_mean_of_patches_before_the_norm(trained: list[Transfer]) -> None:
@@ -434,9 +435,9 @@ def test_images_of_five_channels(trained: list[Transfer]) -> None:
     for cached in (True, False):
         probe = LinearSGD((0.1,), training=SHORT, cached=cached, batch_norm=True)
         assert probe.run(model_of(nn.Flatten(), data), data)["linear SGD"] > 30
+    probe = LinearSGD((0.1,), training=SHORT, augmentation=Augmentation(rand_augment=9.0))
     with pytest.raises(UserError, match="RandAugment is for 3 channels"):
-        tuned = Augmentation(rand_augment=9.0)
-        LinearSGD((0.1,), training=SHORT, augmentation=tuned).run(model_of(nn.Flatten(), data), data)
+        probe.run(model_of(nn.Flatten(), data), data)
 
 
 # -- going on, and processes -------------------------------------------------------------------------------------------

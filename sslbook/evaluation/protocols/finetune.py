@@ -14,9 +14,10 @@ from torch import nn
 from sslbook.data.loader import Data
 from sslbook.evaluation.augment import Augmentation
 from sslbook.evaluation.base import Metrics, Representation
+from sslbook.evaluation.classifier import Task, Training, set_drop_path
 from sslbook.evaluation.heads import blocks, feature, lacks_blocks, linear
 from sslbook.evaluation.protocols.knn import majority
-from sslbook.evaluation.transfer import Task, Training, TransferProtocol, grid, set_drop_path, transfer, with_backbone
+from sslbook.evaluation.transfer import TransferProtocol, grid, transfer, with_backbone
 from sslbook.types import PositiveFloat
 
 CROP_AND_FLIP = Augmentation()

@@ -11,9 +11,10 @@ from torch import nn
 from sslbook.data.loader import Data
 from sslbook.evaluation.augment import Augmentation
 from sslbook.evaluation.base import Metrics, Representation
+from sslbook.evaluation.classifier import Task, Training
 from sslbook.evaluation.heads import Pool, lacks_blocks, linear, reading_of
 from sslbook.evaluation.protocols.knn import majority
-from sslbook.evaluation.transfer import Task, Training, TransferProtocol, grid, transfer
+from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
 from sslbook.types import PositiveInt
 
 CROP_AND_FLIP = Augmentation()

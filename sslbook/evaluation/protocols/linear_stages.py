@@ -11,8 +11,9 @@ from torch import nn
 from sslbook.data.loader import Data
 from sslbook.evaluation.augment import Augmentation
 from sslbook.evaluation.base import Metrics, Representation
+from sslbook.evaluation.classifier import Task, Training
 from sslbook.evaluation.heads import linear, stages
-from sslbook.evaluation.transfer import Task, Training, TransferProtocol, grid, transfer
+from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
 from sslbook.schedules import Step
 
 # OpenSelfSup, configs/benchmarks/linear_classification/imagenet/r50_multihead.py

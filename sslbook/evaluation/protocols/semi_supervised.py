@@ -16,10 +16,11 @@ from sslbook.data.loader import Data
 from sslbook.errors import UserError
 from sslbook.evaluation.augment import Augmentation
 from sslbook.evaluation.base import Metrics, Representation
+from sslbook.evaluation.classifier import Task, Training
 from sslbook.evaluation.heads import linear
 from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.protocols.linear import stratified
-from sslbook.evaluation.transfer import Task, Training, TransferProtocol, grid, transfer
+from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
 from sslbook.schedules import Step
 
 CROP_AND_FLIP = Augmentation()
