@@ -7,7 +7,6 @@ otherwise are left alone.
 """
 
 import json
-import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +171,7 @@ def _fits(value: Any, schema: Schema) -> bool:
     if isinstance(schema, Whole):
         return number and isinstance(value, int) and schema.least <= value <= schema.most
     if schema is float:
-        return number and abs(value) < math.inf
+        return number and abs(value) < 1.7e308  # an int may be larger
     if isinstance(schema, type):
         return isinstance(value, schema)
     return not isinstance(schema, dict | list) and type(value) is type(schema) and value == schema

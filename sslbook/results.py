@@ -214,7 +214,7 @@ def number(value: float | Sequence[float], digits: int = 1) -> str:
     """`68.1`, or `68.1 ± 0.9` (mean and standard deviation) for one value per seed."""
     if isinstance(value, int | float):
         return f"{value:.{digits}f}"
-    text = f"{statistics.fmean(value):.{digits}f}"
+    text = f"{statistics.fmean(value):.{digits}f}" if value else ""
     return f"{text} ± {statistics.stdev(value):.{digits}f}" if len(value) > 1 else text
 
 
