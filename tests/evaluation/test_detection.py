@@ -25,6 +25,7 @@ from sslbook.nn import ConvNet, VisionTransformer
 from sslbook.nn.feature_pyramid import FeaturePyramid, SimpleFeaturePyramid
 from sslbook.nn.resnet import ResNet
 from sslbook.schedules import Clock
+from tests.data.test_annotations import write_voc
 
 OPTIONS = {"size": 32, "channels": 8, "train_batch_size": 4, "lr": 3e-3, "optimizer": "adamw", "scale": (0.9, 1.1)}
 
@@ -321,3 +322,14 @@ def test_loss_falls_on_photographs(shared_data: Path) -> None:
     first, last = losses.values()
     assert last < 0.8 * first
     assert set(found) >= {"AP", "AP50", "AP75", "AP small"}
+
+
+@pytest.mark.slow
+def test_voc_is_measured_by_its_own_metrics(tmp_path: Path) -> None:
+    write_voc(tmp_path, "VOC2007", "trainval", "abcd")
+    write_voc(tmp_path, "VOC2007", "test", "ef")
+    torch.manual_seed(0)
+    model = representation(ConvNet(4))
+    found = Detection(voc=tmp_path, steps=2, **OPTIONS).run(model, model.data)
+    assert set(found) == {"AP", "AP50", "AP75"}
+    assert model.details["detection"]["data"].endswith("4 training images, 20 classes, 2 test images")
