@@ -156,7 +156,7 @@ def test_alpha_is_no_band(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bits_beyond_eight_are_told_once(workers: int, tmp_path: Path) -> None:
+def test_bits_beyond_eight_give_one_warning(workers: int, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for i in range(6):
         if i % 3 == 2:
@@ -250,7 +250,7 @@ def test_precision_of_16_bits_survives_a_view(tmp_path: Path) -> None:
     )
 
 
-def test_colors_that_make_no_sense_are_left_out_and_told() -> None:
+def test_colors_that_make_no_sense_are_left_out_with_a_warning() -> None:
     data = Data.from_images(torch.rand(8, 5, 8, 8), torch.zeros(8).long(), **RAW)
     view = replace(BYOL_2, size=8)
     with pytest.warns(UserWarning, match="5 channels have no saturation, hue and grayscale: left out"):

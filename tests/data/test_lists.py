@@ -173,7 +173,7 @@ def test_what_a_list_gets_wrong_is_one_line(folder: Path, name: str, text: str, 
     assert name in str(caught.value)
 
 
-def test_what_is_odd_and_can_be_used_is_told(folder: Path) -> None:
+def test_what_is_odd_and_can_be_used_gives_a_warning(folder: Path) -> None:
     lines = [f"images/{i:02}.png {'ab'[i % 2]}" for i in range(20)]
     with pytest.warns(UserWarning, match=r"lists 2 images twice, such as images/00\.png: used once"):
         assert sum(listed(folder, "a.txt", "\n".join([*lines, *lines[:2]])).labels("train") >= 0) == 18

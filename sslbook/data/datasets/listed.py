@@ -203,7 +203,7 @@ def _several(label: str) -> list[str]:
 
 
 def _once(rows: list[Row], file: Path) -> list[Row]:
-    """Every image once; one that is listed again with another label is refused, others are told."""
+    """Every image once; one that is listed again with another label is refused, others are warned of."""
     first: dict[str, Row] = {}
     for row in rows:
         before = first.setdefault(row.path, row)
