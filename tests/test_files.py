@@ -220,6 +220,12 @@ def test_every_backbone_is_measured_without_memory(backbone: torch.nn.Module) ->
     assert shapes == {name: value.shape for name, value in backbone.state_dict().items()}
 
 
+def test_arguments_of_a_class_are_a_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": True}}))
+    assert "init_args is 'True', not a mapping of options" in refusal(resolve, ["--config", str(path)], pretrain)
+
+
 def test_lines_that_are_no_metrics_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(

@@ -178,7 +178,11 @@ def _wrong_arguments(name: str, value: Any, hint: Any) -> Iterator[str]:
         elif path:
             parameters = inspect.signature(kind).parameters
             takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-            for key, argument in (spec.get("init_args") or {}).items():
+            arguments = spec.get("init_args") or {}
+            if not isinstance(arguments, dict):
+                yield f"{name}: init_args is {str(arguments)[:40]!r}, not a mapping of options"
+                continue
+            for key, argument in arguments.items():
                 if key in parameters and isinstance(argument, dict) and "class_path" in argument:
                     yield from _wrong_arguments(f"{name}.{key}", argument, parameters[key].annotation)
                 elif key not in parameters and not takes_any:
