@@ -89,8 +89,10 @@ class Classifier:
         """Log probabilities of the classes."""
         if self.model is None:
             return torch.zeros(len(x), 1, dtype=torch.float64)
-        scores = self.model.predict_log_proba(((x - self.mean) / self.std).numpy())
-        return torch.from_numpy(scores).double()
+        scores = torch.from_numpy(self.model.decision_function(((x - self.mean) / self.std).numpy())).double()
+        if scores.ndim == 1:  # of two classes the model scores the second alone
+            scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
+        return scores.log_softmax(dim=1)
 
     def ranked(self, x: Float[Tensor, "n dim"], top: int = 1) -> Int[Tensor, "n top"]:
         """The most likely labels, at most `top` of them; the lower label first where two are equal."""
