@@ -117,7 +117,7 @@ def noticed(tree: Path, mutant: Mutant, fast: bool, log: Path) -> bool:
     path = tree / mutant.file
     before, modified = path.read_text(encoding="utf-8"), path.stat().st_mtime
     path.write_text(before.replace(mutant.old, mutant.new), encoding="utf-8")
-    os.utime(path, times=(modified + next(COUNTER),) * 2)  # bytecode is told apart by its source's second and size
+    os.utime(path, times=(modified + next(COUNTER),) * 2)  # bytecode is known by its source's second and size
     try:
         return any(run(tree, mutant.tests, slow, log) not in (0, 5) for slow in ([False] if fast else [False, True]))
     finally:

@@ -55,7 +55,7 @@ class MyData(sslbook.Data):
 
 
 data = MyData(torch.randint(256, (64, 3, 24, 24), dtype=torch.uint8))
-view = sslbook.View(size=16)  # what evaluation is told of the images
+view = sslbook.View(size=16)  # what evaluation knows of the images
 method = VICReg(ConvNet(8), view, view, hidden_dim=32, projector_dim=16)
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
 run = sslbook.pretrain(method, data, adamw, batch_size=16, epochs=2, device="cpu")
