@@ -515,17 +515,15 @@ def test_a_run_that_is_stopped_is_not_measured(tmp_path: Path, trained: list[Tra
 
 
 def run_both() -> dict[str, object]:
-    """A grid of linear heads with batch norm, and a fine-tuning with everything that is random by key."""
+    """A linear head with batch norm, a grid of heads, and a fine-tuning with everything that is random by key."""
     data, found = make_data(), {}
     what = Augmentation(crop=(0.5, 1.0), rand_augment=9.0, erasing=0.5, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
     kept: list[Transfer] = []
     count = transfer.count
     transfer.count = lambda method, *a: (kept.append(method), count(method, *a))[1]
     try:
-        found["linear"] = LinearSGD((0.03, 0.3), training=SHORT, batch_norm=True).run(
-            model_of(make_convnet(), data), data
-        )
-        found["cached"] = LinearSGD((0.3,), training=SHORT, cached=True).run(model_of(make_convnet(), data), data)
+        found["linear"] = LinearSGD((0.3,), training=SHORT, batch_norm=True).run(model_of(make_convnet(), data), data)
+        found["cached"] = LinearSGD((0.03, 0.3), training=SHORT, cached=True).run(model_of(make_convnet(), data), data)
         tuned = FineTune(training=SHORT, augmentation=what, ema=0.5)
         found["tuned"] = tuned.run(model_of(make_convnet(), data), data)
     finally:
