@@ -102,6 +102,7 @@ def evaluate(
     view = view_of(facts, resize)
     if protocols is None:  # where the data allow none, the first says what is missing
         protocols = chosen(None, module, data) or chosen(DEFAULT[:1], module, data)
+    protocols = [find(given)() if isinstance(given, str) else given for given in protocols]
     uses_data = any(protocol.uses_data for protocol in protocols)
     if uses_data and main:
         print(data.describe())

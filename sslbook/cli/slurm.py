@@ -28,7 +28,7 @@ class Slurm:
         hours: time until the job is put into the queue again.
         partition: partition, or SLURM's default.
         account: account, or yours.
-        signal_seconds: how long before the end of its time the run is told.
+        signal_seconds: how long before the end of its time the run gets a signal.
         dry_run: print the job's script, and submit nothing.
     """
 

@@ -77,7 +77,7 @@ class Guard(Hook):
         self.sums = sums  # near the end of a run an EMA momentum may be 1
 
     def _note(self, run: Run, what: str, bad: bool, text: str) -> None:
-        """Count what was found; the second time in a row it is told, and only once."""
+        """Count what was found; the second time in a row it is a warning, and only once."""
         self.bad[what] = self.bad.get(what, 0) + 1 if bad else 0
         text = f"by step {run.clock.step} {text}. What to try: {CURES[what]}"
         if self.bad[what] == 2 and self.stop:
