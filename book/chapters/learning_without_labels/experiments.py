@@ -182,7 +182,9 @@ def photographs(num_seeds: int) -> None:
         if seed == 0:
             path = results.book() / "checkpoints" / f"{NAME}_cifar10.safetensors"
             command = f"python book/chapters/{NAME}/experiments.py photographs"
-            export_backbone(path, method.backbone, {"method": "SimCLR", "command": command, "seed": seed, **about})
+            view = {"size": PHOTOGRAPH.size, "mean": list(PHOTOGRAPH.mean), "std": list(PHOTOGRAPH.std)}
+            facts = {"method": "SimCLR", "view": view, "command": command, "seed": seed, "settings": about}
+            export_backbone(path, method.backbone, facts)
         train_supervised(InBf16(fresh), data, PHOTOGRAPH, PHOTOGRAPH_STEPS, seed, LR_SUPERVISED)
         note(rows, "supervised", score(features(fresh, data, 32)))
         results.save(f"{NAME}_photographs", rows, seeds=list(range(seed + 1)), settings=about)
