@@ -255,5 +255,6 @@ def test_a_protocol_before_the_run_has_its_options_on_the_command_line(run, monk
     call(monkeypatch, evaluate, "knn", *common, tmp_path / "one.json", "--k", "3", "--temperature", "0.5", "--seed", "4")
     call(monkeypatch, evaluate, *common, tmp_path / "other.json", "--protocols", "knn")
     one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "other"))
-    assert one["settings"]["protocols"] == {"knn": {"k": 3, "temperature": 0.5}} and one["seeds"] == [4]
+    assert one["settings"]["protocols"] == {"knn": {"k": 3, "temperature": 0.5}}
+    assert one["seeds"] == [4]
     assert other["settings"]["protocols"]["knn"]["k"] == 20

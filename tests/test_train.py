@@ -309,7 +309,7 @@ def test_a_class_that_is_replaced_takes_its_arguments_along() -> None:
     _, _, resolved = resolve([*words, "--optimizer.lr=0.3", "--schedule=Cosine"], pretrain)
     assert resolved["method"]["init_args"]["backbone"] == {
         "class_path": "sslbook.nn.resnet50",
-        "init_args": {"width": 64, "stem": "imagenet", "zero_init_residual": False},
+        "init_args": {"width": 64, "stem": "imagenet", "zero_init_residual": False, "in_channels": 3},
     }
     assert resolved["optimizer"]["init_args"]["lr"] == 0.3
     assert resolved["optimizer"]["init_args"]["weight_decay"] == 0.0

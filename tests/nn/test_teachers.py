@@ -127,7 +127,7 @@ def test_open_timm_teacher_by_name(monkeypatch) -> None:
     asked = {}
     monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.update(name=name, **options) or model)
     teacher = open_teacher("timm/vit_tiny_patch16_224", VIEW)
-    assert asked == {"name": "vit_tiny_patch16_224", "num_classes": 0, "pretrained": True}
+    assert asked == {"name": "vit_tiny_patch16_224", "num_classes": 0, "pretrained": True, "in_chans": 3}
     assert teacher.grid == (2, 2)
     raw = torch.rand(2, 3, 16, 16)
     theirs = (raw - 0.1) / 0.5

@@ -60,8 +60,8 @@ class Landmarks(Protocol):
     title = "Landmarks: mAP and mP@k"
     cost = "a pass over the database, one image at a time"
 
-    def __init__(self, folder: Path, size: int = 512, at: list[int] | None = None) -> None:
-        self.folder, self.size = Path(folder).expanduser(), size
+    def __init__(self, folder: Path | None = None, size: int = 512, at: list[int] | None = None) -> None:
+        self.folder, self.size = folder if folder is None else Path(folder).expanduser(), size
         self.at = [1, 5, 10] if at is None else at
         for k in self.at:
             at_least_one(at=k)
@@ -69,10 +69,11 @@ class Landmarks(Protocol):
             raise UserError(f"size is {size}: give at least {MULTIPLE}")
 
     def run(self, model: Representation, data: Data) -> Metrics:
-        database, queries, truth = read_truth(self.folder)
+        folder = self.folder or Path()
+        database, queries, truth = read_truth(folder)
         whole = [(name, None) for name in database]
         regions = [(name, entry["bbx"]) for name, entry in zip(queries, truth)]
-        x, q = (self._features(model, images) for images in (whole, regions))
+        x, q = (self._features(model, folder, images) for images in (whole, regions))
         order = (F.normalize(q, dim=1) @ F.normalize(x, dim=1).T).argsort(dim=1, descending=True, stable=True)
         metrics: Metrics = {}
         for setup, (positive, removed) in SETUPS.items():
@@ -88,10 +89,12 @@ class Landmarks(Protocol):
         model.details[self.name] = {"database": len(database), "queries": len(queries), "longer side": self.size}
         return metrics
 
-    def _features(self, model: Representation, images: list[tuple[str, Any]]) -> Float[Tensor, "images dim"]:
+    def _features(
+        self, model: Representation, folder: Path, images: list[tuple[str, Any]]
+    ) -> Float[Tensor, "images dim"]:
         def load(i: int) -> Tensor:
             name, region = images[i]
-            return prepared(open_image(self.folder / "jpg" / f"{name}.jpg"), region, self.size, model.view)
+            return prepared(open_image(folder / "jpg" / f"{name}.jpg"), region, self.size, model.view)
 
         options = {"device": model.device, "batch_size": 1, "progress": model.progress}
         try:
@@ -105,6 +108,8 @@ class Landmarks(Protocol):
             ) from None
 
     def lacks(self, backbone: nn.Module, data: Data) -> str | None:
+        if self.folder is None:
+            return "--folder FOLDER, with images in jpg/ and gnd_NAME.pkl or gnd_NAME.json"
         if isinstance(backbone, nn.Flatten):
             return "features of one width for images of any shape"
         return super().lacks(backbone, data)
