@@ -173,7 +173,7 @@ def test_bits_beyond_eight_give_one_warning(workers: int, tmp_path: Path) -> Non
         UserWarning, match="more than 8 bits a channel, of which 8 are used; all .* data.channels"
     ) as caught:
         epochs()
-    assert len(caught) == 1
+    assert sum("8 bits" in str(warning.message) for warning in caught) == 1  # Python 3.12 also warns of forks
     png16(tmp_path / "gray.png", values(1))
     tifffile.imwrite(tmp_path / "color.tif", values(3))
     for name in ("gray.png", "color.tif"):
