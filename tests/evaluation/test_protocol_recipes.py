@@ -29,3 +29,18 @@ def test_recipe(file: Path) -> None:
     kind = find(file.parent.name)
     made = cli(construct, with_recipe(kind, ["RUN", "--recipe", file.stem]), prog="evaluate", protocol=kind)
     assert isinstance(made, kind)
+
+
+def test_recipes_of_methods_name_a_protocol_and_a_published_setting_that_exist() -> None:
+    lines = [
+        (file.name, line.split("sslbook.evaluate ")[1].split())
+        for file in RECIPES.parent.glob("*/imagenet*.yaml")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#") and "sslbook.evaluate " in line
+    ]
+    assert len(lines) >= 30
+    for name, (protocol, run, *options) in lines:
+        assert run == "RUN", name
+        words = [word for word in options if not word.startswith("--data.") and word not in ("imagenet", "data")]
+        kind = find(protocol)
+        cli(construct, with_recipe(kind, ["RUN", *words]), prog="evaluate", protocol=kind)
