@@ -144,8 +144,8 @@ def test_evaluate_refuses_to_overwrite_and_unlabeled_images(
     [
         ({"name": "evil_module.Set"}, "a class of your own"),
         ({"name=evil_module.Set": ""}, "unknown option data.name=evil_module.Set"),
-        ({"shapes": {"class_path": "evil_module.Set"}}, "unknown option data.shapes.class_path"),
-        ({"folder": {"class_path": "evil_module.Set"}}, "data.folder"),
+        ({"shapes": {"class_path": "evil_module.Set"}}, "a class of your own"),
+        ({"folder": {"class_path": "evil_module.Set"}}, "a class of your own"),
         ({"limit --batch_size": 2}, "unknown option"),
         (["evil_module.Set"], "does not say which images"),
         ({}, "does not say which images"),
