@@ -69,13 +69,16 @@ def read_yaml(path: str | Path, schema: Schema | None = None) -> Any:
     Raises:
         UserError: it cannot be read, is not YAML, or has another form.
     """
-    return _parsed(path, parse_yaml, schema or {str: object}, "YAML")
+
+    def parse(text: str) -> Any:
+        return {} if (found := parse_yaml(text)) is None else found  # an empty file
+
+    return _parsed(path, parse, schema or {str: object}, "YAML")
 
 
 def parse_yaml(text: str) -> Any:
     """A YAML text; one that is nested deeply, refers to itself or grows by its aliases is a `yaml.YAMLError`."""
-    found = yaml.load(text, _Loader)  # a SafeLoader
-    return {} if found is None else found
+    return yaml.load(text, _Loader)  # a SafeLoader
 
 
 class _Loader(yaml.SafeLoader):

@@ -125,15 +125,11 @@ def _supervised(run: Run, initial: nn.Module, view: View) -> base.Representation
 
 def _print_more(run: Run, measured: Sequence[base.Protocol], supervised: bool) -> None:
     """What else could be measured, how, and what it costs."""
-    lines = []
-    for name in base.available():
-        try:
-            protocol = base.find(name)()
-        except UserError:  # it has images of its own, which its options name
-            continue
-        new = protocol.name not in [other.name for other in measured]
-        if new and protocol.lacks(run.method.backbone, run.data) is None:
-            lines.append(f"  python -m sslbook.evaluate {run.folder} --protocols {protocol.name}   ({protocol.cost})")
+    lines, done = [], [protocol.name for protocol in measured]
+    kinds = [base.find(name) for name in base.available()]
+    others = [kind() for kind in kinds if kind.uses_data and kind.name not in done]  # the rest name images of their own
+    if names := [other.name for other in others if other.lacks(run.method.backbone, run.data) is None]:
+        lines.append(f"  python -m sslbook.evaluate PROTOCOL {run.folder}   ({', '.join(names)})")
     if not supervised:
         again = f"python -m sslbook.train --resume {run.folder} --report full"
         lines.append(f"  {again}   (also a network trained with labels, about {max(1, run.seconds):,.0f} s)")
