@@ -140,7 +140,7 @@ def test_comparison_trains_teachers_first(tmp_path: Path, monkeypatch) -> None:
         started.append(words[3:])
         (folder,) = (Path(word.removeprefix("--out_dir=")) for word in words if word.startswith("--out_dir="))
         folder.mkdir(parents=True)
-        (folder / "report.json").write_text("{}")
+        (folder / "report.json").write_text('{"seconds_per_1000": 1.0, "peak_memory": 1.0}')
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(compare.subprocess, "run", start_only)
