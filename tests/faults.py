@@ -14,7 +14,6 @@ import torch
 
 from sslbook import checkpoint, distributed, train
 from sslbook.engine import heartbeat, loop
-from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
 
 PATIENCE = 120.0  # seconds until a process counts as stuck
@@ -76,18 +75,6 @@ class Fault:
             Path(path).write_bytes(content)
 
         checkpoint.torch.save = strikes
-
-
-class Once(Hook):
-    """Kills process 1 at a step, the first time only."""
-
-    def __init__(self, mark: str, step: int) -> None:
-        self.mark, self.at = Path(mark), step
-
-    def step(self, run: Run) -> None:
-        if distributed.rank() == 1 and run.clock.step == self.at and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work(

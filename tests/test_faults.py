@@ -16,7 +16,7 @@ from sslbook.cli.slurm import Job
 from sslbook.engine.run import Run
 from sslbook.errors import UserError
 from tests.conftest import SEED
-from tests.engine import assert_same_bits, command, lines, start_process, weights
+from tests.engine import assert_same_bits, command, lines, weights
 from tests.faults import Fault, start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, fork")
@@ -104,18 +104,6 @@ def test_another_number_of_processes_keeps_the_trajectory(before: int, after: in
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_killed_process_again(tmp_path: Path) -> None:
-    hook = f'[{{"class_path": "tests.faults.Once", "init_args": {{"mark": "{tmp_path / "mark"}", "step": 3}}}}]'
-    words = [*command("simclr", tmp_path / "run", **{**OPTIONS, "hooks": hook}), "--resume=auto"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    process = start_process([*torchrun, "-m", "sslbook.train", *words], tmp_path)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors[-3000:]
-    assert (tmp_path / "mark").exists()
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
 # -- SLURM -------------------------------------------------------------------------------------------------------------

@@ -348,6 +348,7 @@ def test_altered_files_do_no_harm(kind: str, run: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("SSLBOOK_FUZZ" not in os.environ, reason="takes minutes: set SSLBOOK_FUZZ=1")
 @pytest.mark.parametrize("kind", ["description", "config", "checkpoint", "result"])
 def test_ten_thousand_altered_files_do_no_harm(kind: str, run: Path, tmp_path: Path, monkeypatch) -> None:
     fuzz(kind, MANY, run, tmp_path, monkeypatch)
