@@ -234,7 +234,8 @@ def format_tables(tables: Tables, protocols: Sequence[Protocol], data: Data) -> 
             }
             parts.append(f"{title}\n{Table(lines, digits=digits[name])}")
         else:
-            parts.append(f"Metrics in %, on {data.num_test:,} test images\n{Table(rows)}")
+            where = f", on {data.num_test:,} test images" if any(protocol.uses_data for protocol in protocols) else ""
+            parts.append(f"Metrics in %{where}\n{Table(rows)}")
     return "\n\n".join(parts)
 
 

@@ -67,6 +67,8 @@ class Depth(Protocol):
     needs = "maps"
     uses_data = False
     labels = False
+    title = "Depth: errors in its unit and relative to it, and percentage within a quarter"
+    digits = 3
     cost = "minutes to hours"
 
     def __init__(
