@@ -363,11 +363,6 @@ def test_every_reader_of_the_package_checks_what_it_reads() -> None:
         if re.search(r"json\.loads?\(|yaml\.(safe_)?load\(|torch\.load\(", path.read_text(encoding="utf-8"))
     }
     own = {"files.py", "checkpoint.py", "engine/hooks.py"}  # the readers; metrics.jsonl is read line by line
-    others = {
-        "cli/parser.py",
-        "cli/values.py",
-        "compare.py",
-        "engine/heartbeat.py",
-        "evaluate.py",
-    }  # of what they or the command line have written
+    # These read what they or the command line have written.
+    others = {"cli/parser.py", "cli/values.py", "compare.py", "engine/heartbeat.py", "evaluate.py"}
     assert {name for name in found if not name.startswith(("notebook/", "data/", "evaluation/"))} <= own | others

@@ -29,15 +29,8 @@ from sslbook.files import read_json
 from sslbook.methods.base import Method
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NOT_WRITTEN = (
-    "config",
-    "recipe",
-    "resume",
-    "out_dir",
-    "trust",
-    "launcher",
-    "slurm",
-)  # options that say where a run stands, not what it is
+# Options that say where and how a run is started, not what it is.
+NOT_WRITTEN = ("config", "recipe", "resume", "out_dir", "trust", "launcher", "slurm")
 
 
 def method_class(name: str) -> type[Method]:

@@ -43,10 +43,8 @@ def open_folder(
             names = (None if name is None else os.path.expanduser(name) for name in (out_dir, resume))
             answer[:2] = _choose(method, data, *names)
             lock = RunLock(Path(answer[0])).acquire()
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # UserErrors, and names that cannot be; the other processes wait for the answer, whatever it is
+        # UserErrors, and names that cannot be; the other processes wait for the answer, whatever it is.
+        except (ValueError, OSError) as error:
             answer[2] = str(error)
     folder, path, refusal = distributed.broadcast(answer)
     if refusal is not None:

@@ -302,7 +302,7 @@ def learning_rates(lrs: Sequence[float]) -> list[ParamRule]:
     return [ParamRule(rf"^heads\.{i}\.", lr_scale=lr / max(lrs)) for i, lr in enumerate(lrs)]
 
 
-def picture(shown: Sequence[Shown], what: str, draw: Callable[[Any, Tensor], None]) -> Any:
+def prediction_figure(shown: Sequence[Shown], what: str, draw: Callable[[Any, Tensor], None]) -> Any:
     """A figure of a row for each image: image, target, prediction."""
     from sslbook.notebook.style import figure
 

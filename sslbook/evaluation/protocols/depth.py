@@ -35,7 +35,7 @@ from sslbook.evaluation.dense import (
     fit,
     frozen_norm,
     learning_rates,
-    picture,
+    prediction_figure,
     resized,
 )
 from sslbook.nn.backbones import backbone_dim
@@ -164,7 +164,7 @@ class Depth(Protocol):
         def draw(axis: Any, depth: Tensor) -> None:
             axis.imshow(depth.masked_fill(depth == 0, torch.nan).numpy(), "viridis", vmin=limits[0], vmax=limits[1])
 
-        return {"images": picture(self._shown, "depth", draw)}
+        return {"images": prediction_figure(self._shown, "depth", draw)}
 
     def _known(self) -> Float[Tensor, "pixels"]:
         """Training depths that count, of about 1,000 pixels an image."""

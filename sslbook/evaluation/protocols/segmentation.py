@@ -44,7 +44,7 @@ from sslbook.evaluation.dense import (
     fit,
     frozen_norm,
     learning_rates,
-    picture,
+    prediction_figure,
     resized,
 )
 from sslbook.evaluation.features import frozen
@@ -163,7 +163,7 @@ class Segmentation(Protocol):
         def draw(axis: Any, mask: Tensor) -> None:
             axis.imshow(mask.masked_fill(mask == IGNORED, classes).numpy(), "tab20", vmin=0, vmax=classes)
 
-        return {"images": picture(self._shown, "mask", draw)} if self._shown else {}
+        return {"images": prediction_figure(self._shown, "mask", draw)} if self._shown else {}
 
     def _show(self, position: int, shown: Shown) -> None:
         if position == 0:
