@@ -142,7 +142,8 @@ def require_own_code(config: Path, named: str = "") -> None:
 
 def foreign_code(values: Any, named: str = "") -> list[str]:
     """The import paths in values that lead out of the package and do not stand in the text `named`."""
-    return [path for path in _import_paths(values) if not path.startswith(OWN_CODE) and path not in named]
+    known = set(re.findall(r"[\w.]+", named))
+    return [path for path in _import_paths(values) if not path.startswith(OWN_CODE) and path not in known]
 
 
 def _import_paths(values: Any) -> Iterator[str]:
