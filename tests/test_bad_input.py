@@ -99,6 +99,7 @@ def test_a_used_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_folder_where_no_step_was_taken_is_free(tmp_path: Path) -> None:
     words = ["simclr", "--batch_size=8", "--steps=1", "--report=none", f"--out_dir={tmp_path / 'run'}"]
     assert "raise their size" in refusal(*words, "--method.view.size=1")
@@ -116,6 +117,7 @@ def test_a_network_of_timm_that_takes_one_size(tmp_path: Path) -> None:
     train.main([*words, "--method.backbone.dict_kwargs.dynamic_img_size=true"])
 
 
+@pytest.mark.slow
 def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     start("rotation", tmp_path / "run", steps=1)
     assert "method Rotation" in refusal(*command("simclr", None, steps=2, resume=str(tmp_path / "run")))
@@ -227,6 +229,7 @@ def test_a_resumed_run_imports_no_code_from_elsewhere(change: dict, tmp_path: Pa
     assert not (tmp_path / "evilmod.ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--trust=true"], ["tests.test_bad_input.Mine"]])
 def test_a_resumed_run_imports_what_its_user_names(words: list[str], tmp_path: Path) -> None:
     common = ["--batch_size=8", "--data.shapes.num_train=16", "--report=none", "--progress=false", "--hooks=[]"]

@@ -212,6 +212,7 @@ def test_gradients_are_clipped_without_the_scale_of_mixed_precision(precision: s
     assert method.moves == pytest.approx([-0.5 * 10 / norm] * 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_scale_of_mixed_precision_is_kept_over_a_resume(tmp_path: Path) -> None:
     """The first scale makes the gradient infinite, so that a step is skipped and the scale halved."""
     options = {"precision": "fp16", "optimizer": partial(torch.optim.SGD, lr=1e-34)}

@@ -80,6 +80,7 @@ def test_a_stopped_run_goes_on_to_the_bit(method: str, world: int, fault: Fault,
     assert [path.name for path in run.glob(".*")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["forward", "update"])
 def test_a_stalled_process_is_named(moment: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -90,6 +91,7 @@ def test_a_stalled_process_is_named(moment: str, tmp_path: Path) -> None:
     assert "the others wait" in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_keeps_the_trajectory(before: int, after: int, tmp_path: Path) -> None:
     """Rotation, whose training is stable: SimCLR's at this size makes 1e-2 of a rounding error in two steps."""
@@ -111,6 +113,7 @@ def test_another_number_of_processes_keeps_the_trajectory(before: int, after: in
 SLURM = ["--launcher=slurm", "--slurm.nodes=2", "--slurm.gpus_per_node", "4", "--slurm.hours=1.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "again"), [("USR2", True), ("TERM", False)])
 def test_a_job_whose_time_is_over_saves_and_is_put_into_the_queue_again(
     kind: str, again: bool, tmp_path: Path, monkeypatch

@@ -342,6 +342,7 @@ def fuzz(kind: str, how: settings, run: Path, folder: Path, monkeypatch: pytest.
     how(given(st.data())(lambda data: subject(data)))()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["description", "config", "checkpoint", "result"])
 def test_altered_files_do_no_harm(kind: str, run: Path, tmp_path: Path, monkeypatch) -> None:
     fuzz(kind, FEW, run, tmp_path, monkeypatch)

@@ -107,6 +107,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 def test_texts_in_place_of_objects_say_what_they_want(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines() == [
@@ -121,6 +122,7 @@ def test_texts_in_place_of_objects_say_what_they_want(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_methods_are_imported_by_their_class_when_asked_for() -> None:
     script = "import sys, sslbook.methods as m; print('SimCLR' in dir(m), 'torch' in sys.modules); m.BYOL; m.Nothing"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -71,6 +71,7 @@ def run(method: nn.Module, out: Path, steps: int = 45, **options) -> None:
     pretrain(method, data, FAST, batch_size=8, steps=steps, device="cpu", progress=False, out_dir=out, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "answer"),
     [
@@ -90,6 +91,7 @@ def test_a_run_that_learns_nothing_warns_or_ends(method, answer: str, tmp_path: 
         run(method(), tmp_path / "hook", hooks=[Guard()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [byol, lambda: SimCLR(ConvNet(4), VIEW, projector_dim=4)], ids=["byol", "simclr"])
 def test_a_run_that_learns_is_left_alone(method, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -66,6 +66,7 @@ def test_two_resumes_at_once_are_not_both_let_in(tmp_path: Path, brisk) -> None:
         train(resume=str(tmp_path), steps=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [socket.gethostname(), "another-machine"])
 def test_the_lock_of_a_dead_process_is_taken_over(host: str, tmp_path: Path, brisk, capsys) -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
@@ -77,6 +78,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(host: str, tmp_path: Path, bri
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_living_process_of_another_machine_is_respected(tmp_path: Path, brisk) -> None:
     script = (
         "import sys, pathlib; from sslbook.engine import run_lock; run_lock.HEARTBEAT = 0.1\n"
@@ -164,6 +166,7 @@ for write in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no greatest size there")
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-00000001.pt"
@@ -285,6 +288,7 @@ def test_an_unlabeled_split_that_is_not_used_is_named(tmp_path: Path) -> None:
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_killed_between_two_epochs_is_one_line(tmp_path: Path) -> None:
     data = Data(folder=photos(tmp_path), workers=2)
     epoch = {"views": (View(size=16),), "batch_size": 4, "seed": 0}
@@ -305,6 +309,7 @@ exec "$0" -m sslbook.train simclr --data.folder "$1" --out_dir "$2" --batch_size
 """
 
 
+@pytest.mark.slow
 def test_a_small_shared_memory_is_one_line_and_not_for_ever(tmp_path: Path) -> None:
     private = ["unshare", "--mount"]
     try:

@@ -152,6 +152,7 @@ def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch_for_a_loss_without_interaction(tmp_path: Path) -> None:
     """Rotation with a transformer: no batch norm and no negatives, so parts of a batch are independent."""
     backbone = (
@@ -285,6 +286,7 @@ def test_the_four_ways_to_start(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.find(out))["step"] == 6
 
 
+@pytest.mark.slow
 def test_the_resolved_configuration_is_accepted_back(tmp_path: Path) -> None:
     start("rotation", tmp_path / "a", steps=2, method__view__crop="null", rules='[{"pattern": "head", "lr_scale": 2}]')
     written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
@@ -420,6 +422,7 @@ def test_lines_of_metrics_hold_numbers_only(tmp_path: Path) -> None:
     assert second["loss"] == 1.0
 
 
+@pytest.mark.slow
 def test_auto_goes_on_with_runs_of_these_data_only(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("A", "Aa", "other/A"):

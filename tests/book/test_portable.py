@@ -53,6 +53,7 @@ def test_every_chapter_has_a_notebook():
     assert [LABELS.pages[name].chapter for name in numbered] == list(range(1, len(numbered) + 1))
 
 
+@pytest.mark.slow
 @each_page
 def test_notebook_is_valid_and_without_myst(name: str):
     notebook = portable(name)
@@ -401,6 +402,7 @@ def test_rename_changes_the_name_and_nothing_else():
     assert rename("y = f(1)", {"f"}) == "y = f(1)"
 
 
+@pytest.mark.slow
 def test_the_command_writes_notebooks_and_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tools.main(["portable", "--out", str(tmp_path / "made"), "--revision", "v9"])
     written = sorted(path.name for path in (tmp_path / "made").iterdir())

@@ -381,6 +381,7 @@ def words(folder: Path, channels: int, *more: str) -> list[str]:
     return [*images, *sizes, "--report=none", "--progress=false", "--device=cpu", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "form"), [(5, "npy last"), (13, "tiff pixels")])
 def test_bands_from_the_first_layer_on(channels: int, form: str, tmp_path: Path) -> None:
     """Train, go on, evaluate and extract."""

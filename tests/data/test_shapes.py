@@ -82,6 +82,7 @@ def test_same_image_at_every_size():
     assert (shrunk - coarse.float()).abs().mean() < 5  # an antialiased edge is the mean of what it covers, nearly
 
 
+@pytest.mark.slow
 def test_splits_and_seeds_differ():
     images = {row.numpy().tobytes() for split in ("train", "test") for row in Shapes(noise=0.0).render(split)[0]}
     assert len(images) == 4000

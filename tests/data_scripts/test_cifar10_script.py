@@ -67,6 +67,7 @@ def release(server: Server, files: dict[str, bytes], **faults: object) -> cifar1
     )
 
 
+@pytest.mark.slow
 def test_fetches_verifies_and_writes_images(
     server: Server, tmp_path: Path, batches: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:

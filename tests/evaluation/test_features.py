@@ -121,6 +121,7 @@ def _extract(folder: Path, batch_size: int) -> tuple[list[list[float]], list[int
     return found.x.tolist(), found.y.tolist(), found.index.tolist(), backbone.seen, sorted(data.unreadable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 100])  # 100: the second process has nothing to do
 def test_two_processes_share_the_images_and_both_have_all_features(tmp_path: Path, pool, batch_size: int) -> None:
     for i in range(11):

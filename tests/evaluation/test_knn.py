@@ -167,6 +167,7 @@ def _two(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     return knn.neighbors(bank, queries, 5, query_chunk=7, bank_chunk=11)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_queries_and_both_have_the_result(pool) -> None:
     bank, _ = clusters(60, seed=7)
     for count in (40, 5):  # of five, the second process has none

@@ -99,6 +99,7 @@ class Gray(nn.Module):
         return (gray + gray.flip(2)).flatten(1)
 
 
+@pytest.mark.slow
 def test_a_network_that_ignores_an_operation_scores_100() -> None:
     one = model(Gray())
     protocol = Invariance(images=40)
@@ -149,6 +150,7 @@ def _measure() -> dict[str, float]:
     return {**free, **Invariance(images=24).run(one, one.data)}
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(pool) -> None:
     one = _measure()
     for two in pool.run(_measure):

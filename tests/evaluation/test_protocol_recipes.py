@@ -31,6 +31,7 @@ def test_recipe(file: Path) -> None:
     assert isinstance(made, kind)
 
 
+@pytest.mark.slow
 def test_recipes_of_methods_name_a_protocol_and_a_published_setting_that_exist() -> None:
     lines = [
         (file.name, line.split("sslbook.evaluate ")[1].split())

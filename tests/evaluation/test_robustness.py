@@ -29,6 +29,7 @@ def model(**options) -> Representation:
     return Representation(Pooled(), data, VIEW, batch_size=8, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_each_image_corrupted_by_itself() -> None:
     one = model()
     protocol = Robustness(corruptions=["contrast", "gaussian noise"], severities=[2, 5])

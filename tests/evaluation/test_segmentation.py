@@ -116,6 +116,7 @@ def test_mask_keeps_its_resolution(squares: dict[str, Path]) -> None:
     assert 50 < segmentation.metrics(counts)["mIoU"] < 99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["knn", "linear"])
 def test_frozen_maps_find_the_squares(squares: dict[str, Path], head: str) -> None:
     torch.manual_seed(0)
@@ -338,6 +339,7 @@ def test_photographs(shared_data: Path, tmp_path: Path) -> None:
     assert found["mIoU"] > level["mIoU"]
 
 
+@pytest.mark.slow
 def test_a_kept_run_goes_on_only_with_its_own_options(squares: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = ConvNet(4)

@@ -125,6 +125,7 @@ def test_layers_to_freeze_are_named_or_counted() -> None:
 # -- all heads at once -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_a_head_of_a_grid_is_the_head_alone(optimizer: str, trained: list[Transfer]) -> None:
     data, training = make_data(), replace(SHORT, optimizer=optimizer, clip_grad_norm=0.5)
@@ -146,6 +147,7 @@ def test_a_head_of_a_grid_is_the_head_alone(optimizer: str, trained: list[Transf
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
+@pytest.mark.slow
 def test_attentive_probes_of_a_grid_are_those_alone(trained: list[Transfer]) -> None:
     data, vit = make_data(), make_vit()
     options = {"num_heads": 2, "num_blocks": 2, "training": replace(SHORT, optimizer="adamw", clip_grad_norm=0.1)}
@@ -164,6 +166,7 @@ def test_attentive_probes_of_a_grid_are_those_alone(trained: list[Transfer]) -> 
             assert torch.allclose(value, grid.heads.each[i].state_dict()[name], rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_harms_no_other(trained: list[Transfer]) -> None:
     data, vit = make_data(), make_vit()
     options = {"weight_decays": (0.0,), "num_heads": 2, "training": replace(SHORT, optimizer="sgd")}

@@ -75,6 +75,7 @@ def test_recipes_run(path: Path, exported: dict[str, Path], tmp_path: Path, monk
     assert protocol in next(iter(result["settings"]["details"].values()))
 
 
+@pytest.mark.slow
 def test_options_of_a_protocol_on_the_command_line(
     exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -90,6 +91,7 @@ def test_options_of_a_protocol_on_the_command_line(
     assert "linear SGD" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_is_kept_is_not_trained_again(
     exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

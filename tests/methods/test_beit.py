@@ -135,6 +135,7 @@ def after_training(constant: bool) -> tuple[float, float]:
     return losses[0], losses[1]
 
 
+@pytest.mark.slow
 def test_with_a_constant_tokenizer_nothing_is_learned() -> None:
     own, other = after_training(constant=False)
     assert own < 0.2

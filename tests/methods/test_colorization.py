@@ -60,6 +60,7 @@ def test_lab_to_rgb_is_the_inverse() -> None:
     assert rgb_to_lab(gray)[:, 1:].abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_bins_cover_all_colors() -> None:
     bins = palette(10.0)
     assert bins.shape == (261, 2)

@@ -96,6 +96,7 @@ def _round() -> tuple[Tensor, Tensor, Tensor]:
     return method.assignment, method.classifier.weight.detach(), order
 
 
+@pytest.mark.slow
 def test_processes_agree_about_clusters_classifier_and_order(pool) -> None:
     one = _round()
     for got in pool.run(_round):

@@ -101,6 +101,7 @@ def _koleo(x: Tensor) -> tuple[float, Tensor]:
     return float(distributed.all_reduce_mean(loss.detach())), own.grad / distributed.world_size()
 
 
+@pytest.mark.slow
 def test_koleo_is_of_the_global_batch(pool) -> None:
     x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.7, 0.7]])  # neighbors lie apart
     loss, gradient = _koleo(x)

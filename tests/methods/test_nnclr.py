@@ -147,6 +147,7 @@ def distance_within_classes(cls: type[NNCLR]) -> float:
     return float(1 - (z @ z.T)[same & ~torch.eye(128, dtype=torch.bool)].mean())
 
 
+@pytest.mark.slow
 def test_neighbors_reduce_within_class_distance() -> None:
     assert distance_within_classes(NNCLR) < 0.75 * distance_within_classes(OwnView)
 

@@ -92,6 +92,7 @@ def test_every_pixel_is_predicted_by_its_own_cell(monkeypatch) -> None:
                 torch.testing.assert_close(prediction[:, c, y, x], tokens[:, 1 + y // 4 * 4 + x // 4] @ weight + bias)
 
 
+@pytest.mark.slow
 def test_paper_scale() -> None:
     pytest.importorskip("timm", reason="needs timm")
     with torch.device("meta"):

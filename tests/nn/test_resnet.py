@@ -54,6 +54,7 @@ def test_torchvision_weights_give_torchvision_features(factory, name: str) -> No
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.slow
 def test_method_starts_from_torchvision_weights(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")

@@ -152,6 +152,7 @@ def test_weights_of_another_image_size(tmp_path: Path, positions: str, to: int) 
     torch.testing.assert_close(center, near)
 
 
+@pytest.mark.slow
 def test_method_starts_from_weights_of_another_size(tmp_path: Path) -> None:
     source, target = MAE(at(16, "learned"), View(size=16)), MAE(at(24, "learned"), View(size=24))
     torch.save(source.state_dict(), tmp_path / "mae.pt")

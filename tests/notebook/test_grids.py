@@ -31,6 +31,7 @@ def words(figure) -> list[dict]:
     return [{"text": e.text, "tag": e.tag, **e.attrib} for e in elements]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_text_of_a_figure_reaches_a_contrast_of_four_and_a_half(page):
     ground, ink = PAGES[page]
@@ -117,6 +118,7 @@ def test_a_name_that_no_chapter_lists_is_refused_at_once():
         style.figure(alt="x", caption="y", name="nowhere.x")
 
 
+@pytest.mark.slow
 def test_a_figure_is_transparent_and_carries_its_alt_text():
     figure, ax = style.figure(alt='a "falling" line', caption=None)
     ax.plot([2, 1])
@@ -155,6 +157,7 @@ def test_grid_shows_each_image_under_its_title():
     assert [len(ax.images) for ax in figure.axes] == [1] * 10 + [0] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "inch"), [(14, 0.3), (8, 0.75), (3, 1.2)])
 def test_no_image_of_a_grid_is_smaller_than_64_pixels_even_on_a_phone(columns, inch):
     figure = plots.grid(torch.zeros(columns, 3, 4, 4), alt="x", caption=None, columns=columns, inch=inch)

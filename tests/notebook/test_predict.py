@@ -103,6 +103,7 @@ def test_mistakes_are_named_in_one_line(options, answer, message):
         predict("?", options, answer=answer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
 def test_keys_choose_and_every_chosen_option_is_explained(tmp_path):
     page = tmp_path / "page.html"

@@ -126,6 +126,7 @@ def test_alt_text_and_a_known_name_are_asked_for():
         Diagram(alt="x", caption="y", name="nowhere.x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
 def test_on_a_phone_letters_keep_ten_pixels_and_no_word_covers_another(tmp_path):
     page = tmp_path / "page.html"

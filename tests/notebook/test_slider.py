@@ -118,6 +118,7 @@ def test_live_asks_the_kernel_only_for_what_ipywidgets_7_has(monkeypatch):
     assert made["options"] == [("0.1", 0.1), ("0.5", 0.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
 def test_arrow_keys_choose_the_frame_in_a_browser(tmp_path):
     two = sweep(plot, caption=None, tau=[0.1, 0.5, 1.0], k=[1, 2], default={"tau": 0.1, "k": 1})
