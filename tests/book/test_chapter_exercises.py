@@ -1,9 +1,9 @@
 """Every exercise of every chapter keeps what its declaration promises (`sslbook.notebook.exercises`)."""
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from sslbook.notebook.exercises import CheckFailed, Exercise, Outcome
 
 
 def declared() -> Iterator[tuple[str, Exercise]]:
-    for chapter in pkgutil.iter_modules(chapters.__path__):
-        module = importlib.import_module(f"{chapters.__name__}.{chapter.name}.exercises")
-        yield from ((f"{chapter.name}.{name}", v) for name, v in vars(module).items() if isinstance(v, Exercise))
+    for chapter in chapters.CHAPTERS:
+        if not find_spec(f"{chapters.__name__}.{chapter}.exercises"):
+            continue  # named by test_all_chapters_declare_exercises
+        module = importlib.import_module(f"{chapters.__name__}.{chapter}.exercises")
+        yield from ((f"{chapter}.{name}", v) for name, v in vars(module).items() if isinstance(v, Exercise))
 
 
 EXERCISES = dict(declared())
@@ -26,7 +28,7 @@ MISTAKES = [(name, message) for name, exercise in EXERCISES.items() for message 
 
 
 def test_all_chapters_declare_exercises() -> None:
-    assert len({name.split(".")[0] for name in EXERCISES}) == len(list(pkgutil.iter_modules(chapters.__path__)))
+    assert len({name.split(".")[0] for name in EXERCISES}) == len(chapters.CHAPTERS)
     assert all(name.endswith(f".{exercise.name}") for name, exercise in EXERCISES.items())
 
 
