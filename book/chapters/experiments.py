@@ -59,6 +59,7 @@ def train(
         out = method(batch, Clock(step, len(run)))
         optimizer.zero_grad()
         out["loss"].backward()
+        method.before_optimizer_step(Clock(step, len(run)))
         optimizer.step()
         rate.step()
         method.after_step(Clock(step + 1, len(run)))
