@@ -1,0 +1,225 @@
+"""What the chapter on SwAV quotes: the choice of its settings, its longer runs over several seeds, its ablations.
+
+    python book/chapters/swav/experiments.py settings       epsilon, prototypes and learning rates, on images of another
+                                                            seed of Shapes
+    python book/chapters/swav/experiments.py shapes         SwAV, its controls and the factors; three seeds
+    python book/chapters/swav/experiments.py sabotage       one part removed or replaced at a time; three seeds
+    python book/chapters/swav/experiments.py crops          two crops, longer, and with small crops; three seeds
+    python book/chapters/swav/experiments.py queue          batches smaller than the prototypes; three seeds
+    python book/chapters/swav/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
+
+Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
+`swav_settings`; `swav_shapes` and `swav_factors` (on test images), with the checkpoint `swav_shapes`; `swav_sabotage`,
+`swav_crops` and `swav_queue` (on held-out training images); `swav_photographs`, with the checkpoint `swav_cifar10`.
+"""
+
+import copy
+import time
+
+import torch
+from torch import nn
+
+from sslbook import default_device, results
+from sslbook.book.chapters.experiments import (
+    batches,
+    begin,
+    cifar10,
+    held_out,
+    main,
+    note,
+    note_factors,
+    score,
+    train,
+    train_supervised,
+)
+from sslbook.book.chapters.swav.variants import (
+    GradientThroughCodes,
+    HardCodes,
+    LongPrototypes,
+    OwnCodes,
+    SoftmaxCodes,
+)
+from sslbook.data.datasets.shapes import Shapes
+from sslbook.data.loader import Data
+from sslbook.data.views import View
+from sslbook.methods.swav import SwAV
+from sslbook.nn import ConvNet
+from sslbook.weights.backbone import export_backbone
+
+TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
+OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
+COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
+VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
+SMALL = View(size=8, crop=(0.1, 0.3), **COLORS)
+PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
+BATCH, HIDDEN, DIM, PROTOTYPES, TEMPERATURE = 256, 256, 64, 200, 0.1
+EPSILON, LR, LR_SUPERVISED = 0.01, 1e-2, 5e-3  # the best of `settings`
+STEPS = {"settings": 120, "shapes": 360, "sabotage": 120, "crops": 120, "queue": 480, "photographs": 200}
+PHOTOGRAPHS = (4000, 1000)
+
+NONE = "as it should be"
+VARIANTS: dict[str, dict] = {
+    NONE: {},
+    "softmax assignment": {"kind": SoftmaxCodes},
+    "one iteration": {"iterations": 1},
+    "thirty iterations": {"iterations": 30},
+    "hard codes": {"kind": HardCodes},
+    "epsilon 0.05": {"epsilon": 0.05},
+    "epsilon 0.1": {"epsilon": 0.1},
+    "prototypes not normalized": {"kind": LongPrototypes},
+    "gradient through the codes": {"kind": GradientThroughCodes},
+    "no swap": {"kind": OwnCodes},
+    "prototypes frozen for 15 steps": {"freeze": 15},
+    "prototypes never trained": {"freeze": 1_000_000},
+}
+
+
+def make(
+    seed: int,
+    *,
+    kind: type[SwAV] = SwAV,
+    view: View = VIEW,
+    small: int = 0,
+    prototypes: int = PROTOTYPES,
+    epsilon: float = EPSILON,
+    iterations: int = 3,
+    freeze: int = 0,
+    queue: int = 0,
+    queue_start: int = 0,
+) -> SwAV:
+    torch.manual_seed(seed)
+    options = {"num_prototypes": prototypes, "epsilon": epsilon, "sinkhorn_iterations": iterations}
+    options |= {"freeze_prototypes": f"{freeze} steps", "queue_size": queue, "queue_start": f"{queue_start} steps"}
+    method = kind(ConvNet(), view, SMALL, small, HIDDEN, DIM, temperature=TEMPERATURE, **options)
+    return method.to(default_device())
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def settings(num_seeds: int, resume: bool) -> None:
+    """`swav_settings`: one setting changed at a time, on the images of another seed of Shapes."""
+    steps, data, table = STEPS["settings"], Data(shapes=OTHER_SHAPES), {}
+    run = batches(data, (VIEW, VIEW), BATCH, steps, 100)
+    chosen = {"epsilon": EPSILON, "prototypes": PROTOTYPES, "lr": LR}
+    tried = [chosen] + [chosen | {"epsilon": e} for e in (0.003, 0.005, 0.02, 0.05)]
+    tried += [chosen | {"prototypes": k} for k in (30, 400)] + [chosen | {"lr": lr} for lr in (5e-3, 2e-2)]
+    for options in tried:
+        method = make(100, **{key: value for key, value in options.items() if key != "lr"})
+        train(method, run, options["lr"])
+        name = "epsilon {epsilon:g}, {prototypes} prototypes, learning rate {lr:g}".format_map(options)
+        note(table, name, score(method.backbone, data, 16))
+    for lr in (2e-3, 5e-3, 1e-2):
+        backbone = train_supervised(make(100).backbone, data, VIEW, steps, BATCH, 100, lr)
+        note(table, f"supervised, learning rate {lr:g}", score(backbone, data, 16))
+    results.save("swav_settings", table, seeds=[100], settings={"steps": steps, "batch": BATCH, "shapes seed": 1})
+
+
+def shapes(num_seeds: int, resume: bool) -> None:
+    """`swav_shapes` and `swav_factors`: the method beside its controls; the checkpoint is of seed 0."""
+    data, steps, names = Data(shapes=TINY_SHAPES), STEPS["shapes"], ["swav_shapes", "swav_factors"]
+    about = {"steps": steps, "batch": BATCH, "epsilon": EPSILON, "prototypes": PROTOTYPES}
+    about |= {"images": TINY_SHAPES.num_train}
+    (rows, known), done = begin(names, about, resume)
+    if not done:
+        rows |= {name: {} for name in ("SwAV", "random weights", "pixels", "supervised")}
+        note(rows, "pixels", score(nn.Flatten(), data, 16))
+        note_factors(known, "pixels", nn.Flatten(), data, 16)
+    for seed in range(done, num_seeds):
+        method = make(seed)
+        fresh = copy.deepcopy(method.backbone)
+        print(train(method, batches(data, (VIEW, VIEW), BATCH, steps, seed), LR), flush=True)
+        note(rows, "SwAV", score(method.backbone, data, 16))
+        note(rows, "random weights", score(fresh, data, 16))
+        note_factors(known, "h", method.backbone, data, 16)
+        note_factors(known, "z", nn.Sequential(method.backbone, method.projector), data, 16)
+        note_factors(known, "random weights", fresh, data, 16)
+        train_supervised(fresh, data, VIEW, steps, BATCH, seed, LR_SUPERVISED)
+        note(rows, "supervised", score(fresh, data, 16))
+        if seed == 0:
+            save_backbone("shapes", method, about)
+        for name, table in zip(names, (rows, known)):
+            results.save(name, table, seeds=list(range(seed + 1)), settings=about)
+
+
+def sabotage(num_seeds: int, resume: bool) -> None:
+    """`swav_sabotage`: one part removed or replaced at a time, on the same batches."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["sabotage"]
+    about = {"steps": steps, "batch": BATCH, "images": TINY_SHAPES.num_train, "prototypes": PROTOTYPES}
+    (table,), done = begin(["swav_sabotage"], about, resume)
+    for seed in range(done, num_seeds):
+        run = batches(data, (VIEW, VIEW), BATCH, steps, seed)
+        for name, options in VARIANTS.items():
+            method = make(seed, **options)
+            if name == NONE:
+                note(table, "random weights", held_out(method.backbone, data, 16))
+            log = train(method, run, LR)
+            note(table, name, {**log, **held_out(method.backbone, data, 16)})
+        results.save("swav_sabotage", table, seeds=list(range(seed + 1)), settings=about)
+
+
+def crops(num_seeds: int, resume: bool) -> None:
+    """`swav_crops`: small crops against more steps of two crops."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["crops"]
+    about = {"steps": steps, "batch": BATCH, "images": TINY_SHAPES.num_train, "small crops": [0, 4]}
+    (table,), done = begin(["swav_crops"], about, resume)
+    for seed in range(done, num_seeds):
+        for name, small, share in (("2 crops", 0, 1), ("2 crops, half as many steps again", 0, 1.5), ("2 + 4", 4, 1)):
+            method = make(seed, small=small)
+            run = batches(data, method.views(), BATCH, round(steps * share), seed)
+            start = time.perf_counter()
+            train(method, run, LR)
+            cost = {"time (s)": time.perf_counter() - start, "steps": len(run)}
+            note(table, name, {**cost, **held_out(method.backbone, data, 16)})
+        results.save("swav_crops", table, seeds=list(range(seed + 1)), settings=about)
+
+
+def queue(num_seeds: int, resume: bool) -> None:
+    """`swav_queue`: batches with fewer images than prototypes, without and with a queue."""
+    data, steps, batch = Data(shapes=TINY_SHAPES), STEPS["queue"], 32
+    about = {"steps": steps, "batch": batch, "images": TINY_SHAPES.num_train, "prototypes": PROTOTYPES}
+    (table,), done = begin(["swav_queue"], about, resume)
+    rows = {
+        "batch 32, no queue": {},
+        "batch 32, queue of 224": {"queue": 224, "queue_start": steps // 8},
+        "batch 32, queue of 2048": {"queue": 2048, "queue_start": steps // 8},
+    }
+    for seed in range(done, num_seeds):
+        run = batches(data, (VIEW, VIEW), batch, steps, seed)
+        for name, options in rows.items():
+            method = make(seed, **options)
+            log = train(method, run, LR / 2)
+            note(table, name, {**log, **held_out(method.backbone, data, 16)})
+        results.save("swav_queue", table, seeds=list(range(seed + 1)), settings=about)
+
+
+def photographs(num_seeds: int, resume: bool) -> None:
+    """`swav_photographs`: CIFAR-10, the method beside its controls on test images; the checkpoint is of seed 0."""
+    data, steps = cifar10(*PHOTOGRAPHS), STEPS["photographs"]
+    about = {"steps": steps, "batch": BATCH, "images": PHOTOGRAPHS[0], "test images": PHOTOGRAPHS[1]}
+    about |= {"data": data.name}
+    (rows,), done = begin(["swav_photographs"], about, resume)
+    if not done:
+        rows |= {name: {} for name in ("SwAV", "random weights", "pixels", "supervised")}
+        note(rows, "pixels", score(nn.Flatten(), data, 32))
+    for seed in range(done, num_seeds):
+        method = make(seed, view=PHOTOGRAPH)
+        fresh = copy.deepcopy(method.backbone)
+        note(rows, "random weights", score(fresh, data, 32))
+        train_supervised(fresh, data, PHOTOGRAPH, steps, BATCH, seed, LR_SUPERVISED)
+        note(rows, "supervised", score(fresh, data, 32))
+        print(train(method, batches(data, method.views(), BATCH, steps, seed), LR), flush=True)
+        note(rows, "SwAV", score(method.backbone, data, 32))
+        if seed == 0:
+            save_backbone("cifar10", method, about)
+        results.save("swav_photographs", rows, seeds=list(range(seed + 1)), settings=about)
+
+
+def save_backbone(name: str, method: SwAV, about: dict) -> None:
+    command = f"python book/chapters/swav/experiments.py {'shapes' if name == 'shapes' else 'photographs'}"
+    facts = {"method": "SwAV", "command": command, "seed": 0, "settings": about}
+    export_backbone(results.book() / "checkpoints" / f"swav_{name}.safetensors", method.backbone, facts)
+
+
+if __name__ == "__main__":
+    main(__doc__, settings, shapes, sabotage, crops, queue, photographs)
