@@ -79,7 +79,7 @@ VARIANTS: dict[str, dict] = {
     "Barlow Twins, lambda 1": {"name": "Barlow Twins", "lambda_": 1.0},
     f"W-MSE, {NONE}": {"name": "W-MSE"},
     "W-MSE, whole batch": {"name": "W-MSE", "slice_size": BATCH},
-    "W-MSE, slices of 17": {"name": "W-MSE", "slice_size": WHITENED + 1},
+    "W-MSE, slices of 24": {"name": "W-MSE", "slice_size": 24},
 }
 
 
