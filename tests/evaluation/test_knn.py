@@ -8,6 +8,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor, nn
 
+from sslbook import distributed
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
@@ -163,16 +164,18 @@ def test_top_5_and_several_settings_in_one_pass(monkeypatch: pytest.MonkeyPatch)
         knn.KNN([])
 
 
-def _two(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
-    return knn.neighbors(bank, queries, 5, query_chunk=7, bank_chunk=11)
+def _two(queries: Tensor, bank: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    own = queries[distributed.rank() :: distributed.world_size()]
+    return knn.divided(bank, queries, 5, query_chunk=7), knn.neighbors(bank, own, 5)
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_queries_and_both_have_the_result(pool) -> None:
+def test_two_processes_divide_queries_or_have_their_own(pool) -> None:
     bank, _ = clusters(60, seed=7)
-    for count in (40, 5):  # of five, the second process has none
+    for count in (40, 5, 1):  # of one, the second process has none
         queries, _ = clusters(count, seed=8)
-        one = _two(queries, bank)
-        for two in pool.run(_two, queries, bank):
-            assert torch.equal(two[0], one[0])
-            assert torch.equal(two[1], one[1])
+        one = knn.neighbors(bank, queries, 5, query_chunk=7)
+        for rank, (together, own) in enumerate(pool.run(_two, queries, bank)):
+            for part, whole, mine in zip(together, one, own):
+                assert torch.equal(part, whole)
+                torch.testing.assert_close(mine, whole[rank::2])

@@ -59,7 +59,7 @@ class KNN(Protocol):
     def run(self, model: Representation, data: Data) -> Metrics:
         train_x, train_y, test_x, test_y = model.labeled()
         _require(train_x, test_x)
-        found = neighbors(train_x, test_x, max(k for k, _ in self._settings().values()), device=model.device)
+        found = divided(train_x, test_x, max(k for k, _ in self._settings().values()), device=model.device)
         metrics, ranked = {}, {}
         for name, (k, temperature) in self._settings().items():
             ranked[name] = vote(*(part[:, :k] for part in found), train_y, temperature, top=min(5, data.num_classes))
@@ -87,12 +87,11 @@ def neighbors(
     query_chunk: int = 1024,
     bank_chunk: int = 8192,
     device: torch.device | str | None = None,
-    shared: bool = True,
 ) -> tuple[Float[Tensor, "test k"], Int[Tensor, "test k"]]:
-    """Cosine similarities and indices of the k nearest training features of every test feature, nearest first.
+    """Cosine similarities and indices of the k nearest training features of every test feature, nearest first; on the CPU.
 
     Of equally similar ones the lower index comes first, on every device. With fewer than k training features all are
-    returned. Processes divide the queries in whole chunks, and each gets the results of all, on the CPU.
+    returned. Every process searches for its own queries; see `divided`.
 
     Args:
         train_x: the bank, not empty.
@@ -101,13 +100,11 @@ def neighbors(
         query_chunk: queries compared at a time.
         bank_chunk: bank entries compared at a time.
         device: where to compute; by default where `test_x` is.
-        shared: whether processes divide the queries; else each has its own.
     """
     device = test_x.device if device is None else torch.device(device)
     k = min(k, len(train_x))
-    rank, processes = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
-    own = range(rank * query_chunk, len(test_x), processes * query_chunk)
-    best = {first: (torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for first in own}
+    none = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    best = dict.fromkeys(range(0, len(test_x), query_chunk), none)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(train_x), bank_chunk):  # the bank outside: it is the larger, and is moved only once
             bank = _normalized(train_x[start : start + bank_chunk], device)
@@ -122,7 +119,25 @@ def neighbors(
     values, indices = torch.zeros(len(test_x), k), torch.zeros(len(test_x), k, dtype=torch.int64)
     for first, (value, index) in best.items():
         values[first : first + query_chunk], indices[first : first + query_chunk] = value.cpu(), index.cpu()
-    return (everywhere(values, device), everywhere(indices, device)) if shared else (values, indices)
+    return values, indices
+
+
+def divided(
+    train_x: Float[Tensor, "train dim"],
+    test_x: Float[Tensor, "test dim"],
+    k: int,
+    *,
+    query_chunk: int = 1024,
+    device: torch.device | str | None = None,
+) -> tuple[Float[Tensor, "test k"], Int[Tensor, "test k"]]:
+    """`neighbors` of queries that are the same in every process: each searches for some chunks, and all get the whole."""
+    k, chunks = min(k, len(train_x)), torch.arange(len(test_x)).split(query_chunk)
+    own = torch.cat([torch.arange(0), *chunks[distributed.rank() :: distributed.world_size()]])
+    values, indices = torch.zeros(len(test_x), k), torch.zeros(len(test_x), k, dtype=torch.int64)
+    queries = test_x[own.to(test_x.device)]
+    values[own], indices[own] = neighbors(train_x, queries, k, query_chunk=query_chunk, device=device)
+    where = test_x.device if device is None else device
+    return everywhere(values, where), everywhere(indices, where)
 
 
 def vote(
@@ -153,10 +168,9 @@ def predict(
     temperature: float = 0.07,
     *,
     device: torch.device | str | None = None,
-    shared: bool = True,
 ) -> Int[Tensor, "test"]:
     """The label with the largest sum of votes; the lower label where votes are equal. See `neighbors`."""
-    return vote(*neighbors(train_x, test_x, k, device=device, shared=shared), train_y, temperature)[:, 0]
+    return vote(*neighbors(train_x, test_x, k, device=device), train_y, temperature)[:, 0]
 
 
 def accuracy(

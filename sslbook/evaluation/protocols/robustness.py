@@ -77,7 +77,7 @@ class Robustness(Protocol):
         def classify(x: Float[Tensor, "n dim"]) -> Int[Tensor, "n"]:
             if ranked is not None:
                 return ranked(x)[:, 0]
-            return knn.predict(train_x, train_y, x, device=model.device, shared=False)
+            return knn.predict(train_x, train_y, x, device=model.device)
 
         clean = 100 * (classify(test_x) == test_y).double().mean().item()
         self._accuracy = self._corrupted(model, data, classify)
