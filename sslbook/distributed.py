@@ -76,6 +76,11 @@ def all_gather_object(x: T) -> list[T]:
     return parts
 
 
+def full_tensor(x: Tensor) -> Tensor:
+    """A tensor whose shards lie in several processes (a `DTensor`), gathered in all of them; any other as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyrefly: ignore
+
+
 def all_gather_with_grad(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "all *rest"]:
     """As `all_gather`; the gradient of a row is summed over all the processes that used it."""
     return _Gather.apply(x) if world_size() > 1 else x

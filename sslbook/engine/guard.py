@@ -13,6 +13,7 @@ from sslbook import distributed
 from sslbook.data.views import View
 from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
+from sslbook.engine.sharding import whole
 from sslbook.errors import UserError, at_least_one
 from sslbook.nn.ema import EMA
 from sslbook.nn.metrics import effective_rank, singular_values
@@ -89,7 +90,8 @@ class Guard(Hook):
     def _look(self, run: Run) -> tuple[float, float]:
         training = run.method.training
         run.method.eval()
-        x = run.method.backbone(self.shown).float().flatten(1)
+        with whole(run.method):
+            x = run.method.backbone(self.shown).float().flatten(1)
         run.method.train(training)
         z = F.normalize(x, dim=1)
         std = float(z.std(dim=0, correction=0).mean()) * z.shape[1] ** 0.5
@@ -106,4 +108,4 @@ def _sums(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def _sum(module: torch.nn.Module) -> float:
-    return float(sum(parameter.detach().double().sum() for parameter in module.parameters()))
+    return float(sum(distributed.full_tensor(p.detach().double().sum()) for p in module.parameters()))

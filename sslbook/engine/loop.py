@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from sslbook import checkpoint, distributed
@@ -22,9 +21,10 @@ from sslbook.engine.guard import Guard
 from sslbook.engine.heartbeat import Heartbeat
 from sslbook.engine.hooks import Hook, MetricsLog, Progress, require_monitored, watching
 from sslbook.engine.preemption import PreemptionHandler
-from sslbook.engine.resume import CONTENTS, TrainState, description, record_changes
+from sslbook.engine.resume import CONTENTS, TrainState, description, record_changes, write_config
 from sslbook.engine.run import Run
 from sslbook.engine.run_folder import open_folder, removed_if_unstarted
+from sslbook.engine.sharding import is_sharded, make_whole, shard, whole
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn.backbones import in_channels
@@ -56,6 +56,7 @@ def pretrain(
     precision: Literal["float32", "bf16", "fp16"] = "float32",
     channels_last: bool = False,
     compile: bool = False,
+    parallel: Literal["ddp", "fsdp"] = "ddp",
     seed: int = 0,
     device: str | None = None,
     out_dir: str | Path | None = None,
@@ -90,6 +91,7 @@ def pretrain(
         precision: float32, or automatic mixed precision in bf16 or fp16.
         channels_last: memory layout that suits convolutions on GPUs.
         compile: compile the networks with torch.compile.
+        parallel: several processes each hold the whole method (ddp), or a shard of it, for models that outgrow a GPU (fsdp).
         seed: everything random depends on it.
         device: cpu, cuda, cuda:1; by default a GPU if there is one.
         out_dir: the run's folder; by default a new one under runs/.
@@ -123,12 +125,18 @@ def pretrain(
     save_every = in_steps(checkpoint_every, total_steps, steps_per_epoch)
     if resume not in (None, "auto") and init_from is not None:
         raise UserError("--init_from starts a new run and --resume goes on with an old one: give one of them")
+    if parallel == "fsdp" and (compile or precision == "fp16"):
+        raise UserError("--parallel fsdp goes with --precision float32 or bf16, and without --compile")
     folder, resumed, lock = open_folder(method, data, out_dir, resume)
 
     with removed_if_unstarted(folder, new=resumed is None), lock:
         state = None if resumed is None else checkpoint.load(resumed, *CONTENTS)
         # -- model and optimizer ---------------------------------------------------------------------------------------
-        initial = _set_up(method, data, run_device, init_from if state is None else None, channels_last)
+        clock = Clock(0, total_steps, steps_per_epoch, seed)
+        run = Run(method, data, folder, clock, run_device, batch_size, config)
+        _set_up(run, init_from, channels_last, new=state is None)
+        if parallel == "fsdp" and distributed.world_size() > 1:
+            shard(method, run_device)
         optim, plans = parameter_groups(
             method,
             optimizer,
@@ -140,8 +148,6 @@ def pretrain(
             lr_factor=batch_size / base_batch_size if base_batch_size else 1.0,
         )
         scaler = torch.amp.GradScaler(run_device.type, enabled=precision == "fp16")
-        clock = Clock(0, total_steps, steps_per_epoch, seed)
-        run = Run(method, data, folder, clock, run_device, batch_size, config)
         train_state = TrainState(run, optim, scaler, monitor)
         loggers = [Heartbeat(), Guard(stop=guard), MetricsLog(log_every), *([Progress()] if progress else [])]
         watchers = [*(hooks or []), *loggers]  # in this order: what hooks measure is logged
@@ -149,9 +155,9 @@ def pretrain(
         # -- resume ----------------------------------------------------------------------------------------------------
         if state is not None:
             train_state.restore(state, resumed)
+            record_changes(run)
         else:
             torch.manual_seed(seed + distributed.rank())  # only for what is not counter-based, such as drop path
-        _write_start(run, initial, new=state is None)
         model = _parallel(method, run_device, compile)
         method.train()
 
@@ -160,7 +166,8 @@ def pretrain(
         with PreemptionHandler() as preemption, watching(watchers, run):
             while not stop:
                 if run.clock.step % steps_per_epoch == 0:
-                    method.before_epoch(data, run.clock)
+                    with whole(method):
+                        method.before_epoch(data, run.clock)
                 batches = _rest_of_epoch(run, grad_accum_steps, channels_last)
                 while not stop:
                     started = time.perf_counter()
@@ -237,35 +244,25 @@ def _require_channels(method: Method, data: Data) -> None:
         raise UserError(f"the images have {channels} channels and the backbone takes {taken}: {cure}")
 
 
-def _set_up(
-    method: Method, data: Data, device: torch.device, init_from: str | Path | None, channels_last: bool
-) -> nn.Module:
-    """Bring the method to its device and size, and load weights; returns the backbone with its initial weights."""
+def _set_up(run: Run, init_from: str | Path | None, channels_last: bool, new: bool) -> None:
+    """Bring the method to its device and size; for a new run, load weights and write the folder's first files."""
+    method, initial = run.method, run.method.backbone
     if distributed.world_size() > 1:
         convert_batch_norm(method)  # in place: a method is not a normalization itself
     torch.backends.cudnn.benchmark = True
-    method.to(device)
-    method.setup(data)
-    initial = method.backbone
-    if init_from is not None:
+    method.to(run.device)
+    method.setup(run.data)
+    if new and init_from is not None:
         initial = copy.deepcopy(initial).cpu()  # the random-weights control starts where nothing has been learned
         loaded = load_weights(method, Path(init_from))
         method.on_weights_loaded(loaded.taken)
         if distributed.is_main():
             print(f"init_from: {loaded}")
+    if new and distributed.is_main():
+        write_config(run)
+        export_backbone(run.folder / "initial.safetensors", initial, description(run))
     if channels_last:
         method.to(memory_format=torch.channels_last)  # pyrefly: ignore
-    return initial
-
-
-def _write_start(run: Run, initial: nn.Module, new: bool) -> None:
-    if distributed.is_main():
-        if new or not (run.folder / "config.yaml").exists():  # a resumed run may go on in a folder of its own
-            checkpoint.write_text(run.folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
-        if new:
-            export_backbone(run.folder / "initial.safetensors", initial, description(run))
-        else:
-            record_changes(run)
 
 
 def _parallel(method: Method, device: torch.device, compile: bool) -> nn.Module:
@@ -274,7 +271,8 @@ def _parallel(method: Method, device: torch.device, compile: bool) -> nn.Module:
         blocks = [m for name, m in method.named_modules() if "blocks" in name and name.split(".")[-1].isdigit()]
         for module in blocks or [method.backbone]:
             module.compile()
-    return distributed.data_parallel(method, device) if distributed.world_size() > 1 else method
+    copied = distributed.world_size() > 1 and not is_sharded(method)
+    return distributed.data_parallel(method, device) if copied else method
 
 
 def _rest_of_epoch(run: Run, grad_accum_steps: int, channels_last: bool) -> Iterator[Batch]:
@@ -316,7 +314,7 @@ def _forward_backward(
     metrics: dict[str, float] = {}
     for part in range(grad_accum_steps):
         batch = next(batches)
-        more = part < grad_accum_steps - 1 and distributed.world_size() > 1
+        more = part < grad_accum_steps - 1 and hasattr(model, "no_sync")
         with model.no_sync() if more else nullcontext():  # pyrefly: ignore (DDP exchanges gradients once, at the end)
             with torch.autocast(run.device.type, dtype) if dtype else nullcontext():
                 output = model(batch, run.clock)
@@ -325,7 +323,8 @@ def _forward_backward(
         for name, value in zip(output, values.tolist()):
             metrics[name] = metrics.get(name, 0.0) + value / grad_accum_steps
         if not math.isfinite(metrics["loss"]):
-            path = _keep_failed_step(run, batch, output["loss"])
+            with whole(run.method):
+                path = _keep_failed_step(run, batch, output["loss"])
             raise UserError(
                 f"the loss became {metrics['loss']} at step {run.clock.step} (epoch {run.clock.epoch}); batch and state "
                 f"are in {path}: look with python -m sslbook.tools.replay, or lower the learning rate"
@@ -341,7 +340,9 @@ def _update(
     run.method.before_optimizer_step(run.clock)
     if clip_grad_norm is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        run.metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
+        run.metrics["gradient_norm"] = float(
+            distributed.full_tensor(nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
+        )
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -365,14 +366,16 @@ def _keep_failed_step(run: Run, batch: Batch, loss: Tensor) -> Path:
 
 def _end_epoch(run: Run, hooks: list[Hook]) -> None:
     run.method.eval()
-    for hook in hooks:
-        hook.epoch(run)
+    with whole(run.method):
+        for hook in hooks:
+            hook.epoch(run)
     run.method.train()
 
 
 def _finish(run: Run, stopped_by: int) -> Run:
     run.finished, run.stopped_by = run.clock.step >= run.clock.total_steps, stopped_by
     run.measure_memory()
+    make_whole(run.method)
     run.method.eval()
     if distributed.is_main():
         export_backbone(run.folder / "backbone.safetensors", run.method.backbone, description(run))

@@ -13,6 +13,7 @@ import yaml
 from sslbook import checkpoint, distributed
 from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
+from sslbook.engine.sharding import load_optimizer_state_dict, load_state_dict, optimizer_state_dict, state_dict
 from sslbook.errors import UserError, first_line
 from sslbook.files import read_yaml
 from sslbook.nn.backbones import describe
@@ -58,15 +59,18 @@ class TrainState:
         """
         run, step = self.run, self.run.clock.step
         random = _random_states(run.device)  # of all processes
-        if not all(bool(torch.isfinite(p).all()) for p in run.method.parameters()):
+        weights, optimizer = state_dict(run.method), optimizer_state_dict(self.optimizer)  # of all processes, too
+        names = {name for name, _ in run.method.named_parameters()}
+        finite = all(bool(torch.isfinite(weights[name]).all()) for name in names & weights.keys())
+        if not distributed.broadcast(finite):
             raise UserError(
                 f"weights became NaN or Inf by step {step}, though the loss was a number; they were not saved, the "
                 "last checkpoint is as it was: lower the learning rate, or set --clip_grad_norm"
             )
         if distributed.is_main():
             contents = {
-                "method": run.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "method": weights,
+                "optimizer": optimizer,
                 "optimizer_class": type(self.optimizer).__name__,
                 "images": run.data.fingerprint(),
                 "scaler": self.scaler.state_dict(),
@@ -103,7 +107,7 @@ class TrainState:
                 "the images are not those that the run began with: it goes on, but not to the bit", stacklevel=3
             )
         try:
-            run.method.load_state_dict(state["method"])
+            load_state_dict(run.method, state["method"])
             _load_optimizer(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             _set_random_states(state["random"], run.clock.seed, run.device)
@@ -133,7 +137,7 @@ LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what the optimizer has gathered. Its options are those that this run was given: they may have changed."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    load_optimizer_state_dict(optimizer, state)
     if type(optimizer).__module__.startswith(("torch.optim.", "sslbook.")):  # others keep some state in their options
         for group, options in zip(optimizer.param_groups, own):
             group.update(options)
@@ -158,11 +162,18 @@ def _require_same_run(state: dict[str, Any], run: Run, optimizer: str) -> None:
             )
 
 
+def write_config(run: Run) -> None:
+    """Write down the run's options: `config.yaml`."""
+    checkpoint.write_text(run.folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
+
+
 def record_changes(run: Run) -> None:
     """Write down with which other options a run goes on: `config-from-step-N.yaml`, beside its first `config.yaml`."""
     first = run.folder / "config.yaml"
-    if not first.is_file():
+    if not distributed.is_main():
         return
+    if not first.is_file():  # it goes on in a folder of its own
+        return write_config(run)
     before, now = _flat(read_yaml(first)), _flat(run.config)
     changes = [
         f"{name}: {before.get(name)} -> {now.get(name)}"

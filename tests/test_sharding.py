@@ -1,0 +1,102 @@
+"""A method in shards (FSDP2) takes the steps of the whole method, and its checkpoints are those of any other run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslbook import checkpoint, distributed
+from sslbook.data.loader import Batch
+from sslbook.engine import sharding
+from sslbook.errors import UserError
+from sslbook.nn import convert_batch_norm
+from sslbook.schedules import Clock
+from sslbook.train import main
+from tests.engine import command, lines, weights
+from tests.faults import Fault, start
+from tests.methods.cases import NAMES, case, make, make_batch, train
+from tests.methods.test_contracts import check
+
+
+def _sharded(name: str, lr: float) -> dict:
+    """As `cases.train` in shards."""
+    method = convert_batch_norm(make(name, seed=distributed.rank()))
+    plain = {key: value.detach().clone() for key, value in method.state_dict().items()}
+    sharding.shard(method, torch.device("cpu"))
+    if distributed.rank() == 0:
+        assert all(torch.equal(plain[k], v) for k, v in sharding.state_dict(method).items())
+    else:
+        sharding.state_dict(method)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr, momentum=0.9)
+    logged, gradients = [], []
+    for step in range(3):
+        batch = make_batch(method, 8, seed=step)
+        own = slice(distributed.rank() * 4, distributed.rank() * 4 + 4)
+        batch = Batch(tuple(view[own] for view in batch.views), batch.index[own], batch.label[own])
+        out = method(batch, Clock(step, 3, steps_per_epoch=2))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        logged.append({key: float(distributed.all_reduce_mean(value.detach())) for key, value in out.items()})
+        parts = [p.grad for p in method.parameters() if p.requires_grad]
+        gradients.append(torch.cat([distributed.full_tensor(g).flatten() for g in parts]))
+        method.before_optimizer_step(Clock(step, 3, steps_per_epoch=2))
+        optimizer.step()
+        method.after_step(Clock(step + 1, 3, steps_per_epoch=2))
+    local = sum(distributed.full_tensor(p).numel() for p in method.parameters())
+    held = sum(p.to_local().numel() for p in method.parameters())
+    assert held < 0.6 * local, "every process holds more than its half"
+    sharding.make_whole(method)
+    return {"logged": logged, "gradients": gradients, "state": dict(method.state_dict())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shards_equal_the_whole(name: str, pool) -> None:
+    check(train(name, lr=case(name).lr), pool.run(_sharded, name, case(name).lr))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {"steps": 8, "checkpoint_every": "1 steps", "keep_last": 2, "epochs": None, "device": "cpu"}
+ADAM = '{"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "eps": 0.001}}'  # a small eps magnifies rounding
+
+
+def close(one: Path, other: Path) -> None:
+    """The states of two runs, equal to rounding."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["mae", "byol", "simclr"])
+def test_runs_of_either_kind_go_on_as_the_other(method: str, tmp_path: Path) -> None:
+    """One process, DDP, FSDP2, and from each of the two to the other in the middle: one trajectory."""
+    log, options = tmp_path / "log", {**OPTIONS, "optimizer": ADAM, "clip_grad_norm": 1.0, "grad_accum_steps": 2}
+    assert start(command(method, tmp_path / "one", **options), log) == [0]
+    for before, after in (("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
+        run = tmp_path / f"{before}-{after}"
+        words = [*command(method, run, **options), f"--parallel={before}"]
+        assert start(words, log, 2, Fault("TERM", "step", 4)) == [0, 0], log.read_text()[-2000:]
+        assert checkpoint.load(checkpoint.find(run))["step"] == 4
+        words = [*command(method, run, **options), f"--parallel={after}", "--resume=auto"]
+        assert start(words, log, 2) == [0, 0], log.read_text()[-2000:]
+        assert "Traceback" not in log.read_text()
+        close(tmp_path / "one", run)
+        assert [line["loss"] for line in lines(run)] == pytest.approx(
+            [line["loss"] for line in lines(tmp_path / "one")], rel=1e-4
+        )
+
+
+def test_hooks_and_reports_see_a_whole_network(tmp_path: Path) -> None:
+    hooks = '["OnlineKNN", "OnlineLabelFree", {"class_path": "Plots", "init_args": {"every": 1}}]'
+    words = command("mae", tmp_path / "run", hooks=hooks, report="quick", parallel="fsdp", device="cpu")
+    log = tmp_path / "log"
+    assert start(words, log, 2) == [0, 0], log.read_text()[-2000:]
+    assert {"knn", "rank_me"} <= {name for line in lines(tmp_path / "run") for name in line}
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_what_does_not_go_with_shards_is_refused(tmp_path: Path) -> None:
+    for option in ({"compile": "true"}, {"precision": "fp16"}):
+        with pytest.raises(UserError, match="--parallel fsdp goes with"):
+            main(command("simclr", tmp_path / "run", parallel="fsdp", **option))
