@@ -6,8 +6,9 @@
 
 The file holds, a row for each image: `features` (float32; with `--what tokens` instead `tokens`, patches x dim, with
 `--what maps` instead `maps`, dim x rows x columns), `labels` (-1 where there is none), `split` (0 train, 1
-test), `index` (the position in the split) and, for files, `paths` relative to the folder. In safetensors, which has no
-text, `paths` are the bytes of all of them, each ended by a zero byte.
+test), `index` (the position in the split) and, for files, `paths` relative to the folder. Where images have several
+classes or numbers to regress, `targets` hold them (bool, images x classes; or float32), and `labels` are -1. In
+safetensors, which has no text, `paths` are the bytes of all of them, each ended by a zero byte.
 
 >>> table = numpy.load("features.npz")
 >>> table["features"].shape, table["paths"][0]
@@ -85,11 +86,13 @@ def extract(
     if distributed.is_main():
         print(data.describe())
     parts: dict[str, list[Any]] = {what: [], "labels": [], "split": [], "index": []}
+    parts |= {"targets": []} if data.kind in ("several classes", "numbers") else {}
     paths: list[str] = []
     with quiet_about_skipped():
         for number, name in enumerate(splits if split == "all" else (split,), start=split == "test"):
             x, y, index = extract_with_index(local, data, name, view, **options)
-            for key, values in zip(parts, (x, y, torch.full_like(y, number, dtype=torch.uint8), index)):
+            columns = (x, y, torch.full_like(y, number, dtype=torch.uint8), index, data.targets(name)[index])
+            for key, values in zip(parts, columns):  # without targets the last is left out
                 parts[key].append(values)
             paths += _paths(data, name, index.tolist())
     table: dict[str, Any] = {name: torch.cat(part).numpy() for name, part in parts.items()}

@@ -1,10 +1,12 @@
 """`extract --what tokens|maps`: what the backbone's own methods return, in both formats; refused where it has none."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -59,3 +61,30 @@ def test_rejects_a_backbone_without_tokens(data: Data, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--what tokens needs patches .* and cannot use a ConvNet"):
         extract(exported(tmp_path, ConvNet(4)), data, str(tmp_path / "x.npz"), what="tokens", progress=False)
     assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_several_classes_and_numbers_are_written(tmp_path: Path, suffix: str) -> None:
+    """The targets of each image that was read stand in its row; classes alone need no such column."""
+    run = exported(tmp_path, ConvNet(4))
+    for i in range(6):
+        Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"broken")
+    rows = {
+        "labels": lambda i: "a,b" if i % 2 else "b",
+        "target": lambda i: i / 4,
+        "label": lambda i: "ab"[i % 2],
+    }
+    for column, value in rows.items():
+        entries = [{"image": f"{i}.png", column: value(i), "split": "test" if i > 3 else "train"} for i in range(6)]
+        (tmp_path / "list.json").write_text(json.dumps(entries))
+        data, out = Data(list=tmp_path / "list.json", workers=0), tmp_path / f"{column}{suffix}"
+        extract(run, data, str(out), progress=False)
+        table = load_file(out) if suffix == ".safetensors" else np.load(out)
+        if column == "label":
+            assert "targets" not in table
+            continue
+        read = [0, 1, 2, 4, 5]
+        wanted = [[i % 2 == 1, True] for i in read] if column == "labels" else [i / 4 for i in read]
+        assert table["targets"].tolist() == wanted
+        assert (table["labels"] == -1).all()
