@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslbook.book.chapters.byol import exercises as byol
+from sslbook.book.chapters.decorrelation import exercises as decorrelation
 from sslbook.book.chapters.learning_without_labels import exercises as first
 from sslbook.book.chapters.mae import exercises as mae
 from sslbook.book.chapters.rotation import exercises as rotation
@@ -173,6 +174,28 @@ def shares_of_directions(x: Tensor) -> np.ndarray:
     return s / s.sum()
 
 
+def covariance_by_pairs(z: Tensor) -> Tensor:
+    d, columns = z.shape[1], (z - z.mean(0)).T
+    pairs = [(columns[j] @ columns[k] / (len(z) - 1)) ** 2 for j in range(d) for k in range(d) if j != k]
+    return torch.stack(pairs).sum() / d
+
+
+def covariance_gradient_by_autograd(z: Tensor) -> Tensor:
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(covariance_by_pairs(z), z)[0]
+
+
+def balance_on_a_grid(rho: float, lam: float, mu: float, gamma: float) -> float:
+    sigma = np.linspace(0, 2 * gamma, 2_000_001)
+    return sigma[np.argmin(2 * lam * (1 - rho) * sigma**2 + mu * np.maximum(0, gamma - sigma))]
+
+
+def barlow_by_batch_norm(z_1: Tensor, z_2: Tensor, lam: float) -> Tensor:
+    z_1, z_2 = (F.batch_norm(z, None, None, training=True, eps=1e-6) for z in (z_1, z_2))
+    errors = (z_1.T @ z_2 / len(z_1) - torch.eye(z_1.shape[1])).square()
+    return (1 - lam) * errors.diagonal().sum() + lam * errors.sum()
+
+
 UNUSUAL: list[tuple[Exercise, Callable]] = [
     (first.knn_vote, vote_by_loops),
     (first.knn_vote, vote_as_softmax),
@@ -226,6 +249,12 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
     (byol.direct_predictor, predictor_by_singular_values),
     (byol.alignment, alignment_by_numpy),
     (byol.effective_rank, lambda x: np.exp(-sum(q * np.log(q) for q in shares_of_directions(x)))),
+    (decorrelation.covariance_loss, covariance_by_pairs),
+    (decorrelation.covariance_gradient, covariance_gradient_by_autograd),
+    (decorrelation.balance, balance_on_a_grid),
+    (decorrelation.barlow_loss, barlow_by_batch_norm),
+    (decorrelation.whiten, lambda z: np.linalg.svd(z - z.mean(0), full_matrices=False)[0] * (len(z) - 1) ** 0.5),
+    (decorrelation.gap, lambda rows, columns: sum(r**4 for r in rows.tolist()) - sum(c**4 for c in columns.tolist())),
 ]
 
 
