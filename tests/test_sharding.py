@@ -12,6 +12,7 @@ from sslbook.errors import UserError
 from sslbook.nn import convert_batch_norm
 from sslbook.schedules import Clock
 from sslbook.train import main
+from sslbook.weights.backbone import load_backbone
 from tests.engine import command, lines, weights
 from tests.faults import Fault, start
 from tests.methods.cases import NAMES, case, make, make_batch, train
@@ -89,11 +90,16 @@ def test_runs_of_either_kind_go_on_as_the_other(method: str, tmp_path: Path) -> 
 
 def test_hooks_and_reports_see_a_whole_network(tmp_path: Path) -> None:
     hooks = '["OnlineKNN", "OnlineLabelFree", {"class_path": "Plots", "init_args": {"every": 1}}]'
-    words = command("mae", tmp_path / "run", hooks=hooks, report="quick", parallel="fsdp", device="cpu")
+    words = command("mae", tmp_path / "run", hooks=hooks, monitor="knn", parallel="fsdp", device="cpu")
     log = tmp_path / "log"
     assert start(words, log, 2) == [0, 0], log.read_text()[-2000:]
     assert {"knn", "rank_me"} <= {name for line in lines(tmp_path / "run") for name in line}
-    assert (tmp_path / "run" / "report.json").exists()
+    assert (tmp_path / "run" / "reconstructions.png").exists()
+    assert (tmp_path / "run" / "best.pt").exists()
+    exported, facts = load_backbone(tmp_path / "run")
+    assert facts["method"] == "MAE"
+    state = weights(tmp_path / "run")
+    assert all(torch.equal(state[f"backbone.{name}"], value) for name, value in exported.state_dict().items())
 
 
 def test_what_does_not_go_with_shards_is_refused(tmp_path: Path) -> None:

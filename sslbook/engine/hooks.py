@@ -15,7 +15,6 @@ from pathlib import Path
 from sslbook import distributed
 from sslbook.checkpoint import write_text
 from sslbook.engine.run import Run
-from sslbook.errors import UserError, nearest
 from sslbook.files import Whole, check
 
 
@@ -53,18 +52,6 @@ def watching(hooks: list[Hook], run: Run) -> Iterator[None]:
     finally:
         for hook in started:
             hook.end(run)
-
-
-def require_monitored(monitor: str | None, hooks: list[Hook]) -> None:
-    """Refuse before the work a metric to be monitored that no hook measures.
-
-    Raises:
-        UserError: none of the hooks measures `monitor`.
-    """
-    measured = [name for hook in hooks for name in hook.measures]
-    if monitor is not None and monitor not in measured:
-        hint = nearest(monitor, measured) or "; add a hook that does: --hooks OnlineKNN"
-        raise UserError(f"--monitor: nothing measures {monitor!r}{hint}")
 
 
 class Progress(Hook):

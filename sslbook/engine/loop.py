@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from sslbook import checkpoint, distributed
 from sslbook.data.loader import Batch, Data
+from sslbook.engine.checks import check_options, plain_values
 from sslbook.engine.guard import Guard
 from sslbook.engine.heartbeat import Heartbeat
-from sslbook.engine.hooks import Hook, MetricsLog, Progress, require_monitored, watching
+from sslbook.engine.hooks import Hook, MetricsLog, Progress, watching
 from sslbook.engine.preemption import PreemptionHandler
 from sslbook.engine.resume import CONTENTS, TrainState, description, record_changes, write_config
 from sslbook.engine.run import Run
@@ -27,7 +28,6 @@ from sslbook.engine.run_folder import open_folder, removed_if_unstarted
 from sslbook.engine.sharding import is_sharded, make_whole, shard, whole
 from sslbook.errors import UserError
 from sslbook.methods.base import Method
-from sslbook.nn.backbones import in_channels
 from sslbook.nn.batch_norm import convert_batch_norm
 from sslbook.optim import ParamRule, parameter_groups
 from sslbook.schedules import Clock, Constant, Duration, Schedule, in_steps
@@ -113,20 +113,14 @@ def pretrain(
         UserError: an option, the data or a file does not suit; the loss or a weight became NaN or infinite.
     """
     # -- device and folder ---------------------------------------------------------------------------------------------
-    config = config or _plain_values(locals())
+    given = dict(locals())
+    config = config or plain_values(given)
     schedule = schedule or Constant()
-    _require_objects(method=method, data=data, optimizer=optimizer, schedule=schedule, precision=precision)
     run_device = distributed.setup(device=device)
-    _require_parts(method, batch_size, grad_accum_steps)
-    _require_channels(method, data)
-    require_monitored(monitor, hooks or [])
+    check_options(**given)
     steps_per_epoch = data.steps_per_epoch(batch_size)
     total_steps = max(1, round(epochs * steps_per_epoch)) if steps is None else steps
     save_every = in_steps(checkpoint_every, total_steps, steps_per_epoch)
-    if resume not in (None, "auto") and init_from is not None:
-        raise UserError("--init_from starts a new run and --resume goes on with an old one: give one of them")
-    if parallel == "fsdp" and (compile or precision == "fp16"):
-        raise UserError("--parallel fsdp goes with --precision float32 or bf16, and without --compile")
     folder, resumed, lock = open_folder(method, data, out_dir, resume)
 
     with removed_if_unstarted(folder, new=resumed is None), lock:
@@ -196,52 +190,6 @@ def pretrain(
 
 
 # -- the parts of it, in order -----------------------------------------------------------------------------------------
-
-
-def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
-    """What can be written down of a run that was started from Python."""
-    plain = (str, int, float, bool, type(None))
-    paths = ("out_dir", "resume", "config")
-    return {name: value for name, value in values.items() if isinstance(value, plain) and name not in paths}
-
-
-def _require_objects(**given: Any) -> None:
-    """Texts stand for objects on the command line only; from Python they would fail later, and less clearly."""
-    wanted: dict[str, tuple[bool, str]] = {
-        "method": (isinstance(given["method"], nn.Module), "SimCLR(resnet18())"),
-        "data": (isinstance(given["data"], Data), "Data(folder='photos')"),
-        "optimizer": (callable(given["optimizer"]), "functools.partial(torch.optim.AdamW, lr=1e-3)"),
-        "schedule": (callable(given["schedule"]), "sslbook.schedules.Cosine()"),
-        "precision": (given["precision"] in PRECISIONS, "'float32', 'bf16' or 'fp16'"),
-    }
-    for name, (suits, example) in wanted.items():
-        if not suits:
-            raise UserError(f"pretrain({name}={given[name]!r}): give {example}")
-
-
-def _require_parts(method: Method, batch_size: int, grad_accum_steps: int) -> None:
-    if (images := batch_size // grad_accum_steps) < method.min_images:
-        raise UserError(
-            f"{type(method).__name__} compares at least {method.min_images} images and gets {images} at a time: "
-            "raise --batch_size, or lower --grad_accum_steps"
-        )
-    parts = grad_accum_steps * distributed.world_size()
-    if batch_size % parts:
-        raise UserError(
-            f"a batch of {batch_size} cannot be shared evenly by {distributed.world_size()} process(es) in "
-            f"{grad_accum_steps} part(s): make --batch_size a multiple of {parts}"
-        )
-
-
-def _require_channels(method: Method, data: Data) -> None:
-    channels, taken = data.channels or 3, in_channels(method.backbone)
-    if method.rgb_only and channels != 3:
-        raise UserError(
-            f"{type(method).__name__} is about red, green and blue, and the images have {channels} channels"
-        )
-    if channels != taken:
-        cure = f"give it in_channels {channels} (--method.backbone.in_channels {channels})"
-        raise UserError(f"the images have {channels} channels and the backbone takes {taken}: {cure}")
 
 
 def _set_up(run: Run, init_from: str | Path | None, channels_last: bool, new: bool) -> None:

@@ -53,6 +53,7 @@ def shard(method: nn.Module, device: torch.device) -> None:
     method.__dict__["_plain"] = plain = {}
     for module, (kind, hooks, names) in before.items():
         plain[module] = (kind, hooks, set(module.__dict__) - names)
+        type(module).__name__ = kind.__name__  # checkpoints and messages name it
 
 
 def is_sharded(method: nn.Module) -> bool:
@@ -94,7 +95,9 @@ def make_whole(method: nn.Module) -> dict[nn.Module, Face]:
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    return {name: value.copy() for name, value in module.__dict__.items() if "hooks" in name and isinstance(value, dict)}
+    return {
+        name: value.copy() for name, value in module.__dict__.items() if "hooks" in name and isinstance(value, dict)
+    }
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
