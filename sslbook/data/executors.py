@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from sslbook.data.images import as_pil
+from sslbook.data.images import FULL_SIZE, as_pil
 from sslbook.data.views import ColorParams, CropParams, View, sample_params
 
 _GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
@@ -71,8 +71,10 @@ def apply_one(
 
 
 def sides(image: Any) -> tuple[int, int]:
-    """Height and width of a PIL image or a tensor."""
-    return tuple(image.shape[1:]) if isinstance(image, Tensor) else (image.height, image.width)
+    """Height and width of a tensor or a PIL image, before it was reduced."""
+    if isinstance(image, Tensor):
+        return tuple(image.shape[1:])
+    return image.info.get(FULL_SIZE, (image.height, image.width))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -95,19 +97,24 @@ def _crop_pil(view: View, image: Any, crop: CropParams, mode: str | None = None)
 
     top, left, height, width = crop.box[0].tolist()
     grid_height, grid_width, y, x = crop.grid[0].tolist()
-    size = view.size
-    if (top, left, height, width) != (0, 0, image.height, image.width):
-        image = image.crop((left, top, left + width, top + height))
-    if (grid_height, grid_width) != (height, width):
-        # The square that is kept, in the image's own pixels: only it is resized, however long the image is.
-        scale_y, scale_x = height / grid_height, width / grid_width
-        kept = (x * scale_x, y * scale_y, min((x + size) * scale_x, width), min((y + size) * scale_y, height))
-        image = image.resize((size, size), Image.Resampling[view.interpolation.upper()], box=kept)
-    elif (height, width) != (size, size):
-        image = image.crop((x, y, x + size, y + size))
+    size, resampling = view.size, Image.Resampling[view.interpolation.upper()]
+    # The square that is kept, in the box's own pixels: only it is resized, however long the image is.
+    scale_y, scale_x = height / grid_height, width / grid_width
+    kept = (x * scale_x, y * scale_y, min((x + size) * scale_x, width), min((y + size) * scale_y, height))
+    if FULL_SIZE in image.info:  # the box is not cut out: its sides need not be whole pixels of the reduced image
+        per_y, per_x = (reduced / full for reduced, full in zip((image.height, image.width), sides(image)))
+        there = [(start + side) * per for start, side, per in zip((left, top) * 2, kept, (per_x, per_y) * 2)]
+        image = image.resize((size, size), resampling, box=tuple(map(min, there, image.size * 2)))
+    else:
+        if (top, left, height, width) != (0, 0, image.height, image.width):
+            image = image.crop((left, top, left + width, top + height))
+        if (grid_height, grid_width) != (height, width):
+            image = image.resize((size, size), resampling, box=kept)
+        elif (height, width) != (size, size):
+            image = image.crop((x, y, x + size, y + size))
     if crop.flip[0]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(image if mode is None else image.convert(mode)))
+    pixels = torch.from_numpy(np.array(image if mode in (None, image.mode) else image.convert(mode)))
     return pixels if mode is None else pixels.view(size, size, -1).permute(2, 0, 1).contiguous()
 
 

@@ -6,6 +6,7 @@ values are left as they are. float32 holds all integers up to 2^24.
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from sslbook.errors import UserError, import_extra
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-NOTE = "sslbook: what was left out"  # key of an image's `info`
+NOTE = "sslbook: what was left out"  # keys of an image's `info`
+FULL_SIZE = "sslbook: height and width before it was reduced"
+ORIENTATION = 0x0112  # the camera's, in EXIF; from 5 on the image is stored lying
 
 
 class UnreadableImage(UserError):
@@ -29,11 +32,16 @@ class UnreadableImage(UserError):
         self.reason = reason
 
 
-def open_image(path: str | Path) -> Any:
+def open_image(path: str | Path, reduction: Callable[[int, int], int] | None = None) -> Any:
     """An image file as an upright PIL image in mode RGB.
 
     Transparent images are composed on white. 16 bits are scaled to 8, not clipped, which the entry `NOTE` of the
     image's `info` says. Of an animation the first frame is read. The orientation that a camera stored (EXIF) is applied.
+
+    Args:
+        path: the file.
+        reduction: how many times smaller (1, 2, 4 or 8) an image of this height and width may be decoded. A JPEG is,
+            which takes less time and memory; the entry `FULL_SIZE` of its `info` holds the height and width stored.
 
     Raises:
         UnreadableImage: the file is missing, corrupt, truncated or no image, or has bands besides red, green and blue.
@@ -43,15 +51,30 @@ def open_image(path: str | Path) -> Any:
     try:
         with Image.open(path) as image:
             note = _left_out(image)
+            full_size = _reduce(image, reduction) if reduction and image.format == "JPEG" else None
             image.load()
             with contextlib.suppress(Exception):  # corrupt metadata does not make the pixels unreadable
                 ImageOps.exif_transpose(image, in_place=True)
             rgb = to_rgb(image)
             if note:
                 rgb.info[NOTE] = note
+            if full_size:
+                rgb.info[FULL_SIZE] = full_size
             return rgb
     except Exception as error:  # decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
         raise _unreadable(path, error) from error
+
+
+def _reduce(image: Any, reduction: Callable[[int, int], int]) -> tuple[int, int] | None:
+    """Have an opened and not yet loaded JPEG decoded smaller; its upright height and width if it will be."""
+    sides = image.height, image.width
+    with contextlib.suppress(Exception):  # as above
+        sides = sides[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else sides
+    factor = reduction(*sides)
+    if factor == 1:
+        return None
+    image.draft(None, (image.width // factor, image.height // factor))
+    return sides
 
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:

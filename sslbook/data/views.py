@@ -174,6 +174,19 @@ def sample_params(
     return ViewParams(_sample_crop(view, u, heights, widths), _sample_color(view, u))
 
 
+def sample_crop(
+    view: View,
+    seed: int,
+    epoch: int,
+    index: Int[Tensor, "batch"],
+    stream: int,
+    heights: Int[Tensor, "batch"],
+    widths: Int[Tensor, "batch"],
+) -> CropParams:
+    """The geometric half of `sample_params`."""
+    return _sample_crop(view, uniform(seed, epoch, index.cpu(), stream, _COLUMNS), heights, widths)
+
+
 def _sample_crop(
     view: View, u: Float[Tensor, "batch columns"], heights: Int[Tensor, "batch"], widths: Int[Tensor, "batch"]
 ) -> CropParams:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from sslbook.data.datasets.base import ImageSource
 from sslbook.data.executors import apply_one, crop_one, sides
 from sslbook.data.images import NOTE, UnreadableImage, as_pil
-from sslbook.data.views import CropParams, View, sample_params
+from sslbook.data.views import CropParams, View, sample_crop
 from sslbook.errors import UserError, first_line
 
-DECODED_AT_ONCE = 8  # images of a camera are 36 MB each once decoded
+DECODED_AT_ONCE = 1 << 26  # pixels; an image of a camera has 12 million
+MIN_PIXELS = 2  # of a reduced image, for each of the view: fewer, and what the decoder has averaged would show
 CURE = (
     "for want of memory, of shared memory (docker run --shm-size 2g) or of open files (ulimit -n 4096): mend that, "
     "or set --data.workers 0"
@@ -68,15 +70,13 @@ class CropDataset(Dataset):
         unreadable: list[tuple[str, str]] = []
         note = ""
         try:
-            for chunk in positions.split(DECODED_AT_ONCE):
-                found = [(i, *opened) for i in chunk.tolist() if (opened := self._open(i, unreadable))]
-                if found:
-                    kept, replaced, images = zip(*found)
-                    note = note or next((one.info[NOTE] for one in images if NOTE in getattr(one, "info", ())), "")
-                    index += kept
-                    shown += replaced
-                    for stream, view in enumerate(self.views):
-                        views[stream] += self._augment(view, images, epoch, torch.tensor(kept), stream)
+            for found in self._chunks(epoch, positions, unreadable):
+                kept, replaced, images = zip(*found)
+                note = note or next((one.info[NOTE] for one in images if NOTE in getattr(one, "info", ())), "")
+                index += kept
+                shown += replaced
+                for stream, view in enumerate(self.views):
+                    views[stream] += self._augment(view, images, epoch, torch.tensor(kept), stream)
         except UserError as error:
             return CroppedBatch(unreadable=tuple(unreadable), error=str(error))
         if not index:
@@ -92,12 +92,30 @@ class CropDataset(Dataset):
                 return CroppedBatch(error=f"a loader worker cannot hand over its batch ({_reason(error)}), {CURE}")
         return CroppedBatch(torch.tensor(index), torch.tensor(shown), made, tuple(unreadable), note)
 
-    def _open(self, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
+    def _chunks(
+        self, epoch: int, positions: Tensor, unreadable: list[tuple[str, str]]
+    ) -> Iterator[list[tuple[int, int, Any]]]:
+        """Position, position of what is shown there, and decoded image, for as many at once as memory allows."""
+        found, pixels = [], 0
+        for position in positions.tolist():
+            if opened := self._open(epoch, position, unreadable):
+                found.append((position, *opened))
+                height, width = sides(opened[1][0] if isinstance(opened[1], tuple) else opened[1])  # or with a target
+                pixels += height * width
+            if pixels > DECODED_AT_ONCE:
+                yield found
+                found, pixels = [], 0
+        if found:
+            yield found
+
+    def _open(self, epoch: int, position: int, unreadable: list[tuple[str, str]]) -> tuple[int, Any] | None:
         """The image at `position` or, in training, the next readable one, with its position."""
         attempts = min(MAX_UNREADABLE_IN_A_ROW, len(self.source)) if self.training else 1
+        reduction = partial(self._reduction, epoch, torch.tensor([position]))
         for candidate in range(position, position + attempts):
             try:
-                return candidate % len(self.source), as_pil(self.source.open(candidate % len(self.source)))
+                image = self.source.open_reduced(candidate % len(self.source), reduction)
+                return candidate % len(self.source), as_pil(image)
             except UnreadableImage as error:
                 unreadable.append((error.name, error.reason))
         if self.training:
@@ -105,11 +123,21 @@ class CropDataset(Dataset):
             raise UserError(f"{attempts} images in a row cannot be read, the last is {name} ({reason}): mend them")
         return None
 
+    def _reduction(self, epoch: int, index: Tensor, height: int, width: int) -> int:
+        """How many times smaller the image may be decoded: so that every view is still made of more pixels than it has."""
+        if min(height, width) < 2 * MIN_PIXELS * max(view.size for view in self.views):
+            return 1
+        finest = float("inf")
+        for stream, view in enumerate(self.views):
+            crop = sample_crop(view, self.seed, epoch, index, stream, *torch.tensor([[height], [width]]))
+            finest = min(finest, (crop.box[0, 2:] / crop.grid[0, :2]).min().item())
+        return next((factor for factor in (8, 4, 2) if finest >= MIN_PIXELS * factor), 1)
+
     def _augment(self, view: View, images: Sequence[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
         if self.augment:
             return [apply_one(view, image, self.seed, epoch, i, stream) for image, i in zip(images, index.tolist())]
         heights, widths = map(torch.tensor, zip(*map(sides, images)))
-        crop = sample_params(view, self.seed, epoch, index, stream, heights, widths).crop
+        crop = sample_crop(view, self.seed, epoch, index, stream, heights, widths)
         rows = [CropParams(*(values[i : i + 1] for values in crop)) for i in range(len(images))]
         return [crop_one(view, image, row) for image, row in zip(images, rows)]
 

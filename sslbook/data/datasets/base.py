@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class ImageSource(ABC):
     @abstractmethod
     def open(self, position: int) -> Any:
         """One image, as a PIL image in mode RGB or as a uint8 tensor; raises `UnreadableImage`."""
+
+    def open_reduced(self, position: int, reduction: Callable[[int, int], int]) -> Any:
+        """The same, decoded up to `reduction(height, width)` times smaller where that saves time."""
+        return self.open(position)
 
     @abstractmethod
     def subset(self, positions: Int[Tensor, "some"]) -> "ImageSource":
@@ -74,6 +79,9 @@ class FileList(ImageSource):
     def open(self, position: int) -> Any:
         path = self.path(position)
         return open_image(path) if self.channels is None else open_bands(path, self.channels)
+
+    def open_reduced(self, position: int, reduction: Callable[[int, int], int]) -> Any:
+        return open_image(self.path(position), reduction) if self.channels is None else self.open(position)
 
     def subset(self, positions: Int[Tensor, "some"]) -> "FileList":
         chosen = self.paths[positions.numpy()], self.labels[positions], _of(self.targets, positions)

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,10 @@ class BoxList(FileList):
             what = f"{image.width}x{image.height} pixels, and {width}x{height} by its annotation"
             raise UserError(f"{self.path(position)} has {what}: mend the annotation's width and height")
         return image, position
+
+    def open_reduced(self, position: int, reduction: Callable[[int, int], int]) -> tuple[Any, Any]:
+        """At full size, since the target counts in the pixels of the file."""
+        return self.open(position)
 
     def subset(self, positions: Int[Tensor, "some"]) -> "BoxList":
         chosen = [self.slice(i) for i in positions.tolist()]

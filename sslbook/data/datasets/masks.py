@@ -49,6 +49,10 @@ class PairList(FileList):
             raise UserError(f"{path} has {sizes} pixels: both must have one size (the image is {self.path(position)})")
         return image, target
 
+    def open_reduced(self, position: int, reduction: Callable[[int, int], int]) -> tuple[Any, Any]:
+        """At full size, since the target counts in the pixels of the file."""
+        return self.open(position)
+
     def subset(self, positions: Int[Tensor, "some"]) -> "PairList":
         chosen = positions.numpy()
         parts = {"target_paths": self.target_paths[chosen], "read": self.read}

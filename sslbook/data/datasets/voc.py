@@ -26,12 +26,13 @@ def load_voc(folder: Path) -> tuple[BoxList, BoxList]:
     if not years:
         raise UserError(f"{folder} holds neither VOC2007 nor VOC2012 with their Annotations: give the folder VOCdevkit")
     both = years[0].name == "VOC2007"
-    train = [one for year in years for one in _split(year, "trainval" if both else "train")]
-    test = _split(years[0], "test" if both else "val")
+    train = [one for year in years for one in read_split(year, "trainval" if both else "train")]
+    test = read_split(years[0], "test" if both else "val")
     return box_list(folder, train, CLASSES), box_list(folder, test, CLASSES)
 
 
-def _split(year: Path, split: str) -> list[Boxes]:
+def read_split(year: Path, split: str) -> list[Boxes]:
+    """The annotations of a split of one year's folder."""
     file = year / "ImageSets" / "Main" / f"{split}.txt"
     try:
         names = [line.split()[0] for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
