@@ -16,7 +16,7 @@ def torchvision_view(view: View, tensor: bool) -> v2.Compose:
     to_image = [] if tensor else [v2.ToImage()]
     return v2.Compose(
         [
-            v2.RandomResizedCrop(view.size, view.crop, view.ratio, antialias=True),
+            v2.RandomResizedCrop(view.size, view.crop, view.ratio, v2.InterpolationMode(view.interpolation)),
             v2.RandomHorizontalFlip(view.flip),
             v2.RandomApply([v2.ColorJitter(*view.color_jitter)], view.color_jitter_p),
             v2.RandomGrayscale(view.grayscale),
