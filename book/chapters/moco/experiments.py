@@ -161,11 +161,29 @@ def shapes(num_seeds: int, resume: bool) -> None:
             results.save(name, table, seeds=list(range(seed + 1)), settings=about)
 
 
+def follow(name: str, run: Sequence[Batch], lag: Lag, ages: Table, queue: Table) -> Callable[[int, Method], None]:
+    """What to call before every step: notes the lag, and in the middle of the run how stale the queue is."""
+
+    def watch(step: int, method: Method) -> None:
+        assert isinstance(method, MoCo)
+        lag(step, method)
+        if step != len(run) // 2:
+            return
+        for age, (same, other) in enumerate(agreement(method, run, step), 1):
+            row = ages.setdefault(f"{name}, age {age}", {"same image": [], "other images": []})
+            row["same image"].append(round(same, 4))
+            row["other images"].append(round(other, 4))
+        for which, rows in (("stored", method.queue.rows), ("encoded again", fresh_queue(method, run, step))):
+            note(queue, f"{name}, {which}", positives_found(method, run, step, rows))
+
+    return watch
+
+
 def sabotage(num_seeds: int, resume: bool) -> None:
     """`moco_sabotage`: one part removed or replaced, on the same batches; `moco_age` and `moco_queue`: how stale the
     queue is in the middle of some runs; `moco_lag`: the key encoder's distance and its bounds."""
     data, steps = Data(shapes=TINY_SHAPES), STEPS["sabotage"]
-    names, middle = ["moco_sabotage", "moco_age", "moco_queue", "moco_lag"], steps // 2
+    names = ["moco_sabotage", "moco_age", "moco_queue", "moco_lag"]
     about = {"steps": steps, "batch": BATCH, "queue": QUEUE, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
     (table, ages, queue, lags), done = begin(names, about, resume)
     for seed in range(done, num_seeds):
@@ -174,25 +192,11 @@ def sabotage(num_seeds: int, resume: bool) -> None:
             method = make(seed, **options)
             if name == NONE:
                 note(table, "random weights", held_out(method.backbone, data, 16))
-            lag = Lag(method.momentum)
-
-            def watch(step: int, method: Method) -> None:
-                assert isinstance(method, MoCo)
-                lag(step, method)
-                if step != middle:
-                    return
-                for age, (same, other) in enumerate(agreement(method, run, step), 1):
-                    row = ages.setdefault(f"{name}, age {age}", {"same image": [], "other images": []})
-                    row["same image"].append(round(same, 4))
-                    row["other images"].append(round(other, 4))
-                for which, rows in (
-                    ("stored", method.queue.rows),
-                    ("encoded again", fresh_queue(method, run, step)),
-                ):
-                    note(queue, f"{name}, {which}", positives_found(method, run, step, rows))
-
-            log = train(method, run, LR, watch=watch if name in FOLLOWED else lambda step, method: None)
-            if name in FOLLOWED and seed == 0:
+            lag, watch = Lag(method.momentum), None
+            if name in FOLLOWED:
+                watch = follow(name, run, lag, ages, queue)
+            log = train(method, run, LR, watch=watch or (lambda step, method: None))
+            if watch and seed == 0:
                 lags[name] = lag.rows[:: max(1, steps // 30)]
             more = leak(method, run) if name in SHUFFLED else {}
             note(table, name, {**log, **more, **held_out(method.backbone, data, 16)})
@@ -227,6 +231,11 @@ def cosine(progress: float) -> float:
     return 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item()
 
 
+def warmed_up(progress: float) -> float:
+    """Version 3's schedule: a linear warm-up, then a cosine."""
+    return min(1.0, 10 * progress + 0.01) * cosine(progress)
+
+
 def versions(num_seeds: int, resume: bool) -> None:
     """`moco_versions`: from version 1 to version 2, one change at a time, on held-out training images."""
     data, steps = Data(shapes=TINY_SHAPES), STEPS["versions"]
@@ -241,6 +250,17 @@ def versions(num_seeds: int, resume: bool) -> None:
             train_by(method, runs[method.view], LR, rate, lambda method: None)
             note(table, name, held_out(method.backbone, data, 16))
         results.save("moco_versions", table, seeds=list(range(seed + 1)), settings=about)
+
+
+def gradients(parts: Sequence[nn.Module], lengths: dict[str, list[float]]) -> Callable[[Method], None]:
+    """What to call after every backward: notes the length of the gradient of each part, 0 where it is frozen."""
+
+    def watch(method: Method) -> None:
+        for part, found in zip(parts, lengths.values()):
+            grads = [p.grad.norm() for p in part.parameters() if p.grad is not None]
+            found.append(round(torch.stack(grads).norm().item(), 5) if grads else 0.0)
+
+    return watch
 
 
 def transformer(num_seeds: int, resume: bool) -> None:
@@ -260,12 +280,13 @@ def transformer(num_seeds: int, resume: bool) -> None:
                 lengths: dict[str, list[float]] = {"patch embedding": [], "first block": [], "last block": []}
                 parts = (backbone.patch_embed, backbone.blocks[0], backbone.blocks[-1])
 
-                def watch(method: Method) -> None:
-                    for part, found in zip(parts, lengths.values()):
-                        grads = [p.grad.norm() for p in part.parameters() if p.grad is not None]
-                        found.append(round(torch.stack(grads).norm().item(), 5) if grads else 0.0)
-
-                train_by(method, run, lr, lambda progress: min(1.0, 10 * progress + 0.01) * cosine(progress), watch)
+                train_by(
+                    method,
+                    run,
+                    lr,
+                    lambda progress: min(1.0, 10 * progress + 0.01) * cosine(progress),
+                    gradients(parts, lengths),
+                )
                 first = torch.tensor(lengths["patch embedding" if not frozen else "first block"][10:])
                 spikes = {"largest / median gradient": (first.max() / first.median()).item()}
                 note(table, name, {**spikes, **held_out(method.backbone, data, 16)})

@@ -97,7 +97,7 @@ class Lag:
 
     def __init__(self, momentum: float) -> None:
         self.momentum, self.last = momentum, torch.zeros(())
-        self.bound = self.straight = self.walk = self.longest = 0.0
+        self.bound = self.walk = self.longest = self.weight = 0.0
         self.rows: list[dict[str, float]] = []
 
     def __call__(self, step: int, method: MoCo) -> None:
@@ -109,8 +109,8 @@ class Lag:
             self.bound = m * (self.bound + length)
             self.walk = m * (self.walk**2 + length**2) ** 0.5
             self.longest = max(self.longest, length)
-            self.straight = m / (1 - m) * self.longest if m < 1 else float("inf")
+            self.weight = m * (self.weight + 1)  # m + m^2 + ..., toward m / (1 - m)
             lag = (now - key).norm().item()
             names = ("step", "lag", "bound", "random walk", "largest step everywhere")
-            self.rows.append(dict(zip(names, (step, lag, self.bound, self.walk, self.straight))))
+            self.rows.append(dict(zip(names, (step, lag, self.bound, self.walk, self.weight * self.longest))))
         self.last = now
