@@ -13,7 +13,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Hand over to the command."""
+    """Hand over to the command, or say in one line that there is none of that name."""
     from sslbook.cli.common import run
     from sslbook.errors import UserError, nearest
 

@@ -120,7 +120,11 @@ class Comparison:
         return cls(old.settings["controls_of"], tables, old.settings["origins"])
 
     def add(self, method: str, seed: int, measured: dict, full: bool) -> None:
-        """Append the report of a run, with the controls if it is a full one."""
+        """Append the report of a run, with the controls if it is a full one.
+
+        Raises:
+            UserError: the report holds no metrics.
+        """
         tables: Tables = measured.get("tables", {})
         if SUMMARY not in tables:
             raise UserError(

@@ -25,6 +25,7 @@ class OnlineKNN(Hook):
         self.every, self.k, self.limit = every, k, limit
 
     def start(self, run: Run) -> None:
+        """Raises UserError where training or test images have no labels."""
         if not run.data.has_test_labels:
             raise UserError("OnlineKNN needs labeled images, also for the test; leave it out of --hooks")
 

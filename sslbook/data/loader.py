@@ -80,6 +80,9 @@ class Data:
         train: from Python, a map-style dataset of images, or of images with labels (PIL, arrays or tensors).
         test: likewise, to evaluate on.
 
+    Raises:
+        UserError: options contradict each other, or the images are not found or not readable.
+
     >>> Data(train=torchvision.datasets.CIFAR10("data"), test=torchvision.datasets.CIFAR10("data", train=False))
     """
 

@@ -66,6 +66,7 @@ class Exemplar(Method):
         return (self.view,)
 
     def setup(self, data: Data) -> None:
+        """Choose the exemplars; UserError if there are fewer images."""
         num_images = data.num_train
         count = self.num_exemplars or num_images
         if count > num_images:

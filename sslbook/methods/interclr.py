@@ -128,6 +128,7 @@ class InterCLR(MoCo):
         self.clusters = OnlineClusters(num_clusters, projector_dim, memory_momentum, min_cluster)
 
     def setup(self, data: Data) -> None:
+        """Make room for every image; UserError if `pool_size` exceeds their number."""
         if self.pool_size > data.num_train:
             fewer = max(1, data.num_train // 10)
             raise UserError(f"the {self.pool_size} most similar of {data.num_train} images: set pool_size to {fewer}")

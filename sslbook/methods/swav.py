@@ -126,7 +126,11 @@ class SwAV(Method):
 
     @torch.no_grad()
     def enqueue(self, z: Float[Tensor, "large n dim"], clock: Clock) -> None:
-        """Puts the projections of the large crops into their queues, from `queue_start` on."""
+        """Puts the projections of the large crops into their queues, from `queue_start` on.
+
+        Raises:
+            UserError: the queues do not hold a whole number of batches.
+        """
         batch, size = z.shape[1] * distributed.world_size(), len(self.queues[0].rows)
         if size % batch:
             raise UserError(

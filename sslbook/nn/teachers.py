@@ -73,6 +73,7 @@ class Teacher(Frozen):
 
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> TeacherFeatures:
+        """Features of every patch, and how much each counts; UserError if the teacher makes no feature map."""
         x, model = self.own_images(x), self.model
         if getattr(model, "cls_token", None) is not None and hasattr(model, "forward_attention"):
             of_tokens: Any = model

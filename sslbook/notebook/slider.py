@@ -37,7 +37,11 @@ root.querySelectorAll('.sslbook-frame').forEach(function(one,i){one.style.displa
 
 
 class Sweep:
-    """Frames of one figure over one or two parameters; made by `sweep`."""
+    """Frames of one figure over one or two parameters; made by `sweep`.
+
+    Raises:
+        UserError: the frames together exceed `BUDGET` bytes.
+    """
 
     def __init__(
         self,

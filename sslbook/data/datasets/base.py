@@ -99,6 +99,7 @@ class DatasetSource(ImageSource):
     channels: int | None = None
 
     def open(self, position: int) -> Any:
+        """What the dataset yields, as an image; `UnreadableImage` if it yields none."""
         index = int(self.positions[position])
         try:
             item = self.dataset[index]

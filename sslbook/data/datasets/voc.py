@@ -32,7 +32,7 @@ def load_voc(folder: Path) -> tuple[BoxList, BoxList]:
 
 
 def read_split(year: Path, split: str) -> list[Boxes]:
-    """The annotations of a split of one year's folder."""
+    """The annotations of a split of one year's folder; UserError where its list or one of them cannot be read."""
     file = year / "ImageSets" / "Main" / f"{split}.txt"
     try:
         names = [line.split()[0] for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
