@@ -288,9 +288,8 @@ def _update(
     run.method.before_optimizer_step(run.clock)
     if clip_grad_norm is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        run.metrics["gradient_norm"] = float(
-            distributed.full_tensor(nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
-        )
+        norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        run.metrics["gradient_norm"] = float(distributed.full_tensor(norm))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
