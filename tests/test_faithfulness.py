@@ -31,6 +31,13 @@ def test_every_method_names_its_source_and_what_differs(faithfulness, name: str)
     assert all(items for _, items in lists)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_authors_code_has_a_version(faithfulness, name: str) -> None:
+    sentences = [faithfulness.linked(sentence) for sentence, _ in faithfulness.departures(faithfulness.docstring(name))]
+    if any("code" in sentence for sentence in sentences):
+        assert any("https://github.com/" in sentence for sentence in sentences)
+
+
 def test_lists_are_read_to_their_end(faithfulness) -> None:
     text = "Title.\n\nA paper (arXiv:1234.5678). What differs:\n\n- one thing,\n  continued;\n- another\n\nEnd.\n"
     assert faithfulness.departures(text) == [("What differs", ["one thing, continued", "another"])]

@@ -16,7 +16,8 @@ HEAD = """# Faithfulness
 
 What every method is taken from, and where it departs from its source: the authors' code where there is one, else the
 paper. Whatever is not listed is meant to be the same; a departure that you find and this table lacks is a bug. Where
-the consequence of a departure is known, it stands with it.
+the consequence of a departure is known, it stands with it. The authors' code is linked at the version that a list is
+about.
 
 `python book/reference/faithfulness.py` writes this page from the docstrings of `sslbook/methods/` and the heads of
 `sslbook/recipes/`, and a test keeps it from going stale.
@@ -59,11 +60,17 @@ def departures(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
+def linked(sentence: str) -> str:
+    """A repository and its version, `(owner/name, 1a2b3c4)`, as a link."""
+    link = r"([\1 at \2](https://github.com/\1/tree/\2))"
+    return re.sub(r"\(([\w.-]+/[\w.-]+), ([0-9a-f]{7})\)", link, sentence)
+
+
 def row(name: str) -> str:
     """A line of the table."""
     text = docstring(name)
     title = re.split(r": | \(|, ", text.splitlines()[0])[0]
-    lists = [f"{sentence}:<br>" + "<br>".join(f"• {item}" for item in items) for sentence, items in departures(text)]
+    lists = [f"{linked(sentence)}:<br>" + "<br>".join(f"• {item}" for item in items) for sentence, items in departures(text)]
     cells = [f"[{title}](sslbook/methods/{name}.py)", source(text), "<br>".join(lists)]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

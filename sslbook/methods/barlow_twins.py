@@ -9,7 +9,7 @@ Zbontar, Jing, Misra, LeCun and Deny, 2021, "Barlow Twins: self-supervised learn
 (facebookresearch/barlowtwins), whose lambda is 0.0051 (paper: 0.005). Mean and standard deviation are those of batch
 norm: over the global batch, biased, with an epsilon of 1e-5.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/barlowtwins, a655214):
 - The authors' code sums the correlation over GPUs outside of autograd, so that its gradient is divided by their number.
   LARS cancels this factor for weight matrices. It does not adapt biases and batch norms, so the recipe's learning rate
   of 0.0048 for these is the authors' number and not its effect: on their 16 GPUs they moved by 1/16 of it.

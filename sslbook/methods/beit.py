@@ -7,7 +7,7 @@ patch. A choice among codes leaves no room for the blurred average that regressi
 Bao, Dong, Piao and Wei, 2022, "BEiT: BERT pre-training of image transformers" (arXiv:2106.08254), sections 2.1 to 2.4
 and equation 1; masks are algorithm 1 as the authors' code runs it, at most 75 of 196 patches.
 
-What differs from the authors' code:
+What differs from the authors' code (microsoft/unilm, 806a6fd):
 - The tokenizer is one of ours (`python -m sslbook.train dvae`) instead of DALL-E's.
 - It sees the same crop, resized, where the authors resize the crop a second time from the file.
 - The blocks' linear layers start from Xavier's distribution; theirs from a truncated normal of 0.02, divided by sqrt(2

@@ -8,7 +8,7 @@ Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-q
 (arXiv:2208.06366), sections 3.2 and 3.3, equations 2 and 3. As in the authors' code the two predictions share one
 linear layer, and masks are BEiT's blocks filled up to exactly 75 of 196.
 
-What differs from the authors' code:
+What differs from the authors' code (microsoft/unilm, 80d673a):
 - The tokenizer is one of ours (`python -m sslbook.train vqkd`).
 - The blocks' linear layers start from Xavier's distribution; theirs from a truncated normal of 0.02, divided by sqrt(2
   layer) where a branch ends.

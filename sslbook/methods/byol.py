@@ -7,7 +7,7 @@ training does not go there.
 Grill et al., 2020, "Bootstrap your own latent" (arXiv:2006.07733), equations 1 and 2, section 3 and appendix J. The
 defaults are those of the authors' code (google-deepmind/deepmind-research) for 1000 epochs.
 
-What differs from the authors' code:
+What differs from the authors' code (google-deepmind/deepmind-research, 4822a45):
 - The first layer of projector and predictor has no bias: batch norm follows and cancels it.
 - The target network starts as a copy of the online network; the authors initialize each by itself.
 - The EMA momentum counts the step just taken, so that it reaches 1 at the last one.

@@ -9,7 +9,7 @@ learning" (arXiv:2202.03026), sections 3.1 and 3.2: four blocks each, alignment 
 196 patches are masked (75 in OpenMMLab's port), in BEiT's blocks, and the target of the alignment is the encoder itself
 on the masked patches, without gradient.
 
-What differs from the authors' code:
+What differs from the authors' code (Atten4Vis/CAE, a7fd162):
 - The tokenizer is one of ours (`python -m sslbook.train dvae`) instead of DALL-E's.
 - The regressor's blocks have no drop path.
 - The patch embedding starts from Xavier's distribution and the head from a truncated normal; theirs the other way

@@ -9,7 +9,7 @@ and language" (arXiv:2202.03555), section 3, for vision. The defaults are those 
 ViT-B: targets are normalized twice (each block's output, and their average), and the EMA momentum stays at 0.9998. The
 commands name a start of 0.999 as well, but no steps over which it would rise.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/fairseq, d871f61):
 - Masks are counter-based random numbers of seed, epoch and image; theirs come from Python's generator.
 - Colors are jittered after the crop; theirs before it.
 - Attention has no dropout; theirs has.

@@ -9,7 +9,7 @@ Caron, Bojanowski, Joulin and Douze, 2018, "Deep clustering for unsupervised lea
 (facebookresearch/deepcluster): PCA with whitening to 256 dimensions, k-means with 10,000 clusters before every epoch, a
 new classifier each time.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/deepcluster, b90f878):
 - The classifier stands on the backbone's features. The authors' AlexNet and VGG have two hidden layers with dropout
   before it, which residual networks lack.
 - The first centroids, the new classifier and the order of images are functions of the seed and the epoch.

@@ -8,7 +8,7 @@ Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning
 cluster assignments" (arXiv:2006.09882), appendix D. The defaults are those of the authors' code (facebookresearch/swav)
 for 800 epochs.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/swav, 9a2dc80):
 - The first centroids are random rows chosen by the seed and the epoch, and an empty cluster takes half of the largest;
   the authors leave an empty one as it was.
 - An image that the last epoch did not show keeps its older projection and is clustered again; the authors leave it out

@@ -8,7 +8,7 @@ Wang, Zhang, Shen, Kong and Li, 2021, "Dense contrastive learning for self-super
 (arXiv:2011.09157), equations 1 to 4, section 3. The defaults are those of the authors' code. As there, the second queue
 receives one vector per image, the mean of its dense keys, and each position of the query is matched to one of the key.
 
-What differs from the authors' code:
+What differs from the authors' code (WXinlong/DenseCL, 5d1c456):
 - The key encoder is updated after each optimizer step instead of before each forward pass.
 - Batch norm's groups, over which keys are shuffled, are an option instead of the number of GPUs, and the permutation is
   a function of image and epoch, as in our MoCo.

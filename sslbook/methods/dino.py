@@ -9,7 +9,7 @@ Caron, Touvron, Misra, Jégou, Mairal, Bojanowski and Joulin, 2021, "Emerging pr
 transformers" (arXiv:2104.14294), equations 1 to 4, algorithm 1. The defaults are those of the authors' code
 (facebookresearch/dino), where the scores of a batch are centered by the mean of the batches before it.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/dino, cc72fe9):
 - The teacher's temperature rises with every step instead of every epoch. It reaches its final value when the warm-up's
   last epoch ends; in the authors' code that epoch already has it, one epoch earlier.
 - The teacher's EMA momentum counts the step just taken, so that it reaches 1 at the last one.

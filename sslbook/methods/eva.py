@@ -7,7 +7,7 @@ Fang et al., 2022, "EVA: Exploring the limits of masked visual representation le
 section 2.1: the transformer sees the full sequence with mask tokens, as here. With an option of the authors' code, and
 in OpenMMLab's port, MAE's encoder and decoder get the same target instead; `milan` is near to that.
 
-What differs from the authors' code:
+What differs from the authors' code (baaivision/EVA, aeb2f9a):
 - The targets are CLIP's features after the last norm, where the authors predict those after CLIP's projection; any
   frozen network can be the teacher.
 - The loss is 2 - 2 cos instead of -cos, which has the same minimum.

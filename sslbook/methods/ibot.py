@@ -10,7 +10,7 @@ the patches' center averages all patches of the teacher, not the masked ones alo
 arXiv:2304.07193, section 4) is the same method with other options, in the recipe `dinov2`: a separate head for patches,
 Sinkhorn-Knopp instead of centering, and the KoLeo regularizer.
 
-What differs from the authors' code:
+What differs from the authors' code (bytedance/ibot, da316d8):
 - The masked fraction of a crop is a counter-based random number of seed, epoch and image; theirs comes from a running
   generator.
 - The scale of the outputs is fixed at 1; iBOT's and DINOv2's authors learn it.

@@ -9,7 +9,7 @@ joint-embedding predictive architecture" (arXiv:2301.08243), section 3. As in th
 the targets are normalized by LayerNorm without parameters, and each target block is predicted on its own. The masks are
 those of `sslbook.data.masks.multi_block_mask`.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/ijepa, 52c1ae9):
 - Masks are counter-based random numbers of seed, epoch, step and image; theirs come from torch's generator.
 - Contexts are cut to the shortest of the global batch; theirs to the shortest of one GPU.
 - Targets never overlap the context; theirs may where a context would otherwise be too short.

@@ -11,7 +11,7 @@ InterCLR-MoCo): an image belongs to the cluster whose mean feature has the great
 positives are sampled from the whole cluster, and the margin of -0.5 is subtracted from the positive's cosine before the
 temperature divides.
 
-What differs from the authors' code:
+What differs from the authors' code (open-mmlab/mmselfsup, 1887786):
 - Negatives are sampled with replacement. Those of the own cluster are left out of the softmax, where the authors sample
   others instead.
 - An epoch shows every image once; the authors' sampler chooses images with replacement, so that an epoch shows 63 % of

@@ -9,7 +9,7 @@ Noroozi and Favaro, 2016, "Unsupervised learning of visual representations by so
 2019, "Scaling and benchmarking self-supervised visual representation learning", arXiv:1905.01235): patches of 64 pixels
 in cells of 85, 2000 permutations, one layer per patch.
 
-What differs from the paper and from VISSL's code:
+What differs from the paper and from VISSL's code (facebookresearch/vissl, 4bb5235):
 - The paper's algorithm 1 repeatedly adds the permutation with the greatest *average* distance to those chosen, of all
   there are; some of its set then differ in two positions only (its table 5). Here the *nearest* of those chosen must be
   as far as possible, the average decides between equals, and the choice is among 20,000 random permutations. For 2000

@@ -10,7 +10,7 @@ Balestriero and LeCun, 2025, "LeJEPA: provable and scalable self-supervised lear
 package (rbalestr-lab/lejepa): 1,024 directions, 17 knots on [0, 3] (paper: on [-5, 5]), views of 224 and 98 pixels;
 lambda is the paper's.
 
-What differs from the authors' code:
+What differs from the authors' code (rbalestr-lab/lejepa, a0d6745):
 - The directions are counter-based random numbers of seed and step, so that all processes have the same.
 - The statistic is computed over the global batch, for each view by itself, and averaged over views.
 """

@@ -7,7 +7,7 @@ with its position, and predicts the pixels of the masked patches.
 He, Chen, Xie, Li, Dollár and Girshick, 2022, "Masked autoencoders are scalable vision learners" (arXiv:2111.06377),
 section 3. Values, positions and initialization are those of the authors' code.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/mae, 6a2ba40):
 - Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 - The decoder's input stays in the shuffled order, each token with its position; theirs is first put back into the
   image's order, which gives the same result.

@@ -9,7 +9,7 @@ Wei, Fan, Xie, Wu, Yuille and Feichtenhofer, 2022, "Masked feature prediction fo
 nine unsigned directions, each pixel counted in one of them, every color channel separately, the counts of a cell
 normalized to length 1, and no Gaussian window (a port has one).
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/SlowFast, adc55ca):
 - The descriptor of a cell without edges stays near zero; theirs is rounding errors, normalized to length 1.
 - Masks are BEiT's blocks, filled up to the exact number by single patches; they are counter-based random numbers of
   seed, epoch and image; theirs come from Python's generator.

@@ -9,7 +9,7 @@ Liu, Zhang, Chen, Yu, Chen and Lin, 2023, "Improving pixel-based MIM by reducing
 et al., 2022, arXiv:2111.06377). The weights are a softmax and the fused tokens pass the encoder's last norm, as in the
 authors' code.
 
-What differs from the authors' code:
+What differs from the authors' code (open-mmlab/mmpretrain, 1dfd446):
 - Images are cropped as in MAE; theirs are resized and shifted as in PixMIM.
 - Masks are counter-based random numbers of seed, epoch and image; theirs come from torch's generator.
 """

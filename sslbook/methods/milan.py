@@ -8,7 +8,7 @@ Hou, Sun, Chen, Xie and Kung, 2022, "MILAN: Masked image pretraining on language
 (arXiv:2208.06049): section 3.2 the targets and the loss, 3.3 the prompting decoder, 3.4 semantic aware masking. As in
 the authors' code the loss is over visible and masked patches, and the class token where the teacher has one.
 
-What differs from the authors' code:
+What differs from the authors' code (zejiangh/MILAN, 7dcfe0f):
 - The targets are CLIP's features after the last norm, 768 for ViT-B/16, where the authors predict the 512 that CLIP's
   projection to the space of captions makes of them; the paper's figures are for those.
 - Any frozen network can be the teacher; where it has no class token, a patch's attention is its contribution to the

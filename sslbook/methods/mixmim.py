@@ -8,7 +8,7 @@ Liu, Huang, Zheng, Liu and Li, 2023, "MixMAE: Mixed and masked autoencoder for e
 vision transformers" (arXiv:2205.13137, at first called MixMIM), section 3: mixing (equation 1), masked attention, dual
 reconstruction (equation 2).
 
-What differs from the authors' code:
+What differs from the authors' code (Sense-X/MixMIM, 9da3eee):
 - The encoder is a plain vision transformer; theirs is a Swin without class token. Our class token is there twice, once
   for each image, since a shared one would carry information from one to the other.
 - A mask covers single patches of this encoder; theirs covers squares of 32 pixels.

@@ -9,7 +9,7 @@ arXiv:1911.05722), equations 1 and 2, algorithm 1; Chen, Fan, Girshick and He, 2
 contrastive learning" (v2, arXiv:2003.04297). One class holds both; the defaults are v2. Version 1 is `mlp=False,
 temperature=0.07` with a view of `color_jitter=(0.4, 0.4, 0.4, 0.4), color_jitter_p=1.0` and no blur.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/moco, 3b42c2a):
 - The key encoder is updated after each optimizer step instead of before each forward pass. The keys of every step come
   out the same, since the authors' first update changes nothing (both encoders start equal). With accumulated gradients
   theirs is updated several times per step, ours once.

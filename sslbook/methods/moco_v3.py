@@ -9,7 +9,7 @@ equation 1, algorithm 1, sections 4 and 5. The defaults are those of the authors
 for transformers see the recipe `imagenet_vit`. As there, the loss is the sum of both directions times twice the
 temperature.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/moco-v3, 7074f47):
 - The key encoder is updated after each step instead of before each forward pass, and its momentum counts the step just
   taken, so that it reaches 1 at the last one.
 - A transformer's fixed positions are MAE's table, in which rows and columns are exchanged.

@@ -9,7 +9,7 @@ label-efficient learning" (arXiv:2204.07141), section 3, equation 1. The default
 (facebookresearch/msn). As there, the mean-entropy term carries the constant log K, so that it is zero where all
 prototypes are equally frequent, and the EMA momentum rises four fifths of the way to 1.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/msn, db0d572):
 - Which patches are dropped is random for each image and epoch, instead of the same for a whole batch.
 - Sinkhorn-Knopp is computed with logarithms.
 - Linear layers start from Xavier's distribution (the head's from torch's default), the authors' from a truncated normal

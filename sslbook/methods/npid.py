@@ -8,7 +8,7 @@ Wu, Xiong, Yu and Lin, 2018, "Unsupervised feature learning via non-parametric i
 (arXiv:1805.01978), equations 2 and 5 to 8. Values, momentum and the partition constant, which is estimated once from
 the first batch, are those of the authors' code; the proximal regularization of equation 9 is in the paper alone.
 
-What differs from the authors' code:
+What differs from the authors' code (zhirongw/lemniscate.pytorch, 8051185):
 - The memory bank starts as uniformly random directions; the authors sample every coordinate uniformly.
 - Color jitter comes before grayscale, as in the authors' code for CIFAR-10; for ImageNet theirs has the reverse order.
 - Negatives are a function of the image and the epoch, and logarithms replace the small constant that the authors add to

@@ -9,7 +9,7 @@ sections 3.1 to 3.3. The defaults and the order of events are those of the autho
 similarity to a centroid is the inner product with the plain mean of its features, and the loss of a class is weighted
 by frequency^-0.5.
 
-What differs from the authors' code:
+What differs from the authors' code (open-mmlab/mmselfsup, 1887786):
 - Dropout, the first centroids and the halves of a split cluster are functions of the seed, and the memories are updated
   identically in every process, so that one process and several have the same clusters.
 - The weighted loss is averaged over the global batch instead of each GPU's images.

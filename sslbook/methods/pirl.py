@@ -8,7 +8,7 @@ Misra and van der Maaten, 2020, "Self-supervised learning of pretext-invariant r
 equation 5 is the loss, two terms of noise-contrastive estimation (NCE) as in equation 4. Heads, views and values are
 those of the authors' code (VISSL) for ResNet-50.
 
-What differs from the paper or the authors' code:
+What differs from the paper or the authors' code (facebookresearch/vissl, 4bb5235):
 - Equation 4 divides by a sum over the sampled negatives. The authors' code, after Wu et al. (2018, arXiv:1805.01978),
   divides by a constant, estimated from the first batch: the mean over all its similarities, positives included, times
   the number of negatives. So do we, with a constant for each term.

@@ -6,7 +6,7 @@ capacity is spent on texture. Images are cropped by a simple resized crop, which
 Liu, Zhang, Chen, Chen and Lin, 2023, "PixMIM: rethinking pixel reconstruction in masked image modeling"
 (arXiv:2303.02416), section 4, equations 2 to 5: an ideal low-pass filter with a radius of 40 periods at 224 pixels.
 
-What differs from the authors' code:
+What differs from the authors' code (open-mmlab/mmpretrain, 1dfd446):
 - The filter is centered at frequency zero, as in the equations; theirs is half a step off center, and they take the
   absolute value of its complex result. On two photographs the targets differ by 5 to 14 % of their standard deviation.
 - The radius scales with the size of the image.

@@ -10,7 +10,7 @@ AlexNet on patches of 96 pixels with gaps of about half a patch. The defaults he
 cells of 85 pixels in an image of 255, patches of 64, a head with one hidden layer, and all eight pairs of an image in
 one batch.
 
-What differs from OpenMMLab's code:
+What differs from OpenMMLab's code (open-mmlab/mmselfsup, 1887786):
 - The center is encoded once for its eight pairs instead of eight times, so batch norm counts it once.
 - Against chromatic aberration, which reveals where in the image a patch lies, the authors replace two of three color
   channels by noise. Here, as at OpenMMLab, two thirds of the images become gray.

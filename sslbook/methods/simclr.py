@@ -11,7 +11,7 @@ What differs in the authors' code from the paper:
 - The loss is the mean over images of the SUM of both views' terms, twice the paper's mean over all views.
 - The projector has three layers with batch norm after each, the last without shift (paper: two layers, no batch norm).
 
-What differs from the authors' code:
+What differs from the authors' code (google-research/simclr, be133b3):
 - Images are normalized by ImageNet's mean and standard deviation; the authors leave them between 0 and 1.
 """
 

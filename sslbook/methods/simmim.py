@@ -7,7 +7,7 @@ Xie, Zhang, Cao, Lin, Bao, Yao, Dai and Hu, 2022, "SimMIM: a simple framework fo
 (arXiv:2111.09886), section 3; the loss is l1 on the masked pixels (section 3.4). Values are those of the authors' code;
 the number of masked squares is rounded up, as there.
 
-What differs from the authors' code:
+What differs from the authors' code (microsoft/SimMIM, 0e71746):
 - Masks are counter-based random numbers of seed, epoch and image; theirs come from numpy's generator.
 - Our `VisionTransformer` is initialized as in MAE; theirs from a truncated normal of 0.02, rescaled at the end of every
   branch.

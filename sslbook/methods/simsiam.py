@@ -8,7 +8,7 @@ Chen and He, 2021, "Exploring simple Siamese representation learning" (arXiv:201
 The defaults are those of the authors' code (facebookresearch/simsiam). That the predictor's learning rate does not
 decay (section 4.2) is a rule of the recipes.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/simsiam, a7bc177):
 - The last linear layer of the projector has no bias. The authors keep one that is not trained, since batch norm cancels
   it.
 - The cosine of the learning rate moves with every step instead of every epoch.

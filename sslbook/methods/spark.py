@@ -9,7 +9,7 @@ Tian, Jiang, Diao, Lin, Wang and Yuan, 2023, "Designing BERT for convolutional n
 modeling" (arXiv:2301.03580), section 3: 3.1 sparse encoder, 3.2 hierarchical decoder, 3.3 loss on normalized pixels of
 masked patches. As in the authors' code sparse layers are dense ones whose results are masked.
 
-What differs from the authors' code:
+What differs from the authors' code (keyu-tian/SparK, 00883b8):
 - Layers of any network are masked from outside, by replacing their `forward` while the method runs it; they convert the
   network to sparse classes.
 - All convolutions of the decoder start from He's initialization; theirs only where they are transposed, the others from

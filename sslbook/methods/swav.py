@@ -8,7 +8,7 @@ Caron, Misra, Mairal, Goyal, Bojanowski and Joulin, 2020, "Unsupervised learning
 cluster assignments" (arXiv:2006.09882), equations 1 to 5, section 3.2 on multi-crop, appendix A. The defaults are those
 of the authors' code (facebookresearch/swav) for 800 epochs at a batch of 4096.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/swav, 5e073db):
 - The prototypes are normalized after each step instead of before the next.
 - The queue holds the projections of all processes and is divided among them for Sinkhorn-Knopp, which works with
   logarithms. One process and several compute the same.

@@ -10,7 +10,7 @@ Bardes, Ponce and LeCun, 2022, "VICReg: variance-invariance-covariance regulariz
 variance terms of the two views are halved while their covariance terms are not. Variance and covariance are of the
 global batch.
 
-What differs from the authors' code:
+What differs from the authors' code (facebookresearch/vicreg, b42aa23):
 - The hidden linear layers of the expander have no bias: batch norm follows and cancels it.
 """
 

@@ -8,7 +8,7 @@ Peng, Dong, Bao, Ye and Wei, 2022, "BEiT v2: masked image modeling with vector-q
 (arXiv:2208.06366), section 3.1 and equation 1. Values are those of the authors' code, whose commitment term is a mean
 over dimensions.
 
-What differs from the authors' code:
+What differs from the authors' code (microsoft/unilm, 80d673a):
 - They initialize the codes by k-means on the first batch and leave a code that is never assigned where it is; here
   codes start at patches of the first batch, and one that is hardly assigned moves to a patch of the latest batch (the
   random restarts of Dhariwal et al., 2020, "Jukebox", arXiv:2005.00341, section 3.1).

@@ -9,7 +9,7 @@ Ermolov, Siarohin, Sangineto and Sebe, 2021, "Whitening for self-supervised repr
 section 3. The defaults are those of the authors' code (htdt/self-supervised) for STL-10 and Tiny ImageNet, with four
 permutations; its README also has a command for ImageNet-100, with one.
 
-What differs from the authors' code:
+What differs from the authors' code (htdt/self-supervised, 2b963de):
 - The slices are cut from the global batch.
 - Slices are counter-based random numbers of seed, epoch and image; theirs come from a running generator.
 - Color jitter comes after the crop; in the authors' code before it, so that its contrast is that of the whole image.
