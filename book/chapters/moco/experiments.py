@@ -4,13 +4,14 @@
     python book/chapters/moco/experiments.py shapes         MoCo and its controls; three seeds
     python book/chapters/moco/experiments.py sabotage       one part removed or replaced at a time, how stale the queue
                                                             is, and how much batch norm leaks; three seeds
+    python book/chapters/moco/experiments.py toy            the toy in which batch norm leaks; three seeds
     python book/chapters/moco/experiments.py versions       from version 1 to version 2, one change at a time
     python book/chapters/moco/experiments.py transformer    version 3: patch embedding learned and frozen
     python book/chapters/moco/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
 `moco_settings`; `moco_shapes` and `moco_factors` (on test images), with the checkpoint `moco_shapes`; `moco_sabotage`
-(on held-out training images), `moco_age`, `moco_queue` and `moco_lag`; `moco_versions`; `moco_transformer` and
+(on held-out training images), `moco_age`, `moco_queue` and `moco_lag`; `moco_toy`; `moco_versions`; `moco_transformer` and
 `moco_gradients`; `moco_photographs`, with the checkpoint `moco_cifar10`.
 """
 
@@ -35,6 +36,7 @@ from sslbook.book.chapters.experiments import (
     train,
     train_supervised,
 )
+from sslbook.book.chapters.moco.toy import train as train_toy
 from sslbook.book.chapters.moco.variants import (
     InBatch,
     Lag,
@@ -64,8 +66,10 @@ PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.
 WIDTH, DIM, BATCH, QUEUE, GROUPS, MOMENTUM = 16, 64, 128, 1024, 8, 0.995
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)
-STEPS = {"settings": 150, "shapes": 300, "sabotage": 150, "versions": 150, "transformer": 120, "photographs": 200}
-PHOTOGRAPHS = (4000, 1000)
+STEPS = {"settings": 150, "shapes": 300, "sabotage": 150, "versions": 120, "transformer": 80, "photographs": 150}
+STEPS |= {"toy": 300}
+GROUP_SIZES = (2, 4, 8, 16, 64)
+PHOTOGRAPHS = (3000, 1000)
 
 NONE = "as it should be"
 VARIANTS: dict[str, dict] = {
@@ -222,6 +226,17 @@ def train_by(
         method.after_step(Clock(step + 1, len(run)))
 
 
+def toy(num_seeds: int, resume: bool) -> None:
+    """`moco_toy`: the toy of the leak, over the size of the groups of batch norm."""
+    about = {"steps": STEPS["toy"]}
+    (table,), done = begin(["moco_toy"], about, resume)
+    for seed in range(done, num_seeds):
+        for size in GROUP_SIZES:
+            for how in ("own groups", "shuffled"):
+                note(table, f"groups of {size}, {how}", train_toy(size, how == "shuffled", STEPS["toy"], seed))
+        results.save("moco_toy", table, seeds=list(range(seed + 1)), settings=about)
+
+
 def steps_down(progress: float) -> float:
     """Version 1's schedule: a tenth after 60 % of the run and again after 80 %."""
     return 0.1 ** ((progress >= 0.6) + (progress >= 0.8))
@@ -271,7 +286,7 @@ def transformer(num_seeds: int, resume: bool) -> None:
     (table, curves), done = begin(["moco_transformer", "moco_gradients"], about, resume)
     for seed in range(done, num_seeds):
         run = batches(data, (VIEW, VIEW), BATCH, steps, seed)
-        for lr in (1e-3, 4e-3, 1.6e-2):
+        for lr in (1e-3, 1e-2):
             for frozen in (False, True):
                 name = f"{'frozen' if frozen else 'learned'}, learning rate {lr:g}"
                 torch.manual_seed(seed)
@@ -322,4 +337,4 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, settings, shapes, sabotage, versions, transformer, photographs)
+    main(__doc__, settings, shapes, sabotage, toy, versions, transformer, photographs)
