@@ -71,12 +71,12 @@ def toy(z: Tensor, color: Tensor, share: Tensor, nu: float, correlation: float) 
 def balance(sigma: Tensor, parts: Mapping[str, Tensor], best: float, rho: float) -> style.Figure:
     """Loss of one dimension over its standard deviation, in its parts."""
     alt = f"If two views have a correlation of {rho:g}, the loss is lowest at a standard deviation of {best:.2f}."
-    fig, ax = style.figure(alt, width=5.2, height=3.0, caption=None)
+    fig, ax = style.figure(alt, width=5.6, height=3.0, caption=None)
     for (name, values), color, dashes in zip(parts.items(), (style.GREEN, style.ORANGE, style.BLUE), ("--", ":", "-")):
-        ax.plot(sigma, values, dashes, color=color)
-        ax.annotate(name, (sigma[-1], values[-1]), xytext=(5, -3), textcoords="offset points", color=color)
+        ax.plot(sigma, values, dashes, color=color, label=name)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     ax.axvline(best, color=style.GRAY, lw=1)
-    ax.set(xlabel="standard deviation σ", ylabel="loss of one dimension", xlim=(0, 2.0), ylim=(0, 60))
+    ax.set(xlabel="standard deviation σ", ylabel="loss of one dimension", xlim=(0, 1.5), ylim=(0, 40))
     ax.set_title(f"correlation of the views {rho:g}: best σ = {best:.2f}", fontsize=11)
     return fig
 
@@ -96,7 +96,9 @@ def floor(
         ax.plot(sizes, values, mark, color=color, ms=5)
         ax.annotate(f"d = {d}", (sizes[-1], formula[d][-1]), xytext=(7, -3), textcoords="offset points", color=color)
     ax.set(xlabel="images in the batch N", ylabel="covariance loss of noise", xscale="log", yscale="log")
-    ax.set_xlim(sizes[0] * 0.85, sizes[-1] * 2.2)
+    ax.set_xlim(sizes[0] * 0.85, sizes[-1] * 2.4)
+    ax.set_xticks(sizes[::2], [str(n) for n in sizes[::2]])
+    ax.minorticks_off()
     return fig
 
 
@@ -115,10 +117,13 @@ def slices(sizes: Sequence[int], found: Sequence[float], true: float, d: int) ->
     ax.axvline(2 * d, color=style.GRAY, lw=0.8)
     ax.annotate("N = 2d", (2 * d, 0.05), xytext=(5, 0), textcoords="offset points", color=style.TEXT)
     ax.set(xlabel="images in a slice N", ylabel="cosine of the two views", xscale="log", ylim=(0, 1.02))
+    shown = [n for n in sizes if n in (sizes[0], 2 * d, 128, 1024)]
+    ax.set_xticks(shown, [str(n) for n in shown])
+    ax.minorticks_off()
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 5) -> np.ndarray:
+def _smooth(values: Sequence[float] | np.ndarray, over: int = 10) -> np.ndarray:
     over = min(over, len(values))
     return np.convolve(values, np.ones(over) / over, mode="valid")
 
@@ -127,20 +132,21 @@ def curves(log: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> 
     """The weighted terms of a run, and the two sides of its balance."""
     ends = {name: weight * float(np.mean(log[name][-10:])) for name, weight in weights.items()}
     std = 1 - float(np.mean(log["variance"][-10:]))
+    left = 2 * weights["invariance"] * np.array(log["invariance"])
+    left = left + 4 * weights["covariance"] * np.array(log["covariance"])
+    right = weights["variance"] * (1 - np.array(log["variance"]))
     words = ", ".join(f"{name} {end:.1f}" for name, end in ends.items())
+    sides = f"{left[-10:].mean():.1f} and {right[-10:].mean():.1f}"
     caption = (
-        f"Left: the three weighted terms; at the end: {words}. The variance term stays the largest, and the standard "
-        f"deviation ends at {std:.2f} of 1. Right: the two sides of the balance, which meet early and stay together."
+        f"Left: the three weighted terms; at the end: {words}. The mean standard deviation ends at {std:.2f}. Right: the "
+        f"two sides of the balance end at {sides}. Means over ten steps."
     )
-    alt = f"At the end the weighted terms are {words}; the two sides of the balance agree."
+    alt = f"At the end the weighted terms are {words}; the two sides of the balance are {sides}."
     fig, axes = style.figure(alt, 1, 2, width=7.2, height=2.9, caption=caption, name="decorrelation.curves", least=520)
     for (name, weight), color, dashes in zip(weights.items(), style.COLORS, ("-", "--", ":")):
         axes[0].plot(weight * _smooth(log[name]), dashes, color=color, label=name)
     axes[0].set(xlabel="step", ylabel="weighted term", ylim=(0, 26))
     axes[0].legend()
-    left = 2 * weights["invariance"] * np.array(log["invariance"])
-    left = left + 4 * weights["covariance"] * np.array(log["covariance"])
-    right = weights["variance"] * (1 - np.array(log["variance"]))
     axes[1].plot(_smooth(left), color=style.BLUE, label="2 λ s + 4 ν c")
     axes[1].plot(_smooth(right), "--", color=style.ORANGE, label="μ times mean std")
     axes[1].set(xlabel="step", ylabel="what shrinks, what grows", ylim=(0, 26))
