@@ -52,9 +52,9 @@ COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation
 VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
 SMALL = View(size=8, crop=(0.1, 0.3), **COLORS)
 PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
-WIDTH, BATCH, HIDDEN, DIM, PROTOTYPES, TEMPERATURE = 16, 256, 256, 64, 200, 0.1
+WIDTH, BATCH, HIDDEN, DIM, PROTOTYPES, TEMPERATURE = 16, 128, 256, 64, 100, 0.1
 EPSILON, LR, LR_SUPERVISED = 0.01, 1e-2, 5e-3  # the best of `settings`
-STEPS = {"settings": 120, "shapes": 240, "sabotage": 120, "crops": 120, "queue": 400, "photographs": 150}
+STEPS = {"settings": 120, "shapes": 360, "sabotage": 120, "crops": 120, "queue": 300, "photographs": 200}
 PHOTOGRAPHS = (4000, 1000)
 
 NONE = "as it should be"
@@ -69,7 +69,7 @@ VARIANTS: dict[str, dict] = {
     "prototypes not normalized": {"kind": LongPrototypes},
     "gradient through the codes": {"kind": GradientThroughCodes},
     "no swap": {"kind": OwnCodes},
-    "prototypes frozen for 15 steps": {"freeze": 15},
+    "prototypes frozen for 31 steps": {"freeze": 31},
     "prototypes never trained": {"freeze": 1_000_000},
 }
 
@@ -103,7 +103,7 @@ def settings(num_seeds: int, resume: bool) -> None:
     run = batches(data, (VIEW, VIEW), BATCH, steps, 100)
     chosen = {"epsilon": EPSILON, "prototypes": PROTOTYPES, "lr": LR}
     tried = [chosen] + [chosen | {"epsilon": e} for e in (0.003, 0.02, 0.05)]
-    tried += [chosen | {"prototypes": 30}] + [chosen | {"lr": lr} for lr in (5e-3, 2e-2)]
+    tried += [chosen | {"prototypes": 400}] + [chosen | {"lr": lr} for lr in (5e-3, 2e-2)]
     for options in tried:
         method = make(100, **{key: value for key, value in options.items() if key != "lr"})
         train(method, run, options["lr"])
@@ -182,7 +182,6 @@ def queue(num_seeds: int, resume: bool) -> None:
     rows = {
         "batch 32, no queue": {},
         "batch 32, queue of 224": {"queue": 224, "queue_start": steps // 8},
-        "batch 32, queue of 2048": {"queue": 2048, "queue_start": steps // 8},
     }
     for seed in range(done, num_seeds):
         run = batches(data, (VIEW, VIEW), batch, steps, seed)

@@ -73,19 +73,20 @@ def codes(z: Tensor, prototypes: Tensor, q: Tensor, filled: Tensor, epsilon: flo
     return fig
 
 
-def half_step(z: Tensor, prototypes: Tensor, Q: Tensor, what: str, dual: float) -> style.Figure:
+def half_step(Q: Tensor, dual: float, what: str, iteration: int) -> style.Figure:
     """The plan after a half step: how full each prototype is, and the sums of all rows."""
     rows, columns = len(Q) * Q.sum(1), Q.shape[1] * Q.sum(0)
     alt = (
-        f"After {what} the columns hold {columns.min():.2f} to {columns.max():.2f} and the rows {rows.min():.2f} to "
-        f"{rows.max():.2f} of what they should. The dual is {dual:.4f}."
+        f"After the {what} of iteration {iteration} the prototypes hold {columns.min():.2f} to {columns.max():.2f} and "
+        f"the images give {rows.min():.2f} to {rows.max():.2f} of what they should. The dual is {dual:.4f}."
     )
     fig, axes = style.figure(alt, 1, 2, width=6.6, height=2.8, caption=None, least=480)
     fullness(axes[0], columns)
-    axes[0].set_title(f"{what}: dual {dual:.4f}", fontsize=10)
+    axes[0].set_title(f"iteration {iteration}, {what}", fontsize=10)
     axes[1].plot(range(1, len(rows) + 1), rows, "o", ms=4, color=style.BLUE)
     axes[1].axhline(1, color=style.GRAY, ls=":")
-    axes[1].set(xlabel="image", ylabel="sum of its row (1 is right)", ylim=(0, 3.2))
+    axes[1].set(xlabel="image", ylabel="sum of its row (1 is right)", ylim=(0, 2.2))
+    axes[1].set_title(f"dual {dual:.4f}", fontsize=10)
     return fig
 
 
@@ -105,7 +106,7 @@ def fullness(ax, filled: Tensor) -> None:
     names = [str(k + 1) for k in range(len(filled))]
     ax.bar(names, filled, color=[style.COLORS[k % 6] for k in range(len(filled))], alpha=0.7)
     ax.axhline(1, color=style.GRAY, ls=":")
-    ax.set(xlabel="prototype", ylabel="mass it holds (1 is right)", ylim=(0, 3.2))
+    ax.set(xlabel="prototype", ylabel="mass it holds (1 is right)", ylim=(0, 2.2))
 
 
 def movie(features: Mapping[str, Tensor], numbers: Mapping[str, float], step: int) -> style.Figure:
@@ -171,7 +172,7 @@ def modes(shared: Tensor, growth: Tensor, epsilon: float, tau: float) -> style.F
         ha="right" if right else "left",
         color=style.TEXT,
     )
-    ax.set(xlabel="correlation of the two views ρ", ylabel="growth", yscale="log", xlim=(0, 1.3), ylim=(0.01, 100))
+    ax.set(xlabel="correlation of the two views ρ", ylabel="growth", yscale="log", xlim=(0, 1.3), ylim=(0.1, 200))
     ax.set_title(f"{grown} of {len(shared)} directions grow")
     return fig
 
