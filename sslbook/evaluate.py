@@ -100,7 +100,7 @@ def evaluate(
     main = distributed.is_main()
     module, facts = load_backbone(run, backbone)
     view = view_of(facts, resize)
-    if protocols is None:  # where the data allow none, the first says what is missing
+    if not protocols:  # where the data allow none, the first says what is missing
         protocols = chosen(None, module, data) or chosen(DEFAULT[:1], module, data)
     protocols = [find(given)() if isinstance(given, str) else given for given in protocols]
     uses_data = any(protocol.uses_data for protocol in protocols)

@@ -1,5 +1,6 @@
 """The command line of training: layers of options, recipes and their bases, help, and answers to wrong names."""
 
+import re
 import subprocess
 import sys
 from functools import cache
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from sslbook import tools
+from sslbook import evaluate, tools
 from sslbook.cli.recipes import RECIPES, method_class, resolve, train_parser
 from sslbook.cli.renamed import RENAMED, RENAMED_CLASSES
 from sslbook.engine.loop import pretrain
@@ -75,6 +76,7 @@ def printed(capsys, *words: str) -> str:
         (["simclr", "--resume=nowhere"], "no such run folder"),
         (["simclr", "--seed=99999999999999999999"], "64 bits"),
         (["simclr", "--keep_last=-1"], "--keep_last is -1: give 0 or more"),
+        (["simclr", "--launcher=slurm", "--slurm.nodes=0"], "--slurm.nodes is 0: give 1 or more"),
         (["simclr", "--log_every=0"], "--log_every is 0: give 1 or more"),
         (["simclr", "--clip_grad_norm=0"], "--clip_grad_norm is 0.0: give more than 0"),
         (["simclr", "--layer_decay=-1"], "--layer_decay is -1.0: give more than 0"),
@@ -93,6 +95,22 @@ def printed(capsys, *words: str) -> str:
 )
 def test_rejects_wrong_options(words: list[str], answer: str) -> None:
     assert answer in refusal(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["linear", "R", "--validation=1"], "--validation is 1.0: give less than 1"),
+        (["finetune", "R", "--validation=0"], "--validation is 0.0: give more than 0"),
+        (["finetune", "R", "--training.epochs=.nan"], "--training.epochs is nan: give a number"),
+        (["R", "--batch_size=-1"], "--batch_size is -1: give 0 or more"),
+        (["R", "--data.workers=-2"], "--data.workers is -2: give 0 or more"),
+    ],
+)
+def test_numbers_have_bounds_in_every_command(words: list[str], answer: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, "--data.name=shapes"])
+    with pytest.raises(UserError, match=re.escape(answer)):
+        evaluate.main()
 
 
 @pytest.mark.parametrize(

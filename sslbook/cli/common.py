@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 
+from sslbook.cli.bounds import check_numbers
 from sslbook.cli.help import is_question
 from sslbook.cli.parser import Parser
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
@@ -85,7 +86,9 @@ def cli(
         if run is None:
             raise UserError("which run? Name its folder first, an exported backbone.safetensors, or a checkpoint")
         values = layer(*own_data(str(run)))
-    options = vars(parser.construct(parser.parse(from_words(pairs, values, parser))))
+    config = parser.parse(from_words(pairs, values, parser))
+    check_numbers(parser.plain(config), function, protocol)
+    options = vars(parser.construct(config))
     options.pop("config", None)
     if protocol:
         options["protocols"] = [protocol(**{name: options[name] for name in arguments})]

@@ -215,7 +215,9 @@ def resolve(argv: list[str], engine: Callable) -> tuple[Parser, Namespace, Value
     values = _with_channels(from_words(pairs, values, parser))
     config = parser.parse(values)
 
-    resolved = {key: value for key, value in parser.plain(config).items() if key not in NOT_WRITTEN}
+    plain = parser.plain(config)
+    check_numbers(plain["slurm"], Slurm, prefix="slurm.")
+    resolved = {key: value for key, value in plain.items() if key not in NOT_WRITTEN}
     path = f"{method.__module__}.{method.__qualname__}"
     resolved = {"method": {"class_path": path, "init_args": resolved.pop("method", {})}, **resolved}
     check_numbers(resolved, engine)

@@ -7,9 +7,10 @@ from sslbook.cli.common import cli, run
 from sslbook.data.images import UnreadableImage
 from sslbook.data.loader import Data
 from sslbook.errors import UserError
+from sslbook.types import PositiveInt
 
 
-def measure_mean_std(data: Data, limit: int = 5000, progress: bool = True) -> tuple[list[float], list[float]]:
+def measure_mean_std(data: Data, limit: PositiveInt = 5000, progress: bool = True) -> tuple[list[float], list[float]]:
     """Print `--data.mean` and `--data.std`: over all pixels of the training images, 8 and 16 bits scaled to 0..1.
 
     Args:

@@ -236,7 +236,8 @@ def test_uses_the_first_labeled_test_folder(tmp_path) -> None:
     assert sets.test.labels.tolist() == [0, 1]
     shutil.rmtree(tmp_path / "train")
     save(tmp_path / "train" / "1.png")  # no classes: the first one
-    sets = load_folder(tmp_path)
+    with pytest.warns(UserWarning, match="not used: val/, validation/"):
+        sets = load_folder(tmp_path)
     assert sets.test is not None
     assert sets.test.root == tmp_path / "test"
 

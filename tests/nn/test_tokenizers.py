@@ -79,7 +79,7 @@ def test_nearest_code_against_loops() -> None:
     latents, tokens = tokenizer.latents(x), tokenizer.tokens(x)
     assert latents.shape == (2, 16, 3)
     for latent, token in zip(latents.flatten(0, 1), tokens.flatten().tolist()):
-        distances = [float((latent - code).norm()) for code in tokenizer.codebook]
+        distances = [float((latent - code).norm().detach()) for code in tokenizer.codebook]
         assert distances[token] == pytest.approx(min(distances))
     assert tokenizer(x).shape == (2, 16)
     assert torch.equal(Tokenizer(tokenizer, VIEW, 4)(x), tokens)

@@ -19,7 +19,7 @@ from sslbook.evaluation.classifier import Task, Training
 from sslbook.evaluation.heads import Attentive, tokens
 from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
-from sslbook.types import Above, PositiveInt
+from sslbook.types import Above, Fraction, PositiveInt
 
 CROP_AND_FLIP = Augmentation()
 TRAINING = Training(epochs=20, batch_size=256, optimizer="adamw")
@@ -53,7 +53,7 @@ class AttentiveProbe(TransferProtocol):
         augmentation: Augmentation = CROP_AND_FLIP,
         cached: bool = False,
         flip_test: bool = False,
-        validation: float = 0.1,
+        validation: Fraction = 0.1,
     ) -> None:
         self.settings = grid(lrs, weight_decays)
         self.num_heads, self.num_blocks = num_heads, num_blocks

@@ -18,7 +18,7 @@ from sslbook.evaluation.classifier import Task, Training, set_drop_path
 from sslbook.evaluation.heads import blocks, feature, lacks_blocks, linear
 from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.transfer import TransferProtocol, grid, transfer, with_backbone
-from sslbook.types import PositiveFloat
+from sslbook.types import Fraction, PositiveFloat
 
 CROP_AND_FLIP = Augmentation()
 TRAINING = Training(epochs=50, batch_size=256, optimizer="adamw")
@@ -61,7 +61,7 @@ class FineTune(TransferProtocol):
         head_std: PositiveFloat = 0.01,
         ema: float = 0.0,
         flip_test: bool = False,
-        validation: float = 0.1,
+        validation: Fraction = 0.1,
     ) -> None:
         self.settings = grid(lrs, weight_decays, head_lr_scales)
         self.training, self.augmentation, self.frozen = training, augmentation, frozen

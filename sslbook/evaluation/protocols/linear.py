@@ -27,6 +27,7 @@ from sslbook.errors import UserError
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.metrics import MANY, classification, confusion_figure, top_k
 from sslbook.evaluation.protocols.knn import majority
+from sslbook.types import Fraction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ class Linear(Protocol):
 
     cost = "seconds to minutes"
 
-    def __init__(self, validation: float = 0.2, seed: int = 0) -> None:
+    def __init__(self, validation: Fraction = 0.2, seed: int = 0) -> None:
         self.validation, self.seed = validation, seed
         self._details: dict[str, Any] = {}
 

@@ -15,7 +15,7 @@ from sslbook.evaluation.classifier import Task, Training
 from sslbook.evaluation.heads import Pool, lacks_blocks, linear, reading_of
 from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
-from sslbook.types import PositiveInt
+from sslbook.types import Fraction, PositiveInt
 
 CROP_AND_FLIP = Augmentation()
 TRAINING = Training(epochs=100, batch_size=256)
@@ -49,7 +49,7 @@ class LinearSGD(TransferProtocol):
         num_blocks: PositiveInt = 1,
         batch_norm: bool = False,
         flip_test: bool = False,
-        validation: float = 0.1,
+        validation: Fraction = 0.1,
     ) -> None:
         reading_of(pool, num_blocks)
         self.settings = grid(lrs, weight_decays)

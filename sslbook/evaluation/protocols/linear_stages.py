@@ -15,6 +15,7 @@ from sslbook.evaluation.classifier import Task, Training
 from sslbook.evaluation.heads import linear, stages
 from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
 from sslbook.schedules import Step
+from sslbook.types import Fraction
 
 # OpenSelfSup, configs/benchmarks/linear_classification/imagenet/r50_multihead.py
 TRAINING = Training(epochs=90, batch_size=256, optimizer="nesterov", schedule=Step([60, 80]))
@@ -44,7 +45,7 @@ class LinearStages(TransferProtocol):
         augmentation: Augmentation = AUGMENTATION,
         cached: bool = False,
         flip_test: bool = False,
-        validation: float = 0.1,
+        validation: Fraction = 0.1,
     ) -> None:
         self.settings = grid(lrs, weight_decays)
         self.training, self.augmentation, self.cached = training, augmentation, cached

@@ -22,6 +22,7 @@ from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.protocols.linear import stratified
 from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
 from sslbook.schedules import Step
+from sslbook.types import Fraction
 
 CROP_AND_FLIP = Augmentation()
 TRAINING = Training(epochs=20, batch_size=256, schedule=Step([12, 16], factor=0.2))  # OpenSelfSup
@@ -54,7 +55,7 @@ class SemiSupervised(TransferProtocol):
         training: Training = TRAINING,
         augmentation: Augmentation = CROP_AND_FLIP,
         flip_test: bool = False,
-        validation: float = 0.2,
+        validation: Fraction = 0.2,
     ) -> None:
         if not 0 < fraction <= 1:
             raise UserError(f"fraction is {fraction}: give more than 0, and at most 1")
