@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: python -m sslbook.tools NAME ...\n")
-        print("\n".join(f"  {tool:<12}{text}" for tool, text in tools().items()))
+        print("\n".join(f"  {tool:<18}{text}" for tool, text in tools().items()))
         print("\npython -m sslbook.tools NAME --help explains each; NAME may be the import path of your own.")
         return
     if "." not in name and name not in tools():

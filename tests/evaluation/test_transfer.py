@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -190,6 +191,22 @@ def test_the_probe_by_sgd_is_as_accurate_as_scikit_learn() -> None:
     found = probe.run(model, data)["linear SGD"]
     assert 40 < optimum < 95
     assert found == pytest.approx(optimum, abs=2.5)  # twice the standard error of 1,200 images
+
+
+def test_sgd_reaches_the_minimum_of_logistic_regression(trained: list[Transfer]) -> None:
+    """With the same weight decay on the same features the probabilities are scikit-learn's; after two epochs they are not."""
+    data = make_data(240, 120, noise=230.0)
+    model = model_of(nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), data)
+    train_x, train_y, test_x, _ = model.labeled()
+    minimum = LogisticRegression(C=1 / (0.1 * 240), tol=1e-8, max_iter=1000).fit(train_x.numpy(), train_y.numpy())
+    wanted = torch.from_numpy(minimum.predict_proba(test_x.numpy())).float()
+    far = []
+    for epochs in (2, 50):
+        LinearSGD((0.1,), (0.1,), Training(epochs=epochs, batch_size=40), cached=True).run(model, data)
+        head = trained[-1].heads.each[0]
+        far.append((F.linear(test_x, head.weight, head.bias).softmax(1) - wanted).abs().max().item())
+    assert far[0] > 0.05
+    assert far[1] < 0.005
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
