@@ -296,14 +296,15 @@ class DetectionTask(Method):
         backbone: what is transferred.
         detector: it is a part of this.
         view: size, mean and standard deviation of the images, and how often they are mirrored.
+        sampled_boxes: proposals of an image in the loss of the box head.
     """
 
-    def __init__(self, backbone: nn.Module, detector: FasterRCNN, view: View) -> None:
+    def __init__(self, backbone: nn.Module, detector: FasterRCNN, view: View, sampled_boxes: int = 512) -> None:
         super().__init__()
         self.backbone, self.detector, self.view = backbone, detector, view
         rpn, heads = detector.rpn, detector.roi_heads
         rpn.fg_bg_sampler = KeyedSampler(256, 0.5, rng.METHOD)  # pyrefly: ignore
-        heads.fg_bg_sampler = KeyedSampler(512, 0.25, rng.METHOD + 1)  # pyrefly: ignore
+        heads.fg_bg_sampler = KeyedSampler(sampled_boxes, 0.25, rng.METHOD + 1)  # pyrefly: ignore
 
     def views(self) -> tuple[View, ...]:
         return (self.view,)

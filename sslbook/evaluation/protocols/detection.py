@@ -42,6 +42,7 @@ class Detection(Protocol):
         size: side of the square that an image is brought to.
         scale: range of the longer side in training, relative to `size`.
         channels: of the feature pyramid; its box head has four times as many.
+        sampled_boxes: proposals of an image in the loss of the box head; fewer for small images on a CPU.
         steps: optimizer steps.
         train_batch_size: images in a step, over all processes.
         optimizer: sgd, or adamw for transformers.
@@ -70,6 +71,7 @@ class Detection(Protocol):
         size: PositiveInt = 1024,
         scale: tuple[float, float] = (0.5, 1.25),
         channels: PositiveInt = 256,
+        sampled_boxes: PositiveInt = 512,
         steps: PositiveInt = 90_000,
         train_batch_size: PositiveInt = 16,
         optimizer: Literal["sgd", "adamw"] = "sgd",
@@ -81,11 +83,11 @@ class Detection(Protocol):
         clip_grad_norm: PositiveFloat | None = None,
         precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
-        at_least_one(steps=steps, train_batch_size=train_batch_size, size=size)
+        at_least_one(steps=steps, train_batch_size=train_batch_size, size=size, sampled_boxes=sampled_boxes)
         if not 0 < scale[0] <= scale[1]:
             raise UserError(f"scale {scale}: give an increasing pair of positive numbers")
         self.coco, self.voc, self.detector, self.masks = coco, voc, detector, masks
-        self.size, self.scale, self.channels = size, tuple(scale), channels
+        self.size, self.scale, self.channels, self.sampled_boxes = size, tuple(scale), channels, sampled_boxes
         self.steps, self.train_batch_size, self.optimizer = steps, train_batch_size, optimizer
         self.lr, self.weight_decay, self.milestones, self.warmup = lr, weight_decay, list(milestones), warmup
         self.layer_decay, self.clip_grad_norm, self.precision = layer_decay, clip_grad_norm, precision
@@ -129,7 +131,7 @@ class Detection(Protocol):
             torch.manual_seed(model.seed)
             backbone = copy.deepcopy(model.backbone).cpu().requires_grad_(True)
             network = detector(backbone, kind, boxes.num_classes, self.size, masks=self.masks, channels=self.channels)
-        task = DetectionTask(backbone, network, view)
+        task = DetectionTask(backbone, network, view, self.sampled_boxes)
         run, losses = fit(
             task,
             boxes,
