@@ -16,6 +16,7 @@ from sslbook.book.chapters.learning_without_labels import exercises as first
 from sslbook.book.chapters.mae import exercises as mae
 from sslbook.book.chapters.rotation import exercises as rotation
 from sslbook.book.chapters.simclr import exercises as simclr
+from sslbook.book.chapters.swav import exercises as swav
 from sslbook.notebook.exercises import Exercise
 
 
@@ -196,6 +197,39 @@ def barlow_by_batch_norm(z_1: Tensor, z_2: Tensor, lam: float) -> Tensor:
     return (1 - lam) * errors.diagonal().sum() + lam * errors.sum()
 
 
+def swapped_by_loops(s_1: Tensor, s_2: Tensor, q_1: Tensor, q_2: Tensor, tau: float) -> Tensor:
+    total = s_1.sum() * 0
+    for s, q in ((s_1, q_2), (s_2, q_1)):
+        for i in range(len(s)):
+            total = total - (q[i].detach() * torch.log(torch.softmax(s[i] / tau, 0))).sum() / (2 * len(s))
+    return total
+
+
+def sinkhorn_by_factors(scores: Tensor, epsilon: float, iterations: int) -> np.ndarray:
+    kernel = np.exp((scores.double() - scores.max()).numpy() / epsilon)
+    u, v = np.ones(len(kernel)), np.ones(kernel.shape[1])
+    for _ in range(iterations):
+        v = 1 / (kernel.T @ u)
+        u = 1 / (kernel @ v)
+    return u[:, None] * kernel * v
+
+
+def dual_by_exponents(S: Tensor, a: Tensor, b: Tensor, epsilon: float) -> float:
+    kernel = torch.outer((-a / epsilon).exp(), (-b / epsilon).exp()) * (S / epsilon).exp()
+    return float(epsilon / math.e * kernel.sum() + a.mean() + b.mean())
+
+
+def first_order_by_a_small_number(S: Tensor, epsilon: float) -> Tensor:
+    q = swav.sinkhorn.solution(1e-4 * S, epsilon, 5)
+    return 1 / S.shape[1] + 1e4 * (q - 1 / S.shape[1])
+
+
+def critical_by_projectors(s_1: Tensor, s_2: Tensor, tau: float) -> Tensor:
+    left, right = (torch.eye(n) - 1 / n for n in s_1.shape)
+    a, b = (left @ s @ right for s in (s_1, s_2))
+    return 2 * tau * torch.sum(a * b) / (torch.sum(a * a) + torch.sum(b * b))
+
+
 UNUSUAL: list[tuple[Exercise, Callable]] = [
     (first.knn_vote, vote_by_loops),
     (first.knn_vote, vote_as_softmax),
@@ -255,6 +289,14 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
     (decorrelation.barlow_loss, barlow_by_batch_norm),
     (decorrelation.whiten, lambda z: np.linalg.svd(z - z.mean(0), full_matrices=False)[0] * (len(z) - 1) ** 0.5),
     (decorrelation.gap, lambda rows, columns: sum(r**4 for r in rows.tolist()) - sum(c**4 for c in columns.tolist())),
+    (swav.swapped_loss, swapped_by_loops),
+    (swav.sinkhorn, sinkhorn_by_factors),
+    (swav.dual_value, dual_by_exponents),
+    (swav.convergence_rate, lambda Q: sorted(np.linalg.eigvals(Q.numel() * Q.T @ Q).real)[-2]),
+    (swav.first_order, first_order_by_a_small_number),
+    (swav.critical_epsilon, critical_by_projectors),
+    (swav.smallest_entropy, lambda n, k: -math.log(min(1, n / k))),
+    (swav.multicrop, lambda R, r, v: [(2 + v * r**2 / R**2) / 2, v + 1 + v + 1]),
 ]
 
 
