@@ -445,3 +445,32 @@ def test_a_folder_named_in_a_file_gets_the_recipe_for_folders(tmp_path: Path) ->
     _, _, named = resolve(["simclr", "--config", str(tmp_path / "mine.yaml")], pretrain)
     _, _, given = resolve(["simclr", f"--data.folder={tmp_path / 'x'}"], pretrain)
     assert named == given
+
+
+@pytest.mark.parametrize(("wait", "told"), [(12.0, True), (0.25, False)])
+def test_time_spent_waiting_for_images_is_logged(
+    wait: float, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]  # a clock that only loading and the forward pass move
+    monkeypatch.setattr("sslbook.engine.loop.time.perf_counter", lambda: now[0])
+    original, forward = Data.batches, SimCLR.forward
+
+    def slow(self: Data, *args, **kwargs):
+        for batch in original(self, *args, **kwargs):
+            now[0] += wait
+            yield batch
+
+    def computing(self: SimCLR, *args):
+        now[0] += 12.0
+        return forward(self, *args)
+
+    monkeypatch.setattr(Data, "batches", slow)
+    monkeypatch.setattr(SimCLR, "forward", computing)
+    (tmp_path / "photographs").mkdir()
+    for number in range(24):
+        Image.new("RGB", (20, 20), (10 * number, 0, 0)).save(tmp_path / "photographs" / f"{number}.png")
+    data = Data(folder=tmp_path / "photographs", workers=0)
+    run = pretrain(simclr(), data, SGD, batch_size=8, epochs=2, log_every=1, out_dir=tmp_path / "run")
+    waits = {line["data_wait"] for line in lines(run.folder) if "data_wait" in line}
+    assert waits == {round(100 * wait / (wait + 12), 1)}
+    assert ("50% of the time went into waiting for images" in capsys.readouterr().out) == told

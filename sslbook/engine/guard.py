@@ -4,6 +4,7 @@ Both leave the loss a number, and often a falling one. A loss that is NaN ends e
 """
 
 import copy
+import math
 import warnings
 
 import torch
@@ -93,6 +94,8 @@ class Guard(Hook):
         with whole(run.method):
             x = run.method.backbone(self.shown).float().flatten(1)
         run.method.train(training)
+        if not x.isfinite().all():
+            return math.nan, math.nan  # the loss will not be a number either, which ends the run
         z = F.normalize(x, dim=1)
         std = float(z.std(dim=0, correction=0).mean()) * z.shape[1] ** 0.5
         return distributed.broadcast((std, effective_rank(singular_values(x, center=True))))  # one verdict for all

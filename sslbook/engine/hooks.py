@@ -87,6 +87,11 @@ class Progress(Hook):
 
     def end(self, run: Run) -> None:
         self.bar.close()
+        waited = run.seconds_waited / max(run.seconds_here, 1e-9)
+        if waited > 0.1 and run.data.size is None and run.seconds_here > 60 and distributed.is_main():
+            workers = run.data.workers
+            cure = "raise --data.workers, read from a faster disk, or store smaller images"
+            print(f"{waited:.0%} of the time went into waiting for images ({workers} loader processes): {cure}")
 
 
 class MetricsLog(Hook):
@@ -114,7 +119,8 @@ class MetricsLog(Hook):
         if run.clock.step % self.every == 0 or run.clock.step == run.clock.total_steps:
             means = {name: sum(values) / len(values) for name, values in self.sums.items()}
             rate = {"images_per_second": round(run.images_per_second, 1), "seconds": round(run.seconds, 2)}
-            self._write(run, {**means, "lr": run.metrics["lr"], **rate})
+            wait = {"data_wait": round(100 * run.seconds_waited / max(run.seconds_here, 1e-9), 1)}  # %
+            self._write(run, {**means, "lr": run.metrics["lr"], **rate, **wait})
             self.sums = {}
 
     def epoch(self, run: Run) -> None:

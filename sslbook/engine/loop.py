@@ -238,7 +238,12 @@ def _rest_of_epoch(run: Run, grad_accum_steps: int, channels_last: bool) -> Iter
         device=run.device,
         order=run.method.sample_order(run.data, clock),
     )
-    for batch in batches:
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        run.seconds_waited += time.perf_counter() - started
+        if batch is None:
+            return
         if channels_last:
             views = tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views)
             batch = batch._replace(views=views)

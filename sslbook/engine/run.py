@@ -27,6 +27,8 @@ class Run:
         metrics: what the last step logged: `loss`, `lr`, and the method's own.
         evaluations: what hooks measured, such as `knn` in percent; one of them can be monitored for the best checkpoint.
         seconds: time spent in training steps, over all resumptions.
+        seconds_waited: for images, since the run began or was resumed; of `seconds_here` in training steps.
+        seconds_here: see `seconds_waited`.
         images_per_second: moving average over the last steps.
         peak_memory: the most memory so far, in MB: of tensors on the GPU, or else of the whole process.
         finished: whether all steps are done.
@@ -43,6 +45,8 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    seconds_waited: float = 0.0
+    seconds_here: float = 0.0
     images_per_second: float = 0.0
     peak_memory: float = 0.0
     finished: bool = False
@@ -52,6 +56,7 @@ class Run:
         """Add the time of one step."""
         rate = self.batch_size / seconds
         self.seconds += seconds
+        self.seconds_here += seconds
         self.images_per_second += (rate - self.images_per_second) * (0.1 if self.images_per_second else 1)
 
     def measure_memory(self) -> None:
