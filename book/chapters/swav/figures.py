@@ -60,16 +60,18 @@ def schematic() -> Diagram:
     return diagram
 
 
-def codes(z: Tensor, prototypes: Tensor, q: Tensor, filled: Tensor, epsilon: float, naive: bool) -> style.Figure:
-    """Points on a circle in the color of their largest share, as large as it is, and how full each prototype is."""
+def codes(z: Tensor, prototypes: Tensor, q: Tensor, epsilon: float, naive: bool) -> style.Figure:
+    """Points on a circle in the color of their largest share, as large as it is; and all codes."""
     share, owner = q.max(1)
     words = "" if naive else "; the direct computation gives NaN"
     alt = f"With epsilon {epsilon:g} the mean largest share of a code is {share.mean():.2f}{words}."
     fig, axes = style.figure(alt, 1, 2, width=6.6, height=3.0, caption=None, least=480)
     circle(axes[0], z, prototypes, owner, 20 + 60 * share)
     axes[0].set_title(f"mean largest share {share.mean():.2f}", fontsize=10)
-    fullness(axes[1], filled)
-    axes[1].set_title("each holds its part" if naive else "exp(s/ε) overflows: NaN", fontsize=10)
+    axes[1].imshow(q.T, vmin=0, vmax=1, aspect="auto")
+    axes[1].set(xlabel="image", ylabel="prototype", yticks=range(len(prototypes)))
+    axes[1].set_yticklabels([str(k + 1) for k in range(len(prototypes))])
+    axes[1].set_title("codes: dark 0, bright 1" if naive else "directly: exp(s/ε) overflows, NaN", fontsize=10)
     return fig
 
 
@@ -85,7 +87,7 @@ def half_step(Q: Tensor, dual: float, what: str, iteration: int) -> style.Figure
     axes[0].set_title(f"iteration {iteration}, {what}", fontsize=10)
     axes[1].plot(range(1, len(rows) + 1), rows, "o", ms=4, color=style.BLUE)
     axes[1].axhline(1, color=style.GRAY, ls=":")
-    axes[1].set(xlabel="image", ylabel="sum of its row (1 is right)", ylim=(0, 2.2))
+    axes[1].set(xlabel="image", ylabel="sum of its row (1 is right)", yscale="log", ylim=(0.05, 10))
     axes[1].set_title(f"dual {dual:.4f}", fontsize=10)
     return fig
 
