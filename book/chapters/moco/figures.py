@@ -60,9 +60,9 @@ def ages(keys: Tensor, query: Tensor, momentum: float, spread: float) -> style.F
     ax.plot(np.cos(turn), np.sin(turn), color=style.GRAY, lw=0.8)
     ax.scatter(keys[:, 0], keys[:, 1], c=np.arange(len(keys)), cmap="viridis", s=40, zorder=3)
     ax.plot(*query, "x", color=style.ORANGE, ms=11, mew=3, zorder=4)
-    ax.annotate("query now", query.tolist(), xytext=(8, 8), textcoords="offset points", color=style.ORANGE)
-    ax.annotate("oldest key", keys[-1].tolist(), xytext=(-70, -4), textcoords="offset points", color=style.TEXT)
-    ax.set(xlim=(-1.45, 1.6), ylim=(-1.25, 1.35), aspect="equal", xticks=[], yticks=[])
+    ax.text(0, 0.3, "keys: dark is new,\nlight is old", color=style.TEXT, ha="center", va="center")
+    ax.text(0, -0.15, "× query now", color=style.ORANGE, ha="center", va="center")
+    ax.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", xticks=[], yticks=[])
     ax.set_title(f"m = {momentum:g}: the keys span {spread:.0f}°")
     ax.axis("off")
     return fig
@@ -166,7 +166,7 @@ def agreement(
         ax.plot(ages_, values, mark + "-", color=color, ms=5, label=name)
         ax.plot(ages_, other[name], ":", color=color, lw=1.4)
     ax.set(xlabel="age of the key (steps)", ylabel="cosine", ylim=(None, 1.03))
-    ax.legend(loc="lower left", fontsize=9.5)
+    ax.legend(loc="center", bbox_to_anchor=(0.5, 0.42), ncols=3, fontsize=9.5)
     return fig
 
 
