@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict] = {
     "no swap": {"kind": OwnCodes},
     "prototypes frozen for 31 steps": {"freeze": 31},
     "prototypes never trained": {"freeze": 1_000_000},
+    "gradient through thirty iterations": {"kind": GradientThroughCodes, "iterations": 30},
 }
 
 
