@@ -117,3 +117,10 @@ def test_a_loss_that_is_no_number_ends_every_run(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="became nan at step 3"):
         run(Explodes(), tmp_path)
+
+
+def test_a_network_that_is_no_number_from_the_start_ends_at_the_first_step(tmp_path: Path) -> None:
+    method = SimCLR(ConvNet(width=4), view=VIEW)
+    next(method.backbone.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="became nan at step 0"):
+        run(method, tmp_path / "run", guard=True)
