@@ -32,15 +32,26 @@ from sslbook.types import PositiveFloat, PositiveInt
 
 def similarities(
     z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]
-) -> tuple[Float[Tensor, "n all"], Float[Tensor, "n all"]]:
-    """Cosine similarity of the rows of `z_1` to those of `z_2`, then to those of `z_1`, in all processes.
+) -> tuple[Float[Tensor, "n candidates"], Float[Tensor, "n candidates"]]:
+    """Cosine similarities of the rows of `z_1`, then of those of `z_2`, to the views of all processes.
 
-    The similarity of a row to itself is set to minus infinity: a view is not its own negative.
+    The columns of each are the other views, in which row i has its positive, and then the views of its own kind. The
+    similarity of a row to itself is set to minus infinity: a view is not its own negative.
     """
-    z_1, z_2 = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
-    s_12 = z_1 @ distributed.all_gather_with_grad(z_2).T
-    s_11 = z_1 @ distributed.all_gather_with_grad(z_1).T
-    return s_12, s_11.diagonal_scatter(torch.full_like(s_11[:, 0], -torch.inf), offset=distributed.rank() * len(z_1))
+    z = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)
+    everywhere = [distributed.all_gather_with_grad(one) for one in z]
+    itself, minus_infinity = distributed.rank() * len(z_1), z_1.new_full((len(z_1),), -torch.inf)
+    s_12, s_21 = z[0] @ everywhere[1].T, z[1] @ everywhere[0].T
+    s_11, s_22 = ((own @ them.T).diagonal_scatter(minus_infinity, itself) for own, them in zip(z, everywhere))
+    return torch.cat([s_12, s_11], dim=1), torch.cat([s_21, s_22], dim=1)
+
+
+def cross_entropies(
+    s_1: Float[Tensor, "n candidates"], s_2: Float[Tensor, "n candidates"], temperature: float
+) -> Float[Tensor, ""]:
+    """Equation 1 for anchors of the first and of the second view, each averaged over its rows, added up."""
+    positive = distributed.own_rows(len(s_1), s_1.device)
+    return F.cross_entropy(s_1 / temperature, positive) + F.cross_entropy(s_2 / temperature, positive)
 
 
 def nt_xent(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperature: float) -> Float[Tensor, ""]:
@@ -49,12 +60,7 @@ def nt_xent(z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"], temperatur
     Row i of `z_1` and row i of `z_2` are a positive pair. With several processes each passes its own rows and gets the
     mean over them, against the rows of all processes.
     """
-    target = distributed.own_rows(len(z_1), z_1.device)  # the column of each anchor's positive
-    loss = z_1.new_zeros(())
-    for anchor, positive in ((z_1, z_2), (z_2, z_1)):
-        logits = torch.cat(similarities(anchor, positive), dim=1) / temperature  # (n, 2 all)
-        loss = loss + F.cross_entropy(logits, target)
-    return loss
+    return cross_entropies(*similarities(z_1, z_2), temperature)
 
 
 class SimCLR(Method):
@@ -89,17 +95,17 @@ class SimCLR(Method):
     def views(self) -> tuple[View, ...]:
         return (self.view, self.view)
 
-    def _measure(self, z_1: Float[Tensor, "n dim"], z_2: Float[Tensor, "n dim"]) -> dict[str, Tensor]:
+    @staticmethod
+    def _measure(s_1: Float[Tensor, "n candidates"]) -> dict[str, Tensor]:
         """How often the positive is the most similar view, and the alignment and uniformity of the projections.
 
         Alignment and uniformity: Wang and Isola, 2020 (arXiv:2005.10242), equations 5 and 6.
         """
-        s_12, s_11 = similarities(z_1, z_2)
-        positive = s_12.diagonal(offset=distributed.rank() * len(z_1))
-        best = torch.cat([s_12, s_11], dim=1).amax(dim=1)
-        others = torch.exp(-2 * (2 - 2 * s_11)).sum() / (s_11.numel() - len(s_11))
+        positive = s_1.diagonal(offset=distributed.rank() * len(s_1))
+        s_11 = s_1.chunk(2, dim=1)[1]  # -inf at a view itself adds nothing
+        others = torch.exp(4 * s_11 - 4).sum() / (s_11.numel() - len(s_11))
         return {
-            "contrastive_accuracy": 100 * (positive >= best).float().mean(),
+            "contrastive_accuracy": 100 * (positive >= s_1.amax(dim=1)).float().mean(),
             "alignment": (2 - 2 * positive).mean(),
             "uniformity": distributed.all_reduce_mean(others).log(),
         }
@@ -108,6 +114,6 @@ class SimCLR(Method):
         # h = f(x), z = g(h) (section 2.1). One pass, so that batch norm's statistics are over both views.
         z = self.projector(self.backbone(torch.cat(batch.views)))  # (2n, dim)
         with full_precision(z):  # a temperature of 0.1 amplifies rounding errors tenfold
-            z_1, z_2 = z.float().chunk(2)
-            loss = nt_xent(z_1, z_2, self.temperature)
-            return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
+            s_1, s_2 = similarities(*z.float().chunk(2))
+            loss = cross_entropies(s_1, s_2, self.temperature)
+            return {"loss": loss, **self._measure(s_1.detach())}

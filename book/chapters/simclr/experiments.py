@@ -21,7 +21,7 @@ from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
-from sslbook.methods.simclr import SimCLR
+from sslbook.methods.simclr import SimCLR, similarities
 from sslbook.nn import ConvNet
 from sslbook.schedules import Clock
 from sslbook.weights.backbone import export_backbone
@@ -45,7 +45,7 @@ class KeepsItself(SimCLR):
         z = F.normalize(torch.cat([z_1, z_2]), dim=1)
         positive = torch.arange(len(z), device=z.device).roll(len(z_1))
         loss = 2 * F.cross_entropy(z @ z.T / self.temperature, positive)
-        return {"loss": loss, **self._measure(z_1.detach(), z_2.detach())}
+        return {"loss": loss, **self._measure(similarities(z_1.detach(), z_2.detach())[0])}
 
 
 class Fast(nn.Module):
