@@ -106,6 +106,7 @@ def evaluate(
     uses_data = any(protocol.uses_data for protocol in protocols)
     if uses_data and main:
         print(data.describe())
+        tell_unseen(data)
     name = str(facts.get("method", Path(run).name))
     backbones = {name: module}
     if controls and (start := _start(run, facts, seed, backbone)) is not None:
@@ -259,6 +260,14 @@ def quiet_about_skipped() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="skipped the unreadable image")
         yield
+
+
+def tell_unseen(data: Data) -> None:
+    """Name, on standard error, the classes of test images that have no training image."""
+    train, test = (data.labels(split).unique().tolist() if data.num_test else [] for split in ("train", "test"))
+    if other := [data.class_names[i] for i in test if i >= 0 and i not in train]:
+        shown = ", ".join(other[:3]) + (f", ... ({len(other)})" if len(other) > 3 else "")
+        print(f"test images of classes without a training image count as wrong: {shown}", file=sys.stderr)
 
 
 def tell_skipped(data: Data, most: int = 20) -> None:
