@@ -1,6 +1,7 @@
 """Augmentations of supervised training, for a whole batch on its device: what comes after crop and flip of a `View`.
 
 - padded crop (He et al., 2016, section 4.2): the image shifted by a few pixels, the border filled with the mean;
+- AutoAugment (Cubuk et al., 2019, arXiv:1805.09501), torchvision's policies, image by image;
 - RandAugment (Cubuk et al., 2020, arXiv:1909.13719) with timm's `rand-m9-mstd0.5-inc1`: two operations of fifteen, each
   applied with probability one half, all of which grow stronger with the magnitude;
 - random erasing (Zhong et al., 2020, arXiv:1708.04896), timm's mode `pixel`;
@@ -26,7 +27,7 @@ from sslbook.errors import UserError
 from sslbook.rng import METHOD, uniform
 from sslbook.schedules import Clock
 
-_PAD, _RAND, _ERASE, _NOISE, _MIX = range(METHOD, METHOD + 5)  # streams
+_PAD, _RAND, _ERASE, _NOISE, _MIX, _AUTO = range(METHOD, METHOD + 6)  # streams
 _ATTEMPTS = 10  # at a rectangle that fits, as in timm
 _GRAY = (0.2989, 0.587, 0.114)
 NUM_LAYERS = 2  # of RandAugment
@@ -42,6 +43,7 @@ class Augmentation:
         interpolation: filter of the resize.
         color_jitter: greatest change of brightness, contrast, saturation and hue; zeros for none.
         padding: shift the image by up to so many pixels in each direction, as CIFAR's networks are trained.
+        auto_augment: the policy of AutoAugment, as found on ImageNet, CIFAR-10 or SVHN; null leaves it out.
         rand_augment: magnitude of RandAugment, 0 to 10; 0 leaves it out, 9 is timm's rand-m9-mstd0.5-inc1.
         erasing: probability that a rectangle is erased by noise.
         mixup: alpha of Mixup's Beta(alpha, alpha); 0 leaves it out.
@@ -57,6 +59,7 @@ class Augmentation:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     padding: int = 0
+    auto_augment: Literal["imagenet", "cifar10", "svhn"] | None = None
     rand_augment: float = 0.0
     erasing: float = 0.0
     mixup: float = 0.0
@@ -103,7 +106,7 @@ def augment(
     clock: Clock,
     index: Int[Tensor, "batch"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Padded crop, RandAugment and random erasing of normalized images.
+    """Padded crop, AutoAugment, RandAugment and random erasing of normalized images.
 
     Args:
         what: the options.
@@ -114,17 +117,24 @@ def augment(
         index: gives the image's part of the keys.
 
     Raises:
-        UserError: RandAugment of something else than red, green and blue.
+        UserError: AutoAugment or RandAugment of something else than red, green and blue.
     """
     if what.padding:
         x = _padded_crop(x, what.padding, uniform(clock.seed, clock.epoch, index, _PAD, 2))
-    if what.rand_augment:
+    if what.auto_augment or what.rand_augment:
         if x.shape[1] != 3:
-            raise UserError(f"RandAugment is for 3 channels, and these images have {x.shape[1]}: set rand_augment to 0")
+            cure = "set augmentation.auto_augment to null and rand_augment to 0"
+            raise UserError(
+                f"AutoAugment and RandAugment are for 3 channels, and these images have {x.shape[1]}: {cure}"
+            )
         m, s = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (mean, std))
         levels = ((x * s + m) * 255).round().clamp(0, 255).to(torch.uint8)
-        u = uniform(clock.seed, clock.epoch, index, _RAND, 4 * NUM_LAYERS)
-        x = (rand_augment(levels, what.rand_augment, u, mean).to(x.dtype) / 255 - m) / s
+        if what.auto_augment:
+            levels = _auto_augment(levels, what.auto_augment, uniform(clock.seed, clock.epoch, index, _AUTO, 1), mean)
+        if what.rand_augment:
+            u = uniform(clock.seed, clock.epoch, index, _RAND, 4 * NUM_LAYERS)
+            levels = rand_augment(levels, what.rand_augment, u, mean)
+        x = (levels.to(x.dtype) / 255 - m) / s
     if what.erasing:
         x = _erased(x, what.erasing, clock, index)
     return x
@@ -139,6 +149,22 @@ def _padded_crop(x: Tensor, padding: int, u: Float[Tensor, "batch 2"]) -> Tensor
     padded = F.pad(x, [padding] * 4)
     each = torch.arange(len(x), device=x.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _auto_augment(
+    x: UInt8[Tensor, "batch 3 height width"], policy: str, u: Float[Tensor, "batch 1"], fill: tuple[float, ...]
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """torchvision's policy on each image; its generator is seeded by the image's uniform number."""
+    from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
+
+    color = [255 * value for value in fill]
+    change = AutoAugment(AutoAugmentPolicy(policy), InterpolationMode.BILINEAR, color)
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        for image, key in zip(x, u[:, 0].tolist()):
+            torch.manual_seed(int(key * 2**32))  # of which torch takes 32 bits
+            made.append(change(image))
+    return torch.stack(made)
 
 
 # -- RandAugment -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from sslbook.errors import UserError
 from sslbook.evaluation import augment
@@ -68,7 +69,7 @@ def test_rand_augment_chooses_as_timm_does() -> None:
     assert max(levels) <= 1
 
 
-@pytest.mark.parametrize("what", [{"padding": 3}, {"rand_augment": 9.0}, {"erasing": 0.7}])
+@pytest.mark.parametrize("what", [{"padding": 3}, {"auto_augment": "cifar10"}, {"rand_augment": 9.0}, {"erasing": 0.7}])
 def test_an_image_is_augmented_by_its_key_alone(what: dict) -> None:
     options = Augmentation(**what)
     x, index = torch.randn(8, 3, 16, 16), torch.arange(100, 108)
@@ -80,6 +81,26 @@ def test_an_image_is_augmented_by_its_key_alone(what: dict) -> None:
     assert torch.equal(whole[torch.tensor([5, 2])], run(torch.tensor([5, 2])))
     assert not torch.equal(whole, run(torch.arange(8), epoch=1))
     assert not torch.equal(whole, run(torch.arange(8), seed=1))
+
+
+def test_auto_augment_is_torchvision_s_policy_of_8_bit_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image goes through the policy once, as it was before normalization; torch's generator is left alone."""
+    seen = []
+
+    def policy(self: AutoAugment, image: Tensor) -> Tensor:
+        seen.append((self.policy, torch.rand(1).item()))
+        return 255 - image
+
+    monkeypatch.setattr(AutoAugment, "forward", policy)
+    levels = smooth_images(6)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+    before = torch.random.get_rng_state()
+    what = Augmentation(auto_augment="svhn")
+    out = augment.augment(what, (levels / 255 - mean) / std, MEAN, STD, Clock(), torch.arange(6))
+    torch.testing.assert_close((out * std + mean) * 255, 255.0 - levels, atol=1e-3, rtol=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert {used for used, _ in seen} == {AutoAugmentPolicy.SVHN}
+    assert len({number for _, number in seen}) == 6  # of each image's own key
 
 
 def test_padded_crop_is_a_shift_with_a_border_of_zeros() -> None:
@@ -162,6 +183,8 @@ def test_what_does_not_work_is_refused() -> None:
         augment.mix(Augmentation(mixup=0.8), x, label, 3, Clock())
     with pytest.raises(UserError, match="3 channels"):
         augment.augment(Augmentation(rand_augment=9), x[:, :1], (0.5,), (0.5,), Clock(), label)
+    with pytest.raises(UserError, match="auto_augment to null"):
+        augment.augment(Augmentation(auto_augment="svhn"), x[:, :1], (0.5,), (0.5,), Clock(), label)
     for wrong in ({"erasing": 2.0}, {"mixup": -1.0}, {"rand_augment": 11.0}, {"mix_probabilities": (0.5, 0.0, 0.0)}):
         with pytest.raises(UserError, match="augmentation"):
             Augmentation(**wrong)
