@@ -22,8 +22,7 @@ def feature_std(z: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
     0 if all features are the same (collapse), about 1 if they are uniform on the sphere, where a coordinate's standard
     deviation is 1 / sqrt(dim). SimSiam (arXiv:2011.10566), section 4.1, plots it without the factor.
     """
-    z = F.normalize(distributed.all_gather(z.float()), dim=1)
-    return z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
+    return distributed.all_reduce_std(F.normalize(z.float(), dim=1)).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
