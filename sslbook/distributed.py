@@ -11,6 +11,8 @@ import inspect
 import os
 import pickle
 import tempfile
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -211,13 +213,38 @@ def setup(device: str | None = None) -> torch.device:
             chosen = torch.device("cuda", local_rank)
             torch.cuda.set_device(chosen)
         backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+        again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        options: dict[str, Any] = _fresh_store() if again else {}
+        dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None, **options)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         cure = "torchrun sets RANK, WORLD_SIZE and MASTER_ADDR; unset RANK for one process"
         raise UserError(f"no process group ({first_line(error)}): {cure}") from None
     return chosen
+
+
+def _fresh_store() -> dict[str, Any]:
+    """A store for this start alone: torchrun's own outlives a restart, and hands out addresses of processes that died.
+
+    Process 0 chooses a name for the start. What another one reads of it is no leftover, since the answer is to a word of
+    its own that nobody can have known before.
+    """
+    store, rank, processes = next(dist.rendezvous("env://"))
+    name, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    if rank > 0:
+        store.set(f"sslbook/ask/{rank}", name)
+        name = store.get(f"sslbook/answer/{name}").decode()  # waits for it
+        store.set(f"sslbook/{name}/{rank}", "joined")
+    waiting = set(range(1, processes)) if rank == 0 else set()
+    while waiting and time.monotonic() < deadline:
+        for other in sorted(waiting):
+            if store.check([f"sslbook/{name}/{other}"]):
+                waiting.remove(other)
+            elif store.check([asked := f"sslbook/ask/{other}"]):
+                store.set(f"sslbook/answer/{store.get(asked).decode()}", name)
+        time.sleep(0.05)
+    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": processes}
 
 
 def shutdown() -> None:

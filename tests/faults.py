@@ -14,6 +14,7 @@ import torch
 
 from sslbook import checkpoint, distributed, train
 from sslbook.engine import heartbeat, loop
+from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
 
 PATIENCE = 120.0  # seconds until a process counts as stuck
@@ -75,6 +76,23 @@ class Fault:
             Path(path).write_bytes(content)
 
         checkpoint.torch.save = strikes
+
+
+class Killed(Hook):
+    """Kills process 1 after a step, the first time that it comes there.
+
+    Args:
+        mark: a file that says that it has happened.
+        at: the step.
+    """
+
+    def __init__(self, mark: Path, at: int) -> None:
+        self.mark, self.at = mark, at
+
+    def step(self, run: Run) -> None:
+        if run.clock.step == self.at and distributed.rank() == 1 and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work(

@@ -1,9 +1,14 @@
 """Collectives are the identity in one process; in two, gradients are those of the mean over the global batch."""
 
 import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sslbook import distributed
@@ -151,3 +156,29 @@ def test_an_environment_that_is_no_group_is_one_line(environment: dict, monkeypa
 def test_a_device_without_numbers_is_refused() -> None:
     with pytest.raises(UserError, match="device meta cannot be used"):
         distributed.setup("meta")
+
+
+def test_a_restarted_group_reads_nothing_of_the_one_before(monkeypatch) -> None:
+    """torchrun's store outlives a restart: a process must not take the address that a dead one has left there."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    own = threading.local()
+
+    def rendezvous(url: str) -> Iterator[tuple]:
+        yield dist.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False), own.rank, 2
+
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
+
+    def join(rank: int, late: float, start: int) -> bytes:
+        own.rank = rank
+        time.sleep(late)
+        store = distributed._fresh_store()["store"]
+        if rank == 0:
+            time.sleep(0.05)  # the other one looks first
+            store.set("address", str(start))
+        return store.get("address")
+
+    with ThreadPoolExecutor(2) as threads:
+        for start in range(6):  # either comes first
+            late = (0.1, 0.0) if start % 2 else (0.0, 0.1)
+            found = list(threads.map(join, (0, 1), late, (start, start)))
+            assert found == [str(start).encode()] * 2

@@ -3,6 +3,7 @@
 Ten runs here; SSLBOOK_FAULTS=60 tries more of them.
 """
 
+import json
 import os
 import random
 import sys
@@ -16,7 +17,7 @@ from sslbook.cli.slurm import Job
 from sslbook.engine.run import Run
 from sslbook.errors import UserError
 from tests.conftest import SEED
-from tests.engine import assert_same_bits, command, lines, weights
+from tests.engine import assert_same_bits, command, lines, start_process, weights
 from tests.faults import Fault, start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, fork")
@@ -106,6 +107,24 @@ def test_another_number_of_processes_keeps_the_trajectory(before: int, after: in
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_starts_a_killed_process_again(parallel: str, tmp_path: Path) -> None:
+    """The survivor ends, both start anew, and the run goes on from its last checkpoint as if nothing had happened."""
+    options = {**OPTIONS, "parallel": parallel}
+    hooks = [{"class_path": "tests.faults.Killed", "init_args": {"mark": str(tmp_path / "mark"), "at": 3}}]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    for run, watched in (("killed", json.dumps(hooks)), ("whole", "[]")):
+        words = [*command("rotation", tmp_path / run, **{**options, "hooks": watched}), "--resume=auto"]
+        process = start_process([*torchrun, "-m", "sslbook.train", *words], tmp_path)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+        assert "Traceback" not in errors
+    assert (tmp_path / "mark").exists()
+    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(1, STEPS + 1))
+    assert_same_bits(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
 # -- SLURM -------------------------------------------------------------------------------------------------------------
