@@ -230,27 +230,30 @@ def width(num_seeds: int, resume: bool) -> None:
 
 
 def photographs(num_seeds: int, resume: bool) -> None:
-    """`decorrelation_photographs`: CIFAR-10, VICReg beside its controls on test images; the checkpoint is of seed 0."""
+    """`decorrelation_photographs`: CIFAR-10, the methods beside their controls; the checkpoint is VICReg's of seed 0."""
     data, steps = cifar10(*PHOTOGRAPHS), STEPS["photographs"]
     about = {"steps": steps, "batch": BATCH, "images": PHOTOGRAPHS[0], "test images": PHOTOGRAPHS[1]}
-    about |= {"data": data.name, "projector": DIM}
+    about |= {"data": data.name, "projector": DIM, "lambda": LAMBDA}
     (rows,), done = begin(["decorrelation_photographs"], about, resume)
     if not done:
-        rows |= {name: {} for name in ("VICReg", "random weights", "pixels", "supervised")}
+        rows |= {name: {} for name in (*METHODS, "random weights", "pixels", "supervised")}
         note(rows, "pixels", score(nn.Flatten(), data, 32))
     for seed in range(done, num_seeds):
-        method = make(seed, view=PHOTOGRAPH)
-        fresh = copy.deepcopy(method.backbone)
-        print(train(method, batches(data, (PHOTOGRAPH, PHOTOGRAPH), BATCH, steps, seed), LR["VICReg"]), flush=True)
-        note(rows, "VICReg", score(method.backbone, data, 32))
-        if seed == 0:
-            path = results.book() / "checkpoints" / "decorrelation_cifar10.safetensors"
-            command = "python book/chapters/decorrelation/experiments.py photographs"
-            facts = {"method": "VICReg", "command": command, "seed": 0, "settings": about}
-            export_backbone(path, method.backbone, facts)
-        note(rows, "random weights", score(fresh, data, 32))
-        train_supervised(fresh, data, PHOTOGRAPH, steps, BATCH, seed, LR["supervised"])
-        note(rows, "supervised", score(fresh, data, 32))
+        run = batches(data, (PHOTOGRAPH, PHOTOGRAPH), BATCH, steps, seed)
+        for name in METHODS:
+            method = make(seed, name, view=PHOTOGRAPH)
+            fresh = copy.deepcopy(method.backbone)
+            print(name, train(method, run, LR[name]), flush=True)
+            note(rows, name, score(method.backbone, data, 32))
+            if name == "VICReg":
+                note(rows, "random weights", score(fresh, data, 32))
+                train_supervised(fresh, data, PHOTOGRAPH, steps, BATCH, seed, LR["supervised"])
+                note(rows, "supervised", score(fresh, data, 32))
+                if seed == 0:
+                    path = results.book() / "checkpoints" / "decorrelation_cifar10.safetensors"
+                    command = "python book/chapters/decorrelation/experiments.py photographs"
+                    facts = {"method": name, "command": command, "seed": 0, "settings": about}
+                    export_backbone(path, method.backbone, facts)
         results.save("decorrelation_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 
 
