@@ -35,7 +35,7 @@ def similarities(
 ) -> tuple[Float[Tensor, "n candidates"], Float[Tensor, "n candidates"]]:
     """Cosine similarities of the rows of `z_1`, then of those of `z_2`, to the views of all processes.
 
-    The columns of each are the other views, in which row i has its positive, and then the views of its own kind. The
+    The columns of each are the other views, in which row i has its positive, and then the same view of all images. The
     similarity of a row to itself is set to minus infinity: a view is not its own negative.
     """
     z = F.normalize(z_1, dim=1), F.normalize(z_2, dim=1)

@@ -183,7 +183,7 @@ class Diagram:
     # -- output --------------------------------------------------------------------------------------------------------
 
     def svg(self) -> str:
-        """The diagram as an SVG element; UserError if nothing was drawn."""
+        """The diagram as an SVG element; UserError if it is empty."""
         if not self.nodes:
             raise UserError("the schematic is empty: add image(...), network(...), loss(...)")
         body = [part for node in self.nodes for part in node.parts] + self.lines
