@@ -6,6 +6,7 @@ names to schemas. A name that ends in `?` may be missing; `str` as a name stands
 otherwise are left alone.
 """
 
+import errno
 import json
 import stat
 from dataclasses import dataclass
@@ -52,6 +53,18 @@ def check(path: str | Path, value: Any, schema: Schema) -> Any:
     if (found := _fault(value, schema, "")) is not None:
         raise UserError(f"{path}: {found.strip(': ')}")
     return value
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, without the byte order mark that Excel begins it with.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which would be waited for.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(errno.EINVAL, "is a folder, or no file that can be read to its end", str(path))
+    return Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_json(path: str | Path, schema: Schema) -> Any:
@@ -115,13 +128,9 @@ def _count_nodes(node: Any, known: dict[int, int]) -> int:
 
 def _parsed(path: str | Path, parse: Any, schema: Schema, kind: str) -> Any:
     try:
-        found = Path(path).stat()
-        if not stat.S_ISREG(found.st_mode):
-            reason = "is a folder, or no file that can be read to its end"
-        elif found.st_size > MAX_BYTES:
-            reason = f"is larger than {MAX_BYTES // 2**20} MB"
-        else:
-            return check(path, parse(Path(path).read_text(encoding="utf-8")), schema)
+        if Path(path).stat().st_size <= MAX_BYTES:
+            return check(path, parse(read_text(path)), schema)
+        reason = f"is larger than {MAX_BYTES // 2**20} MB"
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
     except UserError:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sslbook import checkpoint, files, results
 from sslbook.cli.recipes import resolve
+from sslbook.data.datasets.coco import load_coco
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
@@ -367,3 +368,19 @@ def test_every_reader_of_the_package_checks_what_it_reads() -> None:
     # These read what they or the command line have written.
     others = {"cli/parser.py", "cli/values.py", "compare.py", "engine/heartbeat.py", "evaluate.py"}
     assert {name for name in found if not name.startswith(("notebook/", "data/", "evaluation/"))} <= own | others
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Wherever a text is read: nobody writes to this one."""
+    (tmp_path / "annotations").mkdir()
+    for name in ("list.txt", "list.json", "annotations/instances_train2017.json", "options.yaml"):
+        os.mkfifo(tmp_path / name)
+    for read in (
+        lambda: Data(list=tmp_path / "list.txt"),
+        lambda: Data(list=tmp_path / "list.json"),
+        lambda: load_coco(tmp_path),
+        lambda: files.read_yaml(tmp_path / "options.yaml"),
+    ):
+        with pytest.raises(UserError, match="no file that can be read to its end"):
+            read()

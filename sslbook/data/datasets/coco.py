@@ -8,6 +8,7 @@ from typing import Any
 
 from sslbook.data.datasets.boxes import Boxes, BoxList, box_list
 from sslbook.errors import UserError, first_line
+from sslbook.files import read_text
 
 
 def load_coco(folder: Path, masks: bool = False, year: str = "2017") -> tuple[BoxList, BoxList]:
@@ -48,7 +49,7 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
         UserError: the file cannot be read, or an entry is malformed; names it.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); the layout of COCO needs it") from None
     except ValueError as error:

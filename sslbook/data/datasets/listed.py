@@ -25,6 +25,7 @@ from sslbook.data.datasets.folder import held_out_split
 from sslbook.data.datasets.targets import encode
 from sslbook.data.images import EXTENSIONS
 from sslbook.errors import UserError, first_line
+from sslbook.files import read_text
 
 IMAGE, CLASS, CLASSES = ("image", "path", "file", "filename"), ("label", "class"), ("labels", "classes")
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -86,7 +87,7 @@ def load_list(file: str | Path, root: str | Path, test_file: str | Path | None =
 def _read(file: Path, root: Path) -> tuple[list[Row], Path]:
     """The images of one list, each once, and the folder of their paths."""
     try:
-        text = file.read_text(encoding="utf-8-sig")  # Excel begins a file with a byte order mark
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list {file} ({error}): give a text file of image paths") from None
     read = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _json_lines}.get(file.suffix.lower(), _text)

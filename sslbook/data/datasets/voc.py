@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sslbook.data.datasets.boxes import Boxes, BoxList, box_list
 from sslbook.errors import UserError, first_line, nearest
+from sslbook.files import read_text
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -35,7 +36,7 @@ def read_split(year: Path, split: str) -> list[Boxes]:
     """The annotations of a split of one year's folder; UserError where its list or one of them cannot be read."""
     file = year / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        names = [line.split()[0] for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        names = [line.split()[0] for line in read_text(file).split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); it lists the images of the split") from None
     return [_read(year, name) for name in names]

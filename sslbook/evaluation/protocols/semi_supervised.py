@@ -21,6 +21,7 @@ from sslbook.evaluation.heads import linear
 from sslbook.evaluation.protocols.knn import majority
 from sslbook.evaluation.protocols.linear import stratified
 from sslbook.evaluation.transfer import TransferProtocol, grid, transfer
+from sslbook.files import read_text
 from sslbook.schedules import Step
 from sslbook.types import Fraction
 
@@ -93,7 +94,7 @@ class SemiSupervised(TransferProtocol):
                 return labeled
             return labeled[few(labels[labeled], self.fraction, seed)]
         try:
-            wanted = self.names.expanduser().read_text(encoding="utf-8").split()
+            wanted = read_text(self.names.expanduser()).split()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"names: {self.names} cannot be read ({error}); give a text file of image names") from None
         if (own := data.file_names()) is None:
