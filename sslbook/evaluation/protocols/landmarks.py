@@ -29,6 +29,7 @@ from sslbook.data.views import View
 from sslbook.errors import UserError, at_least_one, first_line
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.features import extract_files
+from sslbook.files import Whole, check
 
 SETUPS = {  # positives, and what is removed besides the unclear images
     "Easy": (("easy",), ("hard",)),
@@ -165,25 +166,17 @@ def read_truth(folder: Path) -> tuple[list[str], list[str], list[dict[str, Any]]
     try:
         with open(file, "rb") as stream:
             content = json.load(stream) if file.suffix == ".json" else _Restricted(stream).load()
+        content = json.loads(json.dumps(content, default=lambda array: array.tolist()))  # numpy's numbers as plain ones
     except Exception as error:  # a pickle that is cut or forged raises nearly everything
         raise UserError(f"{file}: not readable ({first_line(error)[:120]}); download it again") from None
-    try:
-        database, queries = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
-        entries = list(content["gnd"])
-    except (KeyError, TypeError):
-        raise UserError(f"{file}: must hold imlist, qimlist and gnd") from None
-    if len(entries) != len(queries):
-        raise UserError(f"{file}: gnd has {len(entries)} entries for {len(queries)} queries")
-    truth = []
-    for number, entry in enumerate(entries):
-        try:
-            kinds = {kind: [int(i) for i in entry[kind]] for kind in ("easy", "hard", "junk")}
-            box = [float(v) for v in entry["bbx"]]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{file}: gnd[{number}] must hold bbx, easy, hard and junk, all of numbers") from None
+    check(file, content, {"imlist": [str], "qimlist": [str]})
+    database, queries = content["imlist"], content["qimlist"]
+    numbers = [Whole(0, len(database) - 1)]
+    kinds = {"easy": numbers, "hard": numbers, "junk": numbers}
+    truth = check(file, content, {"gnd": [{"bbx": [float], **kinds}]})["gnd"]
+    if len(truth) != len(queries):
+        raise UserError(f"{file}: gnd has {len(truth)} entries for {len(queries)} queries")
+    for number, box in enumerate(entry["bbx"] for entry in truth):
         if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
             raise UserError(f"{file}: gnd[{number}].bbx is {box}; it must be left, top, right, bottom")
-        if outside := [i for values in kinds.values() for i in values if not 0 <= i < len(database)]:
-            raise UserError(f"{file}: gnd[{number}] names image {outside[0]} of {len(database)}")
-        truth.append({"bbx": box, **kinds})
-    return database, queries, truth
+    return database, queries, [{key: entry[key] for key in ("bbx", *kinds)} for entry in truth]
