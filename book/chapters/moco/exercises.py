@@ -122,11 +122,12 @@ def _orders(r, n):
 
 
 @exercise(
-    inputs=lambda r: [(r.normal(8, 2), _orders(r, 8), 4), (r.normal(12, 3), _orders(r, 12), 3)],
+    inputs=lambda r: [(r.normal(8, 2), _orders(r, 8), 2), (r.normal(12, 3), _orders(r, 12), 3)],
     returns={"keys": "one row an image, in the order of x"},
     mistakes={
         "the keys are still shuffled: put them back in order": {"back": lambda keys, order: keys},
         "indexing by the order once more shuffles again: use its argsort": {"back": lambda keys, order: keys[order]},
+        "the variance divides by n, as batch norm's does in training: correction=0": {"correction": 1},
         "not shuffled at all: the groups are those of the queries": lambda x, order, groups: shuffled.solution(
             x, torch.arange(len(x)), groups
         ),
@@ -135,9 +136,9 @@ def _orders(r, n):
         ),
     },
 )
-def shuffled(x, order, groups, *, back=lambda keys, order: keys[order.argsort()]):
+def shuffled(x, order, groups, *, correction=0, back=lambda keys, order: keys[order.argsort()]):
     """`(x, order, groups) -> keys`: batch norm over `groups` chunks of the shuffled rows, back in order."""
-    chunks = [(c - c.mean(0)) / c.std(0, correction=0) for c in x[order].chunk(groups)]
+    chunks = [(c - c.mean(0)) / c.std(0, correction=correction) for c in x[order].chunk(groups)]
     return back(torch.cat(chunks), order)
 
 
