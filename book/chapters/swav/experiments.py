@@ -14,7 +14,6 @@ Each takes minutes on one CPU core; with --resume it goes on after the seeds tha
 """
 
 import copy
-import time
 
 import torch
 from torch import nn
@@ -168,10 +167,8 @@ def crops(num_seeds: int, resume: bool) -> None:
         for name, small, share in (("2 crops", 0, 1), ("2 crops, half as many steps again", 0, 1.5), ("2 + 4", 4, 1)):
             method = make(seed, small=small)
             run = batches(data, method.views(), BATCH, round(steps * share), seed)
-            start = time.perf_counter()
             train(method, run, LR)
-            cost = {"time (s)": time.perf_counter() - start, "steps": len(run)}
-            note(table, name, {**cost, **held_out(method.backbone, data, 16)})
+            note(table, name, {"steps": len(run), **held_out(method.backbone, data, 16)})
         results.save("swav_crops", table, seeds=list(range(seed + 1)), settings=about)
 
 
