@@ -30,7 +30,7 @@ from sslbook.engine.run import Run
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Protocol, Representation
 from sslbook.evaluation.features import device_of
-from sslbook.evaluation.transfer import hash_of_weights, run_folder, short_hash
+from sslbook.evaluation.transfer import hash_of_weights, require_finished, run_folder, short_hash
 from sslbook.methods.base import Method
 from sslbook.optim import ParamRule
 from sslbook.rng import permutation
@@ -282,9 +282,7 @@ def fit(
             **options,
         )
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if distributed.is_main() else []
-    if not run.finished:
-        cure = f"the same command goes on ({model.folder})" if model.folder else "give --keep FOLDER to go on next time"
-        raise UserError(f"{protocol.name} was stopped at step {run.clock.step} of {steps}: {cure}")
+    require_finished(run, protocol.name, model)
     entries = [json.loads(lines[i]) for i in (0, -1)] if lines else []
     return run, {f"loss at step {entry['step']}": entry["loss"] for entry in entries}
 

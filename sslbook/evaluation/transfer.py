@@ -26,6 +26,7 @@ from sslbook import distributed
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.engine.loop import pretrain
+from sslbook.engine.run import Run
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.classifier import OPTIMIZERS, Task, Transfer
@@ -213,9 +214,7 @@ def _fit(
             progress=model.progress,
             config={"protocol": task.name, "options": {name: str(value) for name, value in task.options.items()}},
         )
-    if not run.finished:
-        cure = f"the same command goes on ({model.folder})" if model.folder else "give --keep FOLDER to go on next time"
-        raise UserError(f"{task.name} was stopped at step {run.clock.step} of {run.clock.total_steps}: {cure}")
+    require_finished(run, task.name, model)
     return count(method, data, model.view, model.batch_size, device)
 
 
@@ -264,6 +263,13 @@ def run_folder(keep: Path | None, name: str) -> Iterator[Path]:
     finally:
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_finished(run: Run, name: str, model: Representation) -> None:
+    """UserError if the run of a protocol was stopped; says how it goes on."""
+    if not run.finished:
+        cure = f"the same command goes on ({model.folder})" if model.folder else "give --keep FOLDER to go on next time"
+        raise UserError(f"{name} was stopped at step {run.clock.step} of {run.clock.total_steps}: {cure}")
 
 
 def with_backbone(model: Representation) -> Representation:

@@ -62,7 +62,8 @@ def test_reads_coco(tmp_path: Path) -> None:
 MALFORMED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no list": (lambda c: c.pop("images"), "no list 'images'"),
     "no bbox": (lambda c: c["annotations"][1].pop("bbox"), r"annotations\[1\] \(id 2\): 'bbox' is missing"),
-    "three numbers": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotations\[0\] \(id 1\): not enough"),
+    "three numbers": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"\(id 1\): bbox is \[1.0, 2.0, 3.0\], and not"),
+    "NaN": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), r"\(id 1\): bbox is .*nan\], and not left"),
     "text": (lambda c: c["annotations"][0].update(bbox=["a", 2, 3, 4]), r"annotations\[0\] \(id 1\): could not"),
     "unknown image": (lambda c: c["annotations"][0].update(image_id=4), r"\(id 1\): image_id 4 is not in the file"),
     "unknown category": (lambda c: c["annotations"][1].update(category_id=1), r"category_id 1 is not in the file"),

@@ -1,6 +1,7 @@
 """Boxes and outlines of objects in the format of COCO: one JSON file for each split."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,10 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
             found[int(entry["id"])] = Boxes(str(entry["file_name"]), size, [], [], [], int(entry["id"]))
     with _entries(file, "annotations", lists[2]) as entries:
         for entry in entries:
-            x, y, width, height = (float(value) for value in entry["bbox"])
+            box = [float(value) for value in entry["bbox"]]
+            if len(box) != 4 or not all(map(math.isfinite, box)):
+                raise ValueError(f"bbox is {box}, and not left, top, width and height")
+            x, y, width, height = box
             if entry["image_id"] not in found or entry["category_id"] not in numbers:
                 key = "image_id" if entry["image_id"] not in found else "category_id"
                 raise ValueError(f"{key} {entry[key]} is not in the file")
@@ -78,7 +82,7 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
             image.ignored.append(bool(entry.get("iscrowd", 0)))
             image.areas.append(float(entry.get("area", width * height)))
             if masks:
-                image.outlines.append(_outline(entry["segmentation"]))
+                image.outlines.append(_outline(entry.get("segmentation")))
     order = sorted(names)
     return box_list(images, list(found.values()), [names[number] for number in order], order)
 
@@ -86,7 +90,7 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
 def _outline(value: Any) -> Any:
     polygons = isinstance(value, list) and value and all(isinstance(p, list) and len(p) >= 6 for p in value)
     if not polygons and not (isinstance(value, dict) and {"size", "counts"} <= set(value)):
-        raise ValueError("segmentation is neither a list of polygons nor run lengths")
+        raise ValueError("segmentation is neither a list of polygons nor run lengths; only masks need it")
     return value
 
 
