@@ -20,7 +20,6 @@ FIGURES = (
     "swav.neighbors",
     "swav.prototypes",
     "swav.sabotage",
-    "swav.photographs",
 )
 
 
