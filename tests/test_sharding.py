@@ -1,10 +1,12 @@
 """A method in shards (FSDP2) takes the steps of the whole method, and its checkpoints are those of any other run."""
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from sslbook import checkpoint, distributed
@@ -83,6 +85,32 @@ def test_a_whole_method_is_what_it_was_and_its_changes_are_kept(pool) -> None:
         assert got["plain"]
         assert got["kept"]
         assert got["name"] == "BYOL"
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.norm = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.LayerNorm(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.blocks(x))
+
+
+def _nested(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(OrderedDict(layers=nn.Sequential(Stage(), Stage())))
+    if distributed.world_size() > 1:
+        sharding.shard(net, torch.device("cpu"))
+        assert sum(isinstance(module, FSDPModule) for module in net.modules()) == 7
+    net(x).square().mean().backward()
+    return {name: distributed.full_tensor(p.grad) for name, p in net.named_parameters()}
+
+
+def test_blocks_within_stages(pool) -> None:
+    """As in Swin: the gradients of two processes that see the same are those of one."""
+    x = torch.randn(5, 4)
+    for got in pool.run(_nested, x):
+        torch.testing.assert_close(got, _nested(x))
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def shard(method: nn.Module, device: torch.device) -> None:
             tensor.copy_(distributed.broadcast(tensor))
     before = {module: (type(module), _hooks(module), set(module.__dict__)) for module in method.modules()}
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    for name, module in method.named_modules():
+    for name, module in reversed([*method.named_modules()]):  # the inner ones first
         if BLOCK.search(name):
             fully_shard(module, mesh=mesh)
     fully_shard(method, mesh=mesh)
