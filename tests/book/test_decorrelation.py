@@ -41,7 +41,7 @@ def test_the_push_of_a_hinge_on_the_variance_fades_and_that_on_the_standard_devi
     assert ratios[1] > 0.95
 
 
-def test_without_the_hinge_large_deviations_are_rewarded_and_small_ones_treated_alike() -> None:
+def test_without_the_hinge_large_stds_are_rewarded_and_small_ones_treated_alike() -> None:
     z = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(no_hinge(0.3 * z), variance_loss(0.3 * z))
     assert no_hinge(3 * z) < 0
