@@ -267,7 +267,7 @@ def tell_unseen(data: Data) -> None:
     train, test = (data.labels(split).unique().tolist() if data.num_test else [] for split in ("train", "test"))
     if other := [data.class_names[i] for i in test if i >= 0 and i not in train]:
         shown = ", ".join(other[:3]) + (f", ... ({len(other)})" if len(other) > 3 else "")
-        print(f"test images of classes without a training image count as wrong: {shown}", file=sys.stderr)
+        print(f"classes of test images without a training image: {shown}", file=sys.stderr)
 
 
 def tell_skipped(data: Data, most: int = 20) -> None:

@@ -27,6 +27,8 @@ from sslbook.nn.resnet import ResNet
 from sslbook.schedules import Clock
 from tests.data.test_annotations import write_voc
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools, with numpy 2
+
 OPTIONS = {"size": 32, "channels": 8, "train_batch_size": 4, "lr": 3e-3, "optimizer": "adamw", "scale": (0.9, 1.1)}
 
 

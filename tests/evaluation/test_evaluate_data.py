@@ -9,7 +9,7 @@ from sslbook.evaluate import tell_unseen
 
 def test_classes_that_only_test_images_have_are_named(capsys: pytest.CaptureFixture) -> None:
     images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
-    unseen = "test images of classes without a training image count as wrong: c, d\n"
+    unseen = "classes of test images without a training image: c, d\n"
     for test, said in (([0, 2, 3], unseen), ([1, 0, -1], "")):
         data = Data.from_images(images, torch.tensor([0, 1, 1]), images, torch.tensor(test), class_names="abcd")
         tell_unseen(data)

@@ -31,7 +31,7 @@ class KNN(Protocol):
     """Accuracy of weighted k-nearest-neighbor classification; top-5 too where there are more than ten classes.
 
     Args:
-        k: neighbors that vote; several numbers are measured in one pass, such as [10, 20, 100, 200].
+        k: neighbors that vote, at most all training images; several numbers are measured in one pass, such as [10, 20, 200].
         temperature: of the votes exp(similarity / temperature); lower gives the nearest more weight. Or several.
     """
 
