@@ -5,12 +5,10 @@
     python book/chapters/swav/experiments.py shapes         SwAV, its controls and the factors; three seeds
     python book/chapters/swav/experiments.py sabotage       one part removed or replaced at a time; three seeds
     python book/chapters/swav/experiments.py crops          two crops, longer, and with small crops; three seeds
-    python book/chapters/swav/experiments.py queue          batches smaller than the prototypes; three seeds
-    python book/chapters/swav/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
-`swav_settings`; `swav_shapes` and `swav_factors` (on test images), with the checkpoint `swav_shapes`; `swav_sabotage`,
-`swav_crops` and `swav_queue` (on held-out training images); `swav_photographs`, with the checkpoint `swav_cifar10`.
+`swav_settings`; `swav_shapes` and `swav_factors` (on test images), with the checkpoint `swav_shapes`; `swav_sabotage`
+and `swav_crops` (on held-out training images).
 """
 
 import copy
@@ -22,7 +20,6 @@ from sslbook import default_device, results
 from sslbook.book.chapters.experiments import (
     batches,
     begin,
-    cifar10,
     held_out,
     main,
     note,
@@ -50,11 +47,9 @@ OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are cho
 COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
 VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
 SMALL = View(size=8, crop=(0.1, 0.3), **COLORS)
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, BATCH, HIDDEN, DIM, PROTOTYPES, TEMPERATURE = 16, 128, 256, 64, 100, 0.1
 EPSILON, LR, LR_SUPERVISED = 0.01, 1e-2, 5e-3  # the best of `settings`
-STEPS = {"settings": 120, "shapes": 360, "sabotage": 120, "crops": 120, "queue": 300, "photographs": 200}
-PHOTOGRAPHS = (4000, 1000)
+STEPS = {"settings": 120, "shapes": 360, "sabotage": 120, "crops": 120}
 
 NONE = "as it should be"
 VARIANTS: dict[str, dict] = {
@@ -78,19 +73,16 @@ def make(
     seed: int,
     *,
     kind: type[SwAV] = SwAV,
-    view: View = VIEW,
     small: int = 0,
     prototypes: int = PROTOTYPES,
     epsilon: float = EPSILON,
     iterations: int = 3,
     freeze: int = 0,
-    queue: int = 0,
-    queue_start: int = 0,
 ) -> SwAV:
     torch.manual_seed(seed)
     options = {"num_prototypes": prototypes, "epsilon": epsilon, "sinkhorn_iterations": iterations}
-    options |= {"freeze_prototypes": f"{freeze} steps", "queue_size": queue, "queue_start": f"{queue_start} steps"}
-    method = kind(ConvNet(WIDTH), view, SMALL, small, HIDDEN, DIM, temperature=TEMPERATURE, **options)
+    options["freeze_prototypes"] = f"{freeze} steps"
+    method = kind(ConvNet(WIDTH), VIEW, SMALL, small, HIDDEN, DIM, temperature=TEMPERATURE, **options)
     return method.to(default_device())
 
 
@@ -137,7 +129,9 @@ def shapes(num_seeds: int, resume: bool) -> None:
         train_supervised(fresh, data, VIEW, steps, BATCH, seed, LR_SUPERVISED)
         note(rows, "supervised", score(fresh, data, 16))
         if seed == 0:
-            save_backbone("shapes", method, about)
+            path = results.book() / "checkpoints" / "swav_shapes.safetensors"
+            command = "python book/chapters/swav/experiments.py shapes"
+            export_backbone(path, method.backbone, {"method": "SwAV", "command": command, "seed": 0, "settings": about})
         for name, table in zip(names, (rows, known)):
             results.save(name, table, seeds=list(range(seed + 1)), settings=about)
 
@@ -172,51 +166,5 @@ def crops(num_seeds: int, resume: bool) -> None:
         results.save("swav_crops", table, seeds=list(range(seed + 1)), settings=about)
 
 
-def queue(num_seeds: int, resume: bool) -> None:
-    """`swav_queue`: batches with fewer images than prototypes, without and with a queue."""
-    data, steps, batch = Data(shapes=TINY_SHAPES), STEPS["queue"], 32
-    about = {"steps": steps, "batch": batch, "images": TINY_SHAPES.num_train, "prototypes": PROTOTYPES}
-    (table,), done = begin(["swav_queue"], about, resume)
-    rows = {
-        "batch 32, no queue": {},
-        "batch 32, queue of 224": {"queue": 224, "queue_start": steps // 8},
-    }
-    for seed in range(done, num_seeds):
-        run = batches(data, (VIEW, VIEW), batch, steps, seed)
-        for name, options in rows.items():
-            method = make(seed, **options)
-            log = train(method, run, LR / 2)
-            note(table, name, {**log, **held_out(method.backbone, data, 16)})
-        results.save("swav_queue", table, seeds=list(range(seed + 1)), settings=about)
-
-
-def photographs(num_seeds: int, resume: bool) -> None:
-    """`swav_photographs`: CIFAR-10, the method beside its controls on test images; the checkpoint is of seed 0."""
-    data, steps = cifar10(*PHOTOGRAPHS), STEPS["photographs"]
-    about = {"steps": steps, "batch": BATCH, "images": PHOTOGRAPHS[0], "test images": PHOTOGRAPHS[1]}
-    about |= {"data": data.name}
-    (rows,), done = begin(["swav_photographs"], about, resume)
-    if not done:
-        rows |= {name: {} for name in ("SwAV", "random weights", "pixels", "supervised")}
-        note(rows, "pixels", score(nn.Flatten(), data, 32))
-    for seed in range(done, num_seeds):
-        method = make(seed, view=PHOTOGRAPH)
-        fresh = copy.deepcopy(method.backbone)
-        note(rows, "random weights", score(fresh, data, 32))
-        train_supervised(fresh, data, PHOTOGRAPH, steps, BATCH, seed, LR_SUPERVISED)
-        note(rows, "supervised", score(fresh, data, 32))
-        print(train(method, batches(data, method.views(), BATCH, steps, seed), LR), flush=True)
-        note(rows, "SwAV", score(method.backbone, data, 32))
-        if seed == 0:
-            save_backbone("cifar10", method, about)
-        results.save("swav_photographs", rows, seeds=list(range(seed + 1)), settings=about)
-
-
-def save_backbone(name: str, method: SwAV, about: dict) -> None:
-    command = f"python book/chapters/swav/experiments.py {'shapes' if name == 'shapes' else 'photographs'}"
-    facts = {"method": "SwAV", "command": command, "seed": 0, "settings": about}
-    export_backbone(results.book() / "checkpoints" / f"swav_{name}.safetensors", method.backbone, facts)
-
-
 if __name__ == "__main__":
-    main(__doc__, settings, shapes, sabotage, crops, queue, photographs)
+    main(__doc__, settings, shapes, sabotage, crops)
