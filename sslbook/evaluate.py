@@ -237,7 +237,11 @@ def protocols_as_classes(argv: list[str]) -> list[str]:
 
 
 def with_recipe(protocol: type[Protocol], words: list[str]) -> list[str]:
-    """The words of a command, with `--recipe NAME` written as the `--config` of a published setting's file."""
+    """The words of a command, with `--recipe NAME` written as the `--config` of a published setting's file.
+
+    Raises:
+        UserError: the protocol has no setting of that name.
+    """
     out: list[str] = []
     names = iter(words)
     for word in names:
@@ -305,7 +309,7 @@ def _new_file(out: str) -> Path:
 
 
 def main() -> None:
-    """`python -m sslbook.evaluate RUN`."""
+    """`python -m sslbook.evaluate RUN`; what the user can mend is told in one line."""
     from sslbook.cli.common import cli
 
     words = sys.argv[1:]

@@ -81,7 +81,11 @@ class Representation:
 
 
 class Protocol:
-    """One way to measure a representation. The constructor of a subclass holds its options."""
+    """One way to measure a representation. The constructor of a subclass holds its options.
+
+    Raises:
+        UserError: from the constructor where an option is out of its range, from `run` where the data do not suit.
+    """
 
     needs: Literal["features", "maps", "tokens"] = "features"
     """what the backbone must offer: `forward`, `forward_map`, `forward_tokens`"""

@@ -196,7 +196,11 @@ def whole_images(
 
 
 class Dense:
-    """The options' values that both protocols need for training and for whole images."""
+    """The options' values that both protocols need for training and for whole images.
+
+    Raises:
+        UserError: `size` is no multiple of the side of a patch.
+    """
 
     def __init__(self, model: Representation, data: PairData, size: int | None, crop: tuple[float, float]) -> None:
         self.model, self.data = model, data
@@ -215,7 +219,11 @@ class Dense:
         self.training_view = View(side, crop=crop, mean=mean, std=std, **colors)
 
     def held_out(self) -> tuple[PairData, PairData]:
-        """The training images without a tenth, and that tenth as the test images of the other."""
+        """The training images without a tenth, and that tenth as the test images of the other.
+
+        Raises:
+            UserError: there is only one.
+        """
         train = self.data._splits.train
         order = permutation(self.model.seed, 0, len(train))
         count = max(1, len(train) // 10)

@@ -24,6 +24,7 @@ class FeatureSource(ImageSource):
     labels: Int[Tensor, "images"]
 
     def open(self, position: int) -> Any:
+        """Raises UserError."""
         raise UserError("these are features, not images")
 
     def subset(self, positions: Int[Tensor, "some"]) -> "FeatureSource":

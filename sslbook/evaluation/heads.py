@@ -96,7 +96,7 @@ def _outputs(modules: Any) -> Iterator[list[Tensor]]:
 
 
 def reading_of(pool: Pool, num_blocks: int) -> Reading:
-    """The reading for these options."""
+    """The reading for these options; UserError for several blocks of a whole backbone."""
     if pool == "backbone":
         if num_blocks != 1:
             raise UserError(f"num_blocks {num_blocks} needs pool cls, mean or cls+mean, of a vision transformer")

@@ -99,7 +99,7 @@ class Depth(Protocol):
 
     @property
     def pairs(self) -> PairData:
-        """The images and depths that the options name; found once."""
+        """The images and depths that the options name, found once; UserError if one is missing."""
         if self._data is None:
             if not (self.images and self.depths and self.test_images and self.test_depths):
                 raise UserError("depth needs --images, --depths, --test_images and --test_depths")

@@ -96,7 +96,7 @@ class Detection(Protocol):
 
     @property
     def lists(self) -> tuple[BoxList, BoxList]:
-        """Training and test images that the options name; read once."""
+        """Training and test images that the options name, read once; UserError if they name none."""
         if self._lists is None:
             if (self.coco is None) == (self.voc is None):
                 raise UserError("detection needs --coco FOLDER or --voc FOLDER")

@@ -118,7 +118,7 @@ class Segmentation(Protocol):
 
     @property
     def pairs(self) -> PairData:
-        """The images and masks that the options name; found once."""
+        """The images and masks that the options name, found once; UserError if one is missing."""
         if self._data is None:
             four = (self.images, self.masks, self.test_images, self.test_masks)
             if self.folder is not None and not any(four):
