@@ -162,7 +162,7 @@ def convergence_rate(Q, *, which=1, power=2, scale=lambda n, k: math.sqrt(n * k)
         "1/N: a code is a distribution over the K prototypes": lambda S, eps: (
             S.shape[1] / len(S) * first_order.solution(S, eps)
         ),
-        "the 1 is missing: this is the deviation from uniform codes": lambda S, eps: (
+        "the 1 is missing: this is the difference from uniform codes": lambda S, eps: (
             first_order.solution(S, eps) - 1 / S.shape[1]
         ),
     },
