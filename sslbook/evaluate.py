@@ -309,7 +309,7 @@ def _new_file(out: str) -> Path:
 
 
 def main() -> None:
-    """`python -m sslbook.evaluate RUN`; what the user can mend is told in one line."""
+    """`python -m sslbook.evaluate RUN`; one line says what the user can mend."""
     from sslbook.cli.common import cli
 
     words = sys.argv[1:]

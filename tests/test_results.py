@@ -154,7 +154,7 @@ def test_committed_claims_hold_values_units_and_tables():
         content = json.loads(path.read_text())
         assert f"{{{content['source']}," in bibliography, path.name
         for claim, told in content["claims"].items():
-            assert isinstance(told["value"], int | float), (path.name, claim)
+            assert isinstance(told["value"], int | float) or told["value"] == "fails", (path.name, claim)
             assert re.match(r"(table|figure|section|appendix|equation)s? \S|abstract", told["where"]), (path.name, claim)
 
 

@@ -456,7 +456,7 @@ def test_images_of_five_channels(trained: list[Transfer]) -> None:
         probe = LinearSGD((0.1,), training=SHORT, cached=cached, batch_norm=True)
         assert probe.run(model_of(nn.Flatten(), data), data)["linear SGD"] > 30
     probe = LinearSGD((0.1,), training=SHORT, augmentation=Augmentation(rand_augment=9.0))
-    with pytest.raises(UserError, match="RandAugment is for 3 channels"):
+    with pytest.raises(UserError, match="RandAugment are for 3 channels"):
         probe.run(model_of(nn.Flatten(), data), data)
 
 
