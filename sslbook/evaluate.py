@@ -309,7 +309,7 @@ def _new_file(out: str) -> Path:
 
 
 def main() -> None:
-    """`python -m sslbook.evaluate RUN`; one line says what the user can mend."""
+    """`python -m sslbook.evaluate RUN`; what the user can mend is said in one line."""
     from sslbook.cli.common import cli
 
     words = sys.argv[1:]
