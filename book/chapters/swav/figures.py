@@ -140,9 +140,10 @@ def rate(errors: Mapping[float, Sequence[float]], rates: Mapping[float, float]) 
         ax.plot(steps, values, mark, ms=4, color=color)
         at = len(values) // 2
         ax.plot(steps, values[at] * rates[epsilon] ** (steps - steps[at]), ":", color=color, lw=1.4)
+        last = max(i for i, value in enumerate(values) if value > 1e-7)  # on the axis
         ax.annotate(
             f"ε = {epsilon:g}",
-            (steps[-1], max(values[-1], 2e-8)),
+            (steps[last], values[last]),
             xytext=(6, 0),
             textcoords="offset points",
             color=color,
