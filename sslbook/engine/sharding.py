@@ -1,8 +1,8 @@
 """Models that outgrow one GPU: parameters, gradients and optimizer states in shards, one a process (FSDP2).
 
 Rajbhandari et al., 2020, "ZeRO: Memory optimizations toward training trillion parameter models" (arXiv:1910.02054), stage
-3; Zhao et al., 2023, "PyTorch FSDP" (arXiv:2304.11277). A block of a network, of a teacher's too, is gathered while it
-computes; what lies outside the blocks is gathered for the whole forward pass.
+3; Zhao et al., 2023, "PyTorch FSDP" (arXiv:2304.11277). A block of a network, of an EMA teacher's too, is gathered while
+it computes; what lies outside the blocks is gathered for the whole forward pass. A frozen teacher stays whole.
 
 Between the steps the parameters of a sharded method are `DTensor`s, and it cannot be called. Within `whole(method)` it is
 the module that it was. Checkpoints hold whole tensors, and do not tell how a run was spread over processes.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sslbook import distributed
 from sslbook.distributed import full_tensor
+from sslbook.nn.frozen import Frozen
 
 BLOCK = re.compile(r"(^|\.)(blocks|layers|stages|layer\d+)\.\d+$")
 
@@ -45,10 +46,12 @@ def shard(method: nn.Module, device: torch.device) -> None:
             tensor.copy_(distributed.broadcast(tensor))
     before = {module: (type(module), _hooks(module), set(module.__dict__)) for module in method.modules()}
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    # A frozen teacher has neither gradients nor optimizer states, and is read through other methods than `forward`.
+    frozen = {part for module in method.modules() if isinstance(module, Frozen) for part in module.modules()}
     for name, module in reversed([*method.named_modules()]):  # the inner ones first
-        if BLOCK.search(name):
+        if BLOCK.search(name) and module not in frozen:
             fully_shard(module, mesh=mesh)
-    fully_shard(method, mesh=mesh)
+    fully_shard(method, mesh=mesh, ignored_params={p for module in frozen for p in module.parameters()})
     # FSDP gives modules another class, hooks and attributes: what to take away again.
     method.__dict__["_plain"] = plain = {}
     for module, (kind, hooks, names) in before.items():
