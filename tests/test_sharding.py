@@ -13,6 +13,7 @@ from sslbook import checkpoint, distributed
 from sslbook.data.loader import Batch
 from sslbook.engine import sharding
 from sslbook.errors import UserError
+from sslbook.methods import load
 from sslbook.nn import convert_batch_norm
 from sslbook.schedules import Clock
 from sslbook.train import main
@@ -56,7 +57,7 @@ def _sharded(name: str, lr: float) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).can_shard])
 def test_shards_equal_the_whole(name: str, pool) -> None:
     check(train(name, lr=case(name).lr), pool.run(_sharded, name, case(name).lr))
 
@@ -167,3 +168,5 @@ def test_what_does_not_go_with_shards_is_refused(tmp_path: Path) -> None:
     for option in ({"compile": "true"}, {"precision": "fp16"}):
         with pytest.raises(UserError, match="--parallel fsdp goes with"):
             main(command("simclr", tmp_path / "run", parallel="fsdp", **option))
+    with pytest.raises(UserError, match="SparK cannot be trained in shards: use --parallel ddp"):
+        main(command("spark", tmp_path / "run", parallel="fsdp"))

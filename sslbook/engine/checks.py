@@ -71,3 +71,5 @@ def _problems(given: dict[str, Any]) -> Iterator[str]:
         yield "--init_from starts a new run and --resume goes on with an old one: give one of them"
     if given["parallel"] == "fsdp" and (given["compile"] or given["precision"] == "fp16"):
         yield "--parallel fsdp goes with --precision float32 or bf16, and without --compile"
+    if given["parallel"] == "fsdp" and not method.can_shard:
+        yield f"{name} cannot be trained in shards: use --parallel ddp"

@@ -24,6 +24,9 @@ class Method(nn.Module):
     min_images = 1
     """How many images a loss is for at least: 2 where other images are negatives, or where a batch has a variance."""
 
+    can_shard = True
+    """Whether the method trains in shards, which needs that its networks' blocks are called as they are."""
+
     rgb_only = False
     """Whether the method is about red, green and blue, and cannot learn from other channels."""
 

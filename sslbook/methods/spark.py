@@ -165,6 +165,8 @@ class SparK(Method):
             does not fit them, `decoder_dim` cannot be halved, or the mask ratio masks no patch or all of them.
     """
 
+    can_shard = False  # another `forward` takes the place of each layer's while the encoder runs
+
     def __init__(
         self, backbone: nn.Module, view: View = VIEW, mask_ratio: float = 0.6, decoder_dim: PositiveInt = 768
     ) -> None:
