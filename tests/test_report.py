@@ -45,6 +45,7 @@ def test_full_report(tmp_path: Path, capsys) -> None:
     assert {line["step"] for line in lines if "knn" in line} <= {8, 16}
 
 
+@pytest.mark.filterwarnings("ignore:.*holds images of more than 8 bits")
 def test_a_folder_without_labels_is_reported_without_accuracies(tmp_path: Path, capsys) -> None:
     rng = np.random.default_rng(0)
     kinds = ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1", "LA"]
@@ -63,6 +64,7 @@ def test_a_folder_without_labels_is_reported_without_accuracies(tmp_path: Path, 
     assert {"curves.png", "views.png", "reconstructions.png", "neighbors_after.png", "umap.png"} <= images
 
 
+@pytest.mark.filterwarnings("ignore:skipped the unreadable image")
 @pytest.mark.parametrize("labeled", [True, False])
 def test_test_images_that_cannot_be_read_or_have_no_labels(labeled: bool, tmp_path: Path, capsys) -> None:
     rng = np.random.default_rng(0)
