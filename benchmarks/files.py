@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=2, help="in each repetition")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument(
+        "--save", metavar="NAME", help="write book/results/benchmark_files_NAME.json: 32, 224 or camera"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -64,7 +66,7 @@ def main() -> None:
     rows = table(seconds, count, "images")
     if options.save:
         settings = {**vars(options), "folder": options.folder.name, "threads": 1}
-        print(results.save(f"benchmark_files_{options.size}", rows, settings=settings))
+        print(results.save(f"benchmark_files_{options.save}", rows, settings=settings))
 
 
 if __name__ == "__main__":
