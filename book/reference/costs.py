@@ -65,7 +65,7 @@ BENCHMARKS = {
     "benchmark_views": "Views of 32 pixels",
     "benchmark_files_32": "From files: two views of 32 pixels, images of 32",
     "benchmark_files_224": "From files: two views of 224 pixels, photographs of 640 x 480",
-    "benchmark_files_camera": "From files: two views of 224 pixels, photographs of 12 megapixels",
+    "benchmark_files_camera": "From files: two views of 224 pixels, smooth rendered images of 12 megapixels",
     "benchmark_knn_kmeans": "Neighbors and clusters",
     "benchmark_heads_at_once": "Eight heads of a grid",
     "benchmark_startup": "Starting",
