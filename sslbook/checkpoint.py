@@ -111,7 +111,8 @@ def read(path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # torch's reader and pickle raise many kinds for bytes that were changed
-        reason = f"truncated or not a checkpoint ({first_line(error)[:120]}); take an older one"
+        what = "not written by torch" if isinstance(error, KeyError) else first_line(error)[:120]  # that of an opcode
+        reason = f"truncated or not a checkpoint ({what}); take an older one"
     raise UserError(f"{path}: {reason}")
 
 

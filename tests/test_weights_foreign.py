@@ -286,6 +286,17 @@ def test_a_larger_network_of_the_same_names_is_refused(tmp_path: Path) -> None:
         load_weights(vit(), tmp_path / "deep.pth")
 
 
+def test_other_sizes_under_the_same_names_are_named(tmp_path: Path) -> None:
+    torch.save(ResNet(18, 8, "small").state_dict(), tmp_path / "wide.pth")
+    with pytest.raises(
+        UserError, match=r"0 of the 100 .*: conv1\.weight is \(8, 3, 3, 3\) there and \(4, 3, 3, 3\) here"
+    ):
+        load_weights(resnet(), tmp_path / "wide.pth")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match=r"holds no tensors, so nothing fits ResNet"):
+        load_weights(resnet(), tmp_path / "none.pth")
+
+
 def test_weights_alone_need_a_network(tmp_path: Path) -> None:
     torch.save(resnet().state_dict(), tmp_path / "alone.pth")
     save_file(resnet().state_dict(), tmp_path / "alone.safetensors")

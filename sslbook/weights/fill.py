@@ -7,7 +7,7 @@ from torch import nn
 
 from sslbook.errors import UserError
 from sslbook.nn.ema import EMA
-from sslbook.weights.importers import Tensors, best_match
+from sslbook.weights.importers import Match, Tensors, best_match
 
 LEAST_SHARE = 0.9  # of the backbone's tensors; with fewer it is another network
 
@@ -68,11 +68,10 @@ def fill(module: nn.Module, tensors: Tensors, source: str) -> Loaded:
         fitting[target] = value
         used.update(names)
     unused = [name for name in tensors if name not in used]
-    if match is None or not fitting:
-        raise UserError(f"{source}: none of its weights fits {type(module).__name__}; is the backbone the same?")
-    _require_share(
-        module, own, fitting, [name for name in unused if name.startswith(match.prefix)], match.prefix, source
-    )
+    if match is None:
+        held = f"{len(tensors)} tensors, none of which" if tensors else "no tensors, so nothing"
+        raise UserError(f"{source}: holds {held} fits {type(module).__name__}; is the backbone the same?")
+    _require_share(module, own, match, fitting, unused, source)
     module.load_state_dict(fitting, strict=False)
     missing, copied = [name for name in own if name not in fitting], []
     for teacher, part in module.named_modules():
@@ -84,18 +83,22 @@ def fill(module: nn.Module, tensors: Tensors, source: str) -> Loaded:
 
 
 def _require_share(
-    module: nn.Module, own: Tensors, fitting: Tensors, unused: list[str], prefix: str, source: str
+    module: nn.Module, own: Tensors, match: Match, fitting: Tensors, unused: list[str], source: str
 ) -> None:
     """Refuse weights of another network than the module's backbone."""
     scope = "backbone." if isinstance(getattr(module, "backbone", None), nn.Module) else ""
     names = [name for name in own if name.startswith(scope) and not name.endswith("num_batches_tracked")]
     absent = [name for name in names if name not in fitting]
+    unused = [name for name in unused if name.startswith(match.prefix)]
     what = f"{len(names) - len(absent)} of the {len(names)} tensors of the backbone"
     if len(absent) > (1 - LEAST_SHARE) * len(names):
         cure = f"choose the backbone that they belong to, whose tensors are {_few(unused)}" if unused else "use others"
+        if other := [name for name in absent if name in match.tensors]:
+            sizes = f"{tuple(match.tensors[other[0]].value.shape)} there and {tuple(own[other[0]].shape)} here"
+            cure = f"give the backbone the sizes of these weights: {other[0]} is {sizes}"
         raise UserError(f"{source}: holds only {what}; missing: {_few(absent)}: {cure}")
     parts = {name.removeprefix(scope).split(".")[0] for name in names}
-    further = [name for name in unused if name.removeprefix(prefix).removeprefix(scope).split(".")[0] in parts]
+    further = [name for name in unused if name.removeprefix(match.prefix).removeprefix(scope).split(".")[0] in parts]
     further = [name for name in further if not name.endswith(("num_batches_tracked", "index"))]
     if len(further) > (1 - LEAST_SHARE) * len(names):
         raise UserError(
