@@ -15,7 +15,7 @@ COMMANDS = {
 def main() -> None:
     """Hand over to the command, or say in one line that there is none of that name."""
     from sslbook.cli.common import run
-    from sslbook.errors import UserError, nearest
+    from sslbook.errors import require_known
 
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -25,8 +25,7 @@ def main() -> None:
         return
 
     def command() -> None:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name}{nearest(name, list(COMMANDS))}")
+        require_known(name, COMMANDS, f"unknown command {name}")
         sys.argv = [f"sslbook {name}", *sys.argv[2:]]
         importlib.import_module(f"sslbook.{name}").main()
 

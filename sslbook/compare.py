@@ -17,7 +17,7 @@ from sslbook import results
 from sslbook.cli.common import cli
 from sslbook.cli.recipes import method_class, resolve
 from sslbook.engine.loop import pretrain
-from sslbook.errors import UserError
+from sslbook.errors import UserError, explained
 from sslbook.evaluation.base import SUMMARY, Tables, available
 from sslbook.files import read_json, read_yaml
 from sslbook.methods import METHODS
@@ -68,10 +68,8 @@ def compare(
     """
     methods = sorted(METHODS, key=lambda name: name != "simclr") if methods is None else list(dict.fromkeys(methods))
     seeds = list(dict.fromkeys(seeds))
-    try:
+    with explained(f"--options {options!r}: cannot be split into words", ValueError, cure="close the quotation"):
         words = shlex.split(options)
-    except ValueError as error:
-        raise UserError(f"--options {options!r}: cannot be split into words ({error}); close the quotation") from None
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} is not the name of a result: use letters, digits, - and _, such as cifar10")
     if not methods or not seeds:

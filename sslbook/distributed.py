@@ -24,7 +24,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslbook.errors import UserError, first_line
+from sslbook.errors import UserError, explained
 
 T = TypeVar("T")
 
@@ -191,19 +191,18 @@ def setup(device: str | None = None) -> torch.device:
         UserError: the device does not exist, or there are more processes than GPUs.
     """
     cuda = torch.cuda.is_available()
-    try:
+    kinds, cure = (RuntimeError, AssertionError, NotImplementedError), "use cpu, cuda or cuda:0"
+    with explained(f"device {device} cannot be used", *kinds, cure=cure):
         kind = torch.device(device).type if device else "cuda" if cuda else "cpu"
         if kind != "cuda" or not cuda:  # a tensor on a GPU would take memory there
             torch.empty(0, device=kind).tolist()  # fails on devices without numbers, too
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)[:80]
-        raise UserError(f"device {device} cannot be used ({reason}): use cpu, cuda or cuda:0") from None
     if initialized() and kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" not in os.environ or initialized():
         return torch.device(device or kind)
 
-    try:
+    cure = "torchrun sets RANK, WORLD_SIZE and MASTER_ADDR; unset RANK for one process"
+    with explained("no process group", ValueError, cure=cure):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         chosen = torch.device("cpu")
         if kind == "cuda":
@@ -216,11 +215,6 @@ def setup(device: str | None = None) -> torch.device:
         again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
         options: dict[str, Any] = _fresh_store() if again else {}
         dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None, **options)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        cure = "torchrun sets RANK, WORLD_SIZE and MASTER_ADDR; unset RANK for one process"
-        raise UserError(f"no process group ({first_line(error)}): {cure}") from None
     return chosen
 
 

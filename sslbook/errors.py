@@ -1,6 +1,8 @@
 """The one exception a user is meant to read, and imports of what may be missing that raise it."""
 
 import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -21,9 +23,37 @@ def nearest(word: str, words: list[str]) -> str:
     return f"; did you mean {by_lower[found[0]]}?" if found else ""
 
 
+def require_known(name: str, names: Iterable[str], what: str) -> None:
+    """Refuse a name that is not among `names`: `what`, and the nearest of them, or all if they are few.
+
+    Raises:
+        UserError: it is not among them.
+    """
+    if name not in (known := list(names)):
+        few = f"; choose one of {', '.join(known)}" if 0 < len(known) <= 12 else ""
+        raise UserError(f"{what}{nearest(name, known) or few}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name if it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def explained(what: str, *kinds: type[Exception], cure: str = "") -> Iterator[None]:
+    """Say errors of some kinds as a `UserError`: `what (reason): cure`, or `what: reason`. UserErrors pass as they are.
+
+    Raises:
+        UserError: there was one of them.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError):
+            raise
+        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = (said or type(error).__name__)[:200].rstrip(" .")
+        raise UserError(f"{what} ({reason}): {cure}" if cure else f"{what}: {reason}") from error
 
 
 def at_least_one(**counts: int) -> None:
@@ -48,10 +78,10 @@ def import_attribute(path: str, what: str) -> Any:
         UserError: there is none.
     """
     module, _, name = path.rpartition(".")
-    try:
+    kinds = (ImportError, AttributeError, TypeError, ValueError)  # TypeError: a path that begins with a dot
+    cure = "check the path, or set PYTHONPATH"
+    with explained(f"{what} {path}: cannot be imported", *kinds, cure=cure):
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{what} {path}: cannot be imported ({error}); check the path, or set PYTHONPATH") from None
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, explained, nearest
 from sslbook.schedules import Clock, Constant, Schedule
 
 
@@ -127,11 +127,9 @@ def _require_step(make_optimizer: Callable[[list[dict]], torch.optim.Optimizer])
     """UserError if the optimizer needs more than dense gradients, as SparseAdam and L-BFGS do."""
     trial = nn.Parameter(torch.zeros(2, 2))
     trial.grad = torch.zeros(2, 2)
-    try:
+    what, cure = "optimizer: takes no step on ordinary gradients", "choose another, AdamW"
+    with explained(what, TypeError, ValueError, RuntimeError, cure=cure):
         make_optimizer([{"params": [trial]}]).step()
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"optimizer: takes no step on ordinary gradients ({reason}); choose another, AdamW") from None
 
 
 def parameter_groups(
@@ -186,10 +184,8 @@ def parameter_groups(
             scale = layer_decay ** (depth + 1 - min(layer_of(name, depth, blocks), depth + 1))
         members.setdefault((which, p.ndim <= 1, scale), []).append(p)
     groups = [{"params": params, **(rules[which].options or {})} for (which, _, _), params in members.items()]
-    try:
+    with explained("optimizer", TypeError, ValueError):
         optimizer = make_optimizer(groups)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer: {error}") from None
     _require_step(make_optimizer)
 
     plans = []

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sslbook.checkpoint import write_text
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, nearest, require_known
 from sslbook.files import Whole, check, read_json
 
 PROFILES = ("smoke", "colab", "full")
@@ -79,9 +79,7 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self.values:
-            known = list(self.values)
-            raise UserError(f"{self.name} has no {key!r}; it has {', '.join(known)}{nearest(key, known)}")
+        require_known(key, self.values, f"{self.name} has no {key!r}")
         return self.values[key]
 
     def origin(self) -> str:
@@ -111,9 +109,7 @@ def book() -> Path:
 def load(name: str) -> Result:
     """The result `name`; UserError where there is none."""
     where = book() / "results"
-    if not (where / f"{name}.json").is_file():
-        known = sorted(path.stem for path in where.glob("*.json"))
-        raise UserError(f"no result {name!r} in book/results{nearest(name, known)}")
+    require_known(name, sorted(path.stem for path in where.glob("*.json")), f"no result {name!r} in book/results")
     content = read_json(where / f"{name}.json", RESULT)
     return Result(name, **{part.name: content[part.name] for part in fields(Result)[1:] if part.name in content})
 
@@ -344,16 +340,13 @@ def compare(*, paper: str, here: Mapping[str, Sequence[str]], digits: int = 1) -
     claims, source = _claims(paper)
     rows, origins = [], {}
     for claim, place in here.items():
-        if claim not in claims:
-            known = list(claims)
-            raise UserError(f"{paper} has no claim {claim!r}; it has {', '.join(known)}{nearest(claim, known)}")
+        require_known(claim, claims, f"{paper} has no claim {claim!r}")
         if isinstance(place, str) or len(place) != 3:
             raise UserError(f"here[{claim!r}] must be (result, row, column), not {place!r}")
         name, row, column = place
         result = load(name)
-        if not isinstance(result[row], Mapping) or column not in result[row]:
-            known = list(result[row]) if isinstance(result[row], Mapping) else []
-            raise UserError(f"{name}, {row} has no {column!r}; it has {', '.join(known)}{nearest(column, known)}")
+        known = result[row] if isinstance(result[row], Mapping) else []
+        require_known(column, known, f"{name}, {row} has no {column!r}")
         reported = claims[claim]
         unit = f" {reported['unit']}" if reported["unit"] else ""
         rows.append(
@@ -365,8 +358,7 @@ def compare(*, paper: str, here: Mapping[str, Sequence[str]], digits: int = 1) -
 
 def _claims(paper: str) -> tuple[dict[str, Any], str]:
     where = book() / "results" / "papers"
-    if not (where / f"{paper}.json").is_file():
-        known = sorted(path.stem for path in where.glob("*.json"))
-        raise UserError(f"no paper {paper!r} in book/results/papers{nearest(paper, known)}")
+    known = sorted(path.stem for path in where.glob("*.json"))
+    require_known(paper, known, f"no paper {paper!r} in book/results/papers")
     content = read_json(where / f"{paper}.json", PAPER)
     return content["claims"], content.get("title", content["source"])

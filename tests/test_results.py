@@ -118,11 +118,11 @@ def test_paper_and_here_stand_side_by_side_with_their_origins(paper):
         ({"paper": "simlcr"}, "no paper 'simlcr' in book/results/papers; did you mean simclr"),
         (
             {"here": {"liner": ("shapes", "SimCLR", "linear")}},
-            "simclr has no claim 'liner'; it has linear, .*mean linear",
+            "simclr has no claim 'liner'; did you mean linear",
         ),
         ({"here": {"linear": ("shape", "SimCLR", "linear")}}, "no result 'shape'"),
         ({"here": {"linear": ("shapes", "SimCRL", "linear")}}, "shapes has no 'SimCRL'"),
-        ({"here": {"linear": ("shapes", "SimCLR", "liner")}}, "shapes, SimCLR has no 'liner'; it has kNN, linear; did"),
+        ({"here": {"linear": ("shapes", "SimCLR", "liner")}}, "shapes, SimCLR has no 'liner'; did you mean linear"),
         ({"here": {"linear": "shapes"}}, r"must be \(result, row, column\), not 'shapes'"),
     ],
 )
@@ -168,7 +168,7 @@ def test_missing_things_name_the_cure(checkout, monkeypatch, tmp_path):
     results.save("shapes", VALUES)
     with pytest.raises(UserError, match="no result 'shape' in book/results; did you mean shapes"):
         results.load("shape")
-    with pytest.raises(UserError, match="shapes has no 'SimCRL'; it has SimCLR, pixels; did you mean SimCLR"):
+    with pytest.raises(UserError, match="shapes has no 'SimCRL'; did you mean SimCLR"):
         results.load("shapes")["SimCRL"]
     monkeypatch.setattr(results, "folder", lambda: None)  # an installed package outside any checkout
     with pytest.raises(UserError, match="run from a checkout"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sslbook.errors import UserError, first_line, import_extra
+from sslbook.errors import UserError, explained, import_extra
 from sslbook.types import PositiveFloat, PositiveInt
 
 
@@ -108,10 +108,9 @@ def submit(argv: list[str], options: Slurm, out_dir: Path | None) -> None:
 
         print(_make_sbatch_string(command=f"python -m sslbook.train {shlex.join(words)}", folder=folder, **asked))
         return
-    try:
+    kinds, cure = (RuntimeError, OSError, submitit.core.utils.FailedJobError), "--slurm.dry_run true prints the job"
+    with explained("--launcher slurm: no job was submitted", *kinds, cure=cure):
         executor = submitit.SlurmExecutor(folder=folder)
         executor.update_parameters(**asked)
         job = executor.submit(Job(words))
-    except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-        raise UserError(f"--launcher slurm: {first_line(error)[:200]}; --slurm.dry_run true prints the job") from None
     print(f"submitted job {job.job_id}; its output goes to {folder}, the run to {out_dir}")

@@ -7,7 +7,7 @@ import yaml
 
 from sslbook import files
 from sslbook.cli.parser import CLASS_KEYS, Parser
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, explained, require_known
 
 Values = dict[str, Any]
 """Nested as in YAML; a class is `{class_path: ..., init_args: {...}}`, and a value may still be a string."""
@@ -99,10 +99,8 @@ def class_spec(name: str, value: Any, parser: Parser) -> Any:
         UserError: there is no such backbone.
     """
     if isinstance(value, str) and (value == "null" or value[:1] in ("{", "[")):
-        try:
+        with explained(f"--{name}: not valid YAML", yaml.YAMLError):
             value = files.parse_yaml(value)
-        except yaml.YAMLError:
-            raise UserError(f"--{name}: not valid YAML: {value[:160]}") from None
     if isinstance(value, list):
         return [class_spec(name, item, parser) for item in value]
     if isinstance(value, dict) and not set(value) & set(CLASS_KEYS) and (own := parser.only_class(name)):
@@ -113,8 +111,7 @@ def class_spec(name: str, value: Any, parser: Parser) -> Any:
         return {"class_path": "sslbook.nn.timm_model", "init_args": {"name": value[5:]}}
     if name.endswith("backbone") and "." not in value:
         known = backbone_names()
-        if value not in known:
-            raise UserError(f"unknown backbone {value}{nearest(value, known)}; known: {', '.join(known)}, timm/NAME")
+        require_known(value, known, f"unknown backbone {value}; known: {', '.join(known)}, timm/NAME")
         value = f"sslbook.nn.{value}"
     return {"class_path": value}
 

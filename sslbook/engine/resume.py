@@ -14,7 +14,7 @@ from sslbook import checkpoint, distributed
 from sslbook.engine.hooks import Hook
 from sslbook.engine.run import Run
 from sslbook.engine.sharding import load_optimizer_state_dict, load_state_dict, optimizer_state_dict, state_dict
-from sslbook.errors import UserError, first_line
+from sslbook.errors import UserError, explained
 from sslbook.files import read_yaml
 from sslbook.nn.backbones import describe
 
@@ -106,13 +106,12 @@ class TrainState:
             warnings.warn(
                 "the images are not those that the run began with: it goes on, but not to the bit", stacklevel=3
             )
-        try:
+        kinds = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+        with explained(f"{path}: does not fit this run", *kinds, cure="take an older one"):
             load_state_dict(run.method, state["method"])
             _load_optimizer(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             _set_random_states(state["random"], run.clock.seed, run.device)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: does not fit this run ({first_line(error)[:200]}); take an older one") from None
         run.clock = replace(run.clock, step=state["step"])
         run.seconds, run.evaluations, self.best = state["seconds"], dict(state["evaluations"]), state["best"]
         rename_newer_checkpoints(run.folder, run.clock.step)

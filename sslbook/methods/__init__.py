@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import require_known
 
 if TYPE_CHECKING:
     from sslbook.methods.base import Method
@@ -62,8 +62,7 @@ def load(name: str) -> type["Method"]:
     Raises:
         UserError: there is no method of this name; names the nearest one.
     """
-    if name not in METHODS:
-        raise UserError(f"there is no method {name}{nearest(name, list(METHODS))}")
+    require_known(name, METHODS, f"there is no method {name}")
     module, _, cls = METHODS[name].rpartition(".")
     return getattr(import_module(module), cls)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sslbook.errors import UserError, first_line, import_attribute, import_extra, nearest
+from sslbook.errors import UserError, explained, import_attribute, import_extra, require_known
 from sslbook.types import PositiveInt
 
 
@@ -200,8 +200,8 @@ def timm_model(name: str, in_channels: PositiveInt = 3, **options: Any) -> nn.Mo
         UserError: timm is not installed, or has no such model.
     """
     timm = import_extra("timm", "timm")
-    if not timm.is_model(name):
-        raise UserError(f"timm has no model {name}{nearest(name, timm.list_models())}")
+    if not timm.is_model(name):  # a name may have a tag, .a1_in1k
+        require_known(name, timm.list_models(), f"timm has no model {name}")
     model: Any = timm.create_model(name, num_classes=0, **({"in_chans": in_channels} | options))
     model.dim, model.in_channels = backbone_dim(model), options.get("in_chans", in_channels)
     kind = type(model)
@@ -246,8 +246,6 @@ def build(description: dict[str, Any]) -> nn.Module:
             f"the backbone {path or '(none)'} is not one of sslbook.nn: build it yourself and pass --backbone"
         )
     make = import_attribute(path, "backbone")
-    try:
+    with explained(f"the backbone {path} cannot be built", Exception):  # altered arguments may be wrong in any way
         inspect.signature(make).bind(**init_args)
         return make(**init_args)
-    except Exception as error:  # arguments that were altered may be wrong in any way
-        raise UserError(f"the backbone {path} cannot be built: {first_line(error)}") from None

@@ -10,7 +10,7 @@ tried. Without scripts the folded list below the buttons holds the answers.
 import html
 from collections.abc import Mapping
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, require_known
 from sslbook.notebook.style import prose
 
 RIGHT, WRONG = "✓", "✗"
@@ -76,8 +76,7 @@ def predict(question: str, options: Mapping[str, str], *, answer: str) -> Predic
     """
     if len(options) < 2:
         raise UserError(f"a prediction needs two options or more, not {len(options)}: {{option: why it tempts}}")
-    if answer not in options:
-        raise UserError(f"the answer {answer!r} is none of the options{nearest(answer, list(options))}")
+    require_known(answer, options, f"the answer {answer!r} is none of the options")
     if bare := [option for option, why in options.items() if not why.strip()]:
         raise UserError(f"the option {bare[0]!r} has no explanation: say why it tempts, or why it is right")
     return Prediction(question, dict(options), answer)

@@ -4,11 +4,10 @@ A tool is a module with a function `main(argv)`: a file in this folder, or your 
 """
 
 import ast
-import importlib
 import sys
 from pathlib import Path
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import import_attribute, require_known
 
 
 def tools() -> dict[str, str]:
@@ -29,10 +28,6 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(f"  {tool:<18}{text}" for tool, text in tools().items()))
         print("\npython -m sslbook.tools NAME --help explains each; NAME may be the import path of your own.")
         return
-    if "." not in name and name not in tools():
-        raise UserError(f"there is no tool {name}{nearest(name, list(tools()))}")
-    try:
-        run = importlib.import_module(name if "." in name else f"sslbook.tools.{name}").main
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # no module, no main, no name of a module
-        raise UserError(f"tool {name}: cannot be imported ({error})") from None
-    run(words)
+    if "." not in name:
+        require_known(name, tools(), f"there is no tool {name}")
+    import_attribute(f"{name if '.' in name else f'sslbook.tools.{name}'}.main", "tool")(words)

@@ -11,7 +11,7 @@ from sslbook.cli.common import cli, run
 from sslbook.cli.recipes import require_own_code, resolve
 from sslbook.data.loader import Batch
 from sslbook.engine.loop import pretrain
-from sslbook.errors import UserError, first_line
+from sslbook.errors import explained
 from sslbook.files import Whole, check
 from sslbook.schedules import Clock
 
@@ -41,10 +41,8 @@ def replay(failure: str, trust: bool = False) -> None:
     made = parser.construct(config)
     method = made.method
     method.setup(made.data)
-    try:
+    with explained(f"{path}: does not fit the run's config.yaml", RuntimeError):
         method.load_state_dict(state["method"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit the run's config.yaml ({first_line(error)[:200]})") from None
     method.train()
     bad = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
     print(f"weights: {len(bad)} parameters hold NaN or Inf{': ' + bad[0] if bad else ''}")

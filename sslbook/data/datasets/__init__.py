@@ -7,7 +7,7 @@ from typing import Any
 from sslbook.data.datasets.base import Splits
 from sslbook.data.datasets.imported import load_imported
 from sslbook.data.datasets.torchvision import ARRAYS, FOLDERS, load_torchvision
-from sslbook.errors import UserError, nearest
+from sslbook.errors import require_known
 
 NAMED: dict[str, Callable[[str, str | Path, bool], Splits]] = dict.fromkeys([*ARRAYS, *FOLDERS], load_torchvision)
 
@@ -24,10 +24,8 @@ def load_named(
     Raises:
         UserError: no data set has this name, or it cannot be loaded.
     """
-    if name in NAMED:
-        return NAMED[name](name, root, download)
     if "." in name:
         return load_imported(name, root, download, arguments, test_arguments)
-    names = ["shapes", *NAMED]
-    hint = nearest(name, names) or f": choose one of {', '.join(names)}"
-    raise UserError(f"unknown data set {name!r}{hint} (or the import path of a class, or set data.folder)")
+    what = f"unknown data set {name!r} (or give the import path of a class, or data.folder)"
+    require_known(name, ["shapes", *NAMED], what)
+    return NAMED[name](name, root, download)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslbook.data.datasets.boxes import Boxes, BoxList, box_list
-from sslbook.errors import UserError, first_line
+from sslbook.errors import UserError, explained, first_line
 from sslbook.files import read_text
 
 
@@ -49,12 +49,10 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
     Raises:
         UserError: the file cannot be read, or an entry is malformed; names it.
     """
-    try:
-        content = json.loads(read_text(file))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); the layout of COCO needs it") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({first_line(error)})") from None
+    with explained(f"{file}: cannot be read", OSError, cure="the layout of COCO needs it"):
+        text = read_text(file)
+    with explained(f"{file}: not valid JSON", ValueError):
+        content = json.loads(text)
     lists = [content.get(key) if isinstance(content, dict) else None for key in ("categories", "images", "annotations")]
     for key, value in zip(("categories", "images", "annotations"), lists):
         if not isinstance(value, list) or (not value and key != "annotations"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslbook.data.datasets.base import FileList, ImageSource, Splits
 from sslbook.data.images import EXTENSIONS
-from sslbook.errors import UserError
+from sslbook.errors import UserError, explained
 
 RUN_FILES = {"config.yaml", "initial.safetensors"}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -31,10 +31,8 @@ def scan(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     found: list[str] = []
 
     def walk(directory: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
-        try:
+        with explained(f"may not read the folder {directory}", PermissionError, cure="change its permissions"):
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        except PermissionError as error:
-            raise UserError(f"may not read the folder {directory}: change its permissions") from error
         if prefix and {entry.name for entry in entries} >= RUN_FILES:
             warnings.warn(f"{directory} holds a training run: its plots are not used as images", stacklevel=2)
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 from sslbook.data.datasets.base import DECODING_ERRORS, DatasetSource, Splits
 from sslbook.data.datasets.folder import held_out
 from sslbook.data.datasets.targets import encode
-from sslbook.errors import UserError, first_line, import_attribute, nearest
+from sslbook.errors import UserError, explained, first_line, import_attribute, require_known
 
 TRAIN_SPLITS = ("train", "trainval", "train-standard", "training")
 TEST_SPLITS = ("test", "val", "valid", "validation", "testing")
@@ -43,16 +43,13 @@ def load_imported(
         UserError: it cannot be imported, needs other arguments, finds no data, is not map-style, or has unusable labels.
     """
     dataset_class = import_attribute(name, "data set")
-    try:
+    with explained(f"data set {name}: is no class", TypeError, ValueError, cure="give one"):
         parameters = inspect.signature(dataset_class).parameters
-    except (TypeError, ValueError) as error:
-        raise UserError(f"data set {name}: {error}; give a class") from error
     given = {key: _object(value) for key, value in arguments.items()}
     given_test = {key: _object(value) for key, value in test_arguments.items()}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in () if takes_any else (*given, *given_test):
-        if key not in parameters:
-            raise UserError(f"data set {name} takes no argument {key!r}{nearest(key, list(parameters))}")
+        require_known(key, parameters, f"data set {name} takes no argument {key!r}")
     own = {"root": str(Path(root).expanduser()), "download": download}
     common = {key: value for key, value in own.items() if key in parameters} | given
 
@@ -80,10 +77,8 @@ def load_imported(
         return found
 
     which = {key: None for key in ("train", "split") if key in parameters}
-    try:
+    with explained(f"data set {name}: its class cannot be called", TypeError, cure="give the rest by data.arguments"):
         inspect.signature(dataset_class).bind(**{**which, **common})
-    except TypeError as error:
-        raise UserError(f"data set {name}: {error}; give it by data.arguments") from error
     try:
         if "train" in parameters:
             sets = [
@@ -146,13 +141,10 @@ def splits_of(datasets: list[Any]) -> Splits:
     name = type(datasets[0]).__name__
     together = [label for part in parts for label in part]
     named = any(isinstance(label, str) for label in together)
-    try:
+    cure = "give each image one number, name or None"
+    with explained(f"{name} has labels that are no classes", TypeError, ValueError, RuntimeError, cure=cure):
         values = together if named else [None if label is None else _number(label) for label in together]
         targets = encode(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise UserError(f"{name}: {error}") from error
-        raise UserError(f"{name} has labels that are no classes: give each image one number, name or None") from error
     if named or targets.values is not None:
         labels, names = targets.labels, targets.names
     else:  # numbers of classes, which a dataset may name and of which some may have no image

@@ -7,7 +7,7 @@ import torch
 
 from sslbook.data.datasets.base import InMemory, Splits
 from sslbook.data.datasets.folder import load_folder
-from sslbook.errors import UserError, first_line
+from sslbook.errors import UserError, explained
 
 ARRAYS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
 FOLDERS = {
@@ -30,11 +30,9 @@ def load_torchvision(name: str, root: str | Path, download: bool) -> Splits:
         if not download or name == "imagenet":
             cure = "run data_scripts/imagenet.py" if name == "imagenet" else "set data.download to true"
             raise UserError(f"no {name} under {root}: give its folder as data.root, or {cure}") from error
-    try:
+    cure = "download it yourself and give its folder as data.root"
+    with explained(f"cannot download {name}", OSError, RuntimeError, cure=cure):  # urllib's errors are OSErrors
         return read(name, root, True)
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
-        cure = "download it yourself and give its folder as data.root"
-        raise UserError(f"cannot download {name} ({first_line(error)}): {cure}") from error
 
 
 def _read_arrays(name: str, root: Path, download: bool) -> Splits:

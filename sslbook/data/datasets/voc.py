@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from sslbook.data.datasets.boxes import Boxes, BoxList, box_list
-from sslbook.errors import UserError, first_line, nearest
+from sslbook.errors import UserError, explained, first_line, nearest
 from sslbook.files import read_text
 
 CLASSES = (
@@ -35,10 +35,8 @@ def load_voc(folder: Path) -> tuple[BoxList, BoxList]:
 def read_split(year: Path, split: str) -> list[Boxes]:
     """The annotations of a split of one year's folder; UserError where its list or one of them cannot be read."""
     file = year / "ImageSets" / "Main" / f"{split}.txt"
-    try:
+    with explained(f"{file}: cannot be read", OSError, cure="it lists the images of the split"):
         names = [line.split()[0] for line in read_text(file).split("\n") if line.strip()]
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); it lists the images of the split") from None
     return [_read(year, name) for name in names]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, require_known
 
 MANY = 8  # authors; of more, the first three are named
 CITED = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
@@ -66,8 +66,7 @@ class Citations:
         return ". ".join(parts) + "." + (f" <{self._url(key)}>" if self._url(key) else "")
 
     def _entry(self, key: str) -> Any:
-        if key not in self.entries:
-            raise UserError(f"book/references.bib has no {key!r}{nearest(key, list(self.entries))}")
+        require_known(key, self.entries, f"book/references.bib has no {key!r}")
         return self.entries[key]
 
     def _people(self, key: str) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sslbook.errors import UserError, nearest
+from sslbook.errors import UserError, require_known
 from sslbook.notebook.portable import blocks
 
 COUNTED = ("exercise", "exercise-start")
@@ -81,8 +81,7 @@ class Labels:
             self._read(page)
 
     def __getitem__(self, label: str) -> Label:
-        if label not in self.known:
-            raise UserError(f"there is no label {label!r} in the book{nearest(label, list(self.known))}")
+        require_known(label, self.known, f"there is no label {label!r} in the book")
         return self.known[label]
 
     def _read(self, page: Page) -> None:
