@@ -2,7 +2,8 @@
 
 The sizes of the comparison are 10,000 queries against 200,000 features of 512 dimensions, and 1,000 centers; smaller ones
 for a small machine. All sides get the same features, k-means the same first centers and number of updates. On a CPU its
-time is counted and not that of the clock, so that what else runs disturbs less. Besides the times, the agreement of the
+time is counted and not that of the clock, so that what else runs disturbs less; a round takes minutes and needs no
+other to warm up. Besides the times, the agreement of the
 neighbors and the ratio of the sums of squared distances are printed and saved.
 """
 
@@ -45,7 +46,7 @@ def main() -> None:
 
     bank, queries, rows = features(options.bank), features(options.queries), features(options.rows)
     sides, found = searches(bank, queries, options.k, options.device)
-    seconds = take_turns(sides, options.repetitions, options.device, clock)
+    seconds = take_turns(sides, options.repetitions, options.device, clock, warm_up=False)
     values = {"kNN": table(seconds, options.queries, "queries")}
     for name, index in found.items():
         if name != "sslbook":
@@ -53,7 +54,7 @@ def main() -> None:
             values["kNN"][name]["neighbors in agreement, %"] = round(agreement, 3)
             print(f"{name}: {agreement:.3f} % of the neighbors agree")
     sides, centers = clusterings(rows, options.centers, options.iterations, options.device)
-    seconds = take_turns(sides, options.repetitions, options.device, clock)
+    seconds = take_turns(sides, options.repetitions, options.device, clock, warm_up=False)
     values["k-means"] = table(seconds, options.rows * options.iterations, "updates of a row")
     inertia = {name: float(squared_distances(rows, found)) for name, found in centers.items()}
     for name, value in inertia.items():
