@@ -14,7 +14,7 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of every side in every repetition, after one unmeasured round; `time.process_time` counts CPU time."""
+    """Seconds of every side in every repetition, after one unmeasured round if `warm_up`; `time.process_time` is CPU time."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(0 if warm_up else 1, repetitions + 1):
         for name, work in sides.items():
