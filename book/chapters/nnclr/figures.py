@@ -159,7 +159,11 @@ def purity(curves: Mapping[str, Sequence[Sequence[float]]], every: int, chance: 
     """The purity over the steps of several runs, `name` to one curve a seed."""
     ends = {name: float(np.mean([seed[-1] for seed in seeds])) for name, seeds in curves.items()}
     words = ", ".join(f"{end:.0f} % ({name})" for name, end in ends.items())
-    caption = f"Neighbors of the right class over the steps, means over seeds; guessing is {chance:.0f} % (dotted). They end at {words}."
+    caption = (
+        f"Neighbors of the right class over the steps, means over seeds; guessing is {chance:.0f} % (dotted). At the end: "
+        + words
+        + "."
+    )
     fig, ax = style.figure(f"The purity ends at {words}.", width=6.4, height=3.4, caption=caption, name="nnclr.purity")
     for (name, seeds), color, mark in zip(curves.items(), style.COLORS, MARKS):
         mean = np.mean(np.array(seeds), axis=0)

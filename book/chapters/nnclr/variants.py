@@ -63,19 +63,11 @@ class Traced(NNCLR):
 
 
 class OwnView(Traced):
-    """The other view itself is the positive, as in SimCLR, behind a stop-gradient; what was found is still measured.
-
-    Args:
-        until: the step from which on neighbors are used; by default never.
-    """
-
-    def __init__(self, *args, until: float = float("inf"), **options) -> None:
-        super().__init__(*args, **options)
-        self.until = until
+    """The other view itself is the positive, as in SimCLR, behind a stop-gradient; what was found is still measured."""
 
     def positives(self, z: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
-        neighbors = super().positives(z)
-        return z.detach() if self.step < self.until else neighbors
+        super().positives(z)
+        return z.detach()
 
 
 class Oracle(Traced):
