@@ -18,80 +18,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sslbook import distributed
-from sslbook.data.datasets.base import ImageSource, Splits
-from sslbook.data.datasets.masks import PairList
-from sslbook.data.executors import apply_one
 from sslbook.data.images import UnreadableImage
 from sslbook.data.loader import Batch, Data
-from sslbook.data.views import CropParams, View, sample_params
-from sslbook.data.workers import CropDataset
+from sslbook.data.views import View
 from sslbook.engine.loop import pretrain
 from sslbook.engine.run import Run
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Protocol, Representation
 from sslbook.evaluation.features import device_of
-from sslbook.evaluation.transfer import hash_of_weights, require_finished, run_folder, short_hash
+from sslbook.evaluation.runs import hash_of_weights, require_finished, run_folder, short_hash
+from sslbook.evaluation.target_data import PairData
 from sslbook.methods.base import Method
 from sslbook.optim import ParamRule
 from sslbook.rng import permutation
 from sslbook.schedules import Clock
 
 SHOWN = 4  # test images in a figure
-
-
-def crop_target(target: Shaped[Tensor, "height width"], crop: CropParams, size: int) -> Shaped[Tensor, "{size} {size}"]:
-    """The values that belong to the pixels of a cropped, resized and flipped image: the nearest of each."""
-    top, left, height, width = crop.box[0].tolist()
-    grid_height, grid_width, y, x = crop.grid[0].tolist()
-    pixel = torch.arange(size) + 0.5
-    rows = top + ((pixel + y) * (height / grid_height)).long().clamp(max=height - 1)
-    columns = left + ((pixel + x) * (width / grid_width)).long().clamp(max=width - 1)
-    return target[rows][:, columns.flip(0) if crop.flip[0] else columns]
-
-
-class PairDataset(CropDataset):
-    """Crops of pairs: the first of its two views is the image, the second the target, cropped by the same parameters."""
-
-    def _augment(self, view: View, images: Sequence[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
-        made = []
-        for (image, target), i in zip(images, index.tolist()):
-            if stream == 0:
-                made.append(apply_one(view, image, self.seed, epoch, i, 0))
-            else:
-                sides = (torch.tensor([side]) for side in target.shape)
-                crop = sample_params(view, self.seed, epoch, torch.tensor([i]), 0, *sides).crop
-                made.append(crop_target(target, crop, view.size))
-        return made
-
-
-class PairData(Data):
-    """Images with targets; a batch has the targets of its crops, `(batch, size, size)`, in the place of labels.
-
-    Args:
-        train: pairs to train on.
-        test: pairs to evaluate on.
-        class_names: names of the classes, if there are any.
-        name: of the data, for folders and tables.
-        workers: processes that decode images.
-    """
-
-    def __init__(
-        self,
-        train: PairList,
-        test: PairList | None = None,
-        class_names: tuple[str, ...] = (),
-        name: str = "pairs",
-        workers: int | None = None,
-    ) -> None:
-        super().__init__(augment="workers", workers=workers)
-        self.name, self._splits = name, Splits(train, train, test, class_names)
-
-    def _dataset(self, source: ImageSource, views: tuple[View, ...], seed: int, training: bool) -> CropDataset:
-        return PairDataset(source, views, seed, True, training)
-
-    def _load(self, source: ImageSource, views: tuple[View, ...], *rest: Any, **options: Any) -> Iterator[Batch]:
-        for batch in super()._load(source, (views[0], views[0]), *rest, **options):
-            yield Batch(batch.views[:1], batch.index, batch.views[1])
 
 
 class DenseTask(Method):

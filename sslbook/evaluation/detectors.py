@@ -5,18 +5,14 @@
 - `fpn`: feature pyramid of the stages (Lin et al., 2017);
 - `simple`: simple feature pyramid of a plain vision transformer (Li et al., 2022, ViTDet).
 
-Images are brought to squares: in training of a random scale, cropped or padded (the large-scale jitter of Ghiasi et al.,
-2021, which ViTDet uses, for all detectors here), in evaluation with their longer side of that length, padded. Which
-anchors and boxes the losses sample is keyed by seed, epoch and image, as all random choices here, and losses are
+Which anchors and boxes the losses sample is keyed by seed, epoch and image, as all random choices here, and losses are
 weighted by what was sampled, so that two processes take the same step as one.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -25,141 +21,19 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign
 
 from sslbook import distributed, rng
-from sslbook.data.datasets.base import ImageSource, Splits
-from sslbook.data.datasets.boxes import BoxList
-from sslbook.data.loader import Batch, Data
+from sslbook.data.loader import Batch
 from sslbook.data.views import View
-from sslbook.data.workers import CropDataset
-from sslbook.errors import UserError, import_extra
+from sslbook.errors import UserError
+from sslbook.evaluation.target_data import MASK
 from sslbook.methods.base import Method
 from sslbook.nn.feature_pyramid import FeaturePyramid, SimpleFeaturePyramid
 from sslbook.schedules import Clock
 
 Kind = Literal["c4", "fpn", "simple"]
-MASK = 28  # side of the masks that a batch carries, each within its box: what the mask head predicts
 ROW = 5  # numbers of a box in a batch: left, top, right, bottom, class
-
-
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-class BoxDataset(CropDataset):
-    """Square images and, as the second of two views, their boxes, in rows of `(most, 5)` that -1 fills up.
-
-    Args:
-        scale: range of the longer side, relative to that of the square.
-        masks: a row goes on with the object's mask within its box.
-    """
-
-    source: BoxList
-    scale: tuple[float, float] = (1.0, 1.0)
-    masks: bool = False
-
-    def _augment(self, view: View, images: Sequence[Any], epoch: int, index: Tensor, stream: int) -> list[Tensor]:
-        made = []
-        for (image, position), i in zip(images, index.tolist()):
-            scale, left, top, flip = rng.uniform(self.seed, epoch, torch.tensor([i]), 0, 4)[0].tolist()
-            size, (low, high) = view.size, self.scale
-            factor = (low + (high - low) * scale) * size / max(image.height, image.width)
-            height, width = (max(1, round(side * factor)) for side in (image.height, image.width))
-            top, left = int(top * (max(0, height - size) + 1)), int(left * (max(0, width - size) + 1))
-            place = (factor_of(height, image.height), factor_of(width, image.width), top, left)
-            mirrored = self.training and flip < view.flip
-            if stream == 0:
-                made.append(square(image, view, (height, width), (top, left), mirrored))
-            else:
-                made.append(self._rows(position, size, place, mirrored))
-        return made
-
-    def _rows(
-        self, position: int, size: int, place: tuple[float, float, int, int], mirrored: bool
-    ) -> Float[Tensor, "most numbers"]:
-        """The boxes of an image as they lie in its square; those that the crop leaves less than a pixel are dropped."""
-        tall, wide, top, left = place
-        where = self.source.slice(position)
-        rows = self.source.rows[where]
-        learned = rows[:, 5] == 0
-        offset, stretch = torch.tensor([left, top] * 2), torch.tensor([wide, tall] * 2)
-        boxes = (rows[:, :4] * stretch - offset).clamp(0, size)
-        kept = learned & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-        parts = [boxes[kept], rows[kept, 4:5]]
-        if self.masks:
-            inside = ((boxes + offset) / stretch)[kept]
-            chosen = [self.source.outlines[where.start + i] for i in kept.nonzero()[:, 0].tolist()]
-            parts.append(self._masks(chosen, inside, self.source.sizes[position].tolist(), mirrored))
-        found = torch.cat(parts, dim=1)
-        if mirrored:
-            found[:, [0, 2]] = size - found[:, [2, 0]]
-        return F.pad(found, (0, 0, 0, self.source.most - len(found)), value=-1.0)
-
-    def _masks(
-        self, outlines: list[Any], boxes: Float[Tensor, "n 4"], size: list[int], mirrored: bool
-    ) -> Float[Tensor, "n pixels"]:
-        """The mask of each object within its box, as fractions of `MASK` x `MASK` cells."""
-        coco = import_extra("pycocotools.mask", "detection")
-        made = torch.zeros(len(boxes), MASK, MASK)
-        for i, (outline, box) in enumerate(zip(outlines, boxes)):
-            runs = outline
-            if isinstance(outline, list):
-                runs = coco.merge(coco.frPyObjects(outline, *size))
-            elif isinstance(outline["counts"], list):
-                runs = coco.frPyObjects(outline, *size)
-            mask = torch.from_numpy(coco.decode(runs)).float()[None, None]
-            made[i] = roi_align(mask, [box[None]], MASK, aligned=True)[0, 0]
-        return (made.flip(-1) if mirrored else made).flatten(1)
-
-
-def factor_of(new: int, old: int) -> float:
-    """By how much a side was stretched when it was rounded to whole pixels."""
-    return new / old
-
-
-def square(image: Any, view: View, sides: tuple[int, int], corner: tuple[int, int], mirrored: bool) -> Tensor:
-    """A PIL image resized to `sides`, cropped from `corner` on and padded with the mean color to a square."""
-    from torchvision.transforms.v2 import functional as T
-
-    (height, width), (top, left), size = sides, corner, view.size
-    x = T.pil_to_tensor(image).float() / 255
-    x = T.resize(x, [height, width], antialias=True)[:, top : top + size, left : left + size]
-    x = T.normalize(x, list(view.mean), list(view.std))
-    x = F.pad(x, (0, size - x.shape[2], 0, size - x.shape[1]))
-    return x.flip(-1) if mirrored else x
-
-
-class BoxData(Data):
-    """Images with boxes; a batch has its boxes in the place of labels: `(batch, most, 5)`, filled up by -1.
-
-    Args:
-        train: images to train on; those without a box to learn from are left out.
-        test: images to evaluate on.
-        scale: range of the longer side in training, relative to that of the square.
-        masks: rows of boxes go on with masks.
-        workers: processes that decode images.
-        name: of the data, for folders and tables.
-    """
-
-    def __init__(
-        self, train: BoxList, test: BoxList, scale: tuple[float, float], masks: bool, workers: int, name: str
-    ) -> None:
-        super().__init__(augment="workers", workers=workers)
-        train = train.with_boxes()
-        self.scale, self.masks = scale, masks
-        self.name, self._splits = name, Splits(train, train, test, train.class_names)
-
-    def _dataset(self, source: ImageSource, views: tuple[View, ...], seed: int, training: bool) -> CropDataset:
-        made = BoxDataset(source, views, seed, True, training)
-        made.masks, made.scale = self.masks and training, self.scale if training else (1.0, 1.0)
-        return made
-
-    def _load(self, source: ImageSource, views: tuple[View, ...], *rest: Any, **options: Any) -> Iterator[Batch]:
-        for batch in super()._load(source, (views[0], views[0]), *rest, **options):
-            yield Batch(batch.views[:1], batch.index, batch.views[1])
-
-
-# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 class C4(nn.Module):

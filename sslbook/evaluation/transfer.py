@@ -7,15 +7,10 @@ images that is set aside; what was chosen is trained again on all of them, and t
 """
 
 import copy
-import hashlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +21,6 @@ from sslbook import distributed
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.engine.loop import pretrain
-from sslbook.engine.run import Run
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.classifier import OPTIMIZERS, Task, Transfer
@@ -34,6 +28,7 @@ from sslbook.evaluation.feature_data import read_once, require_labels, unpack
 from sslbook.evaluation.features import device_of
 from sslbook.evaluation.heads import Heads, shapes
 from sslbook.evaluation.protocols.linear import stratified
+from sslbook.evaluation.runs import hash_of_weights, require_finished, run_folder, short_hash
 from sslbook.optim import ParamRule
 from sslbook.schedules import Cosine
 
@@ -251,43 +246,9 @@ def count(
     return distributed.all_reduce_sum(counts).cpu().double()
 
 
-@contextmanager
-def run_folder(keep: Path | None, name: str) -> Iterator[Path]:
-    """Where a run is kept, or a temporary folder."""
-    if keep is not None:
-        yield keep / name
-        return
-    folder = distributed.broadcast(tempfile.mkdtemp(prefix="sslbook-") if distributed.is_main() else "")
-    try:
-        yield Path(folder) / name
-    finally:
-        if distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def require_finished(run: Run, name: str, model: Representation) -> None:
-    """UserError if the run of a protocol was stopped; says how it goes on."""
-    if not run.finished:
-        cure = f"the same command goes on ({model.folder})" if model.folder else "give --keep FOLDER to go on next time"
-        raise UserError(f"{name} was stopped at step {run.clock.step} of {run.clock.total_steps}: {cure}")
-
-
 def with_backbone(model: Representation) -> Representation:
     """The same with a copy of the backbone, which may be changed; details are kept together."""
     return replace(model, backbone=copy.deepcopy(model.backbone), _features={})
-
-
-def hash_of_weights(module: nn.Module) -> str:
-    """A hash of a network's weights: those of a run that is resumed are the same."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def short_hash(text: bytes) -> str:
-    return hashlib.blake2b(text, digest_size=6).hexdigest()
 
 
 class TransferProtocol(Protocol):

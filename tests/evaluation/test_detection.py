@@ -19,8 +19,9 @@ from sslbook.errors import UserError
 from sslbook.evaluation import detectors
 from sslbook.evaluation.base import Representation
 from sslbook.evaluation.boxes import Detections, coco_metrics, voc_metrics
-from sslbook.evaluation.detectors import BoxData, DetectionTask, KeyedSampler
+from sslbook.evaluation.detectors import DetectionTask, KeyedSampler
 from sslbook.evaluation.protocols.detection import Detection
+from sslbook.evaluation.target_data import BoxData
 from sslbook.nn import ConvNet, VisionTransformer
 from sslbook.nn.feature_pyramid import FeaturePyramid, SimpleFeaturePyramid
 from sslbook.nn.resnet import ResNet

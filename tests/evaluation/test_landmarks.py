@@ -122,7 +122,10 @@ def test_a_pickle_runs_no_code(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         (lambda c: c["gnd"].pop(), "gnd has 1 entries for 2 queries"),
         (lambda c: c["gnd"][1].pop("hard"), r"gnd\[1\]: lacks hard"),
         (lambda c: c["gnd"][1].update(bbx=[5, 5, 5, 9]), r"gnd\[1\].bbx is"),
-        (lambda c: c["gnd"][0].update(easy=[6]), r"gnd\[0\]\.easy\[0\]: is 6, not a whole number of at least 0, at most 5"),
+        (
+            lambda c: c["gnd"][0].update(easy=[6]),
+            r"gnd\[0\]\.easy\[0\]: is 6, not a whole number of at least 0, at most 5",
+        ),
     ],
 )
 def test_wrong_entries_are_named(folder: Path, change: Any, message: str) -> None:

@@ -15,9 +15,10 @@ from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.errors import UserError
 from sslbook.evaluation.base import Representation
-from sslbook.evaluation.dense import Dense, PairData, resized
+from sslbook.evaluation.dense import Dense, resized
 from sslbook.evaluation.protocols import segmentation
 from sslbook.evaluation.protocols.segmentation import Segmentation
+from sslbook.evaluation.target_data import PairData
 from sslbook.nn import ConvNet, VisionTransformer
 from sslbook.nn.resnet import ResNet
 from sslbook.weights.backbone import export_backbone

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from sslbook.errors import UserError
-from sslbook.evaluation import augment
-from sslbook.evaluation.augment import OPERATIONS, Augmentation
+from sslbook.evaluation import augment, rand_augment
+from sslbook.evaluation.augment import Augmentation
+from sslbook.evaluation.rand_augment import OPERATIONS
 from sslbook.schedules import Clock
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,15 +54,15 @@ def test_rand_augment_chooses_as_timm_does() -> None:
     calls: list[int] = []
     levels: list[float] = []
     u = torch.rand(4000, 8)
-    before = augment.OPERATIONS
+    before = rand_augment.OPERATIONS
     try:
-        augment.OPERATIONS = tuple(
+        rand_augment.OPERATIONS = tuple(
             (lambda x, level, signed, fill, i=i: (calls.extend([i] * len(x)), levels.extend(level.tolist()), x)[-1])
             for i in range(15)
         )
-        augment.rand_augment(torch.zeros(4000, 3, 1, 1, dtype=torch.uint8), 9.0, u)
+        rand_augment.rand_augment(torch.zeros(4000, 3, 1, 1, dtype=torch.uint8), 9.0, u)
     finally:
-        augment.OPERATIONS = before
+        rand_augment.OPERATIONS = before
     assert len(calls) == pytest.approx(4000, abs=200)  # of two layers, half
     assert np.bincount(calls, minlength=15).min() > 4000 / 15 * 0.7
     assert np.median(levels) == pytest.approx(0.9, abs=0.005)

@@ -30,7 +30,6 @@ from sslbook.evaluation.dense import (
     SHOWN,
     Dense,
     DenseTask,
-    PairData,
     Shown,
     fit,
     frozen_norm,
@@ -38,6 +37,7 @@ from sslbook.evaluation.dense import (
     prediction_figure,
     resized,
 )
+from sslbook.evaluation.target_data import PairData
 from sslbook.nn.backbones import backbone_dim
 from sslbook.schedules import Cosine, Warmup
 from sslbook.types import PositiveFloat, PositiveInt

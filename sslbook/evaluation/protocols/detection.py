@@ -23,7 +23,8 @@ from sslbook.errors import UserError, at_least_one, import_extra
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.boxes import Detections, coco_metrics, voc_metrics
 from sslbook.evaluation.dense import fit
-from sslbook.evaluation.detectors import BoxData, DetectionTask, detector, kind_of
+from sslbook.evaluation.detectors import DetectionTask, detector, kind_of
+from sslbook.evaluation.target_data import BoxData
 from sslbook.schedules import Duration, Step, Warmup
 from sslbook.types import PositiveFloat, PositiveInt
 

@@ -21,7 +21,6 @@ it. Resizing masks to the prediction instead raises the mIoU by points, since th
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,16 +38,17 @@ from sslbook.evaluation.dense import (
     SHOWN,
     Dense,
     DenseTask,
-    PairData,
     Shown,
     fit,
     frozen_norm,
     learning_rates,
     prediction_figure,
-    resized,
 )
 from sslbook.evaluation.features import frozen
+from sslbook.evaluation.pixels import classified, iou, metrics
+from sslbook.evaluation.target_data import PairData
 from sslbook.nn.backbones import backbone_dim
+from sslbook.nn.fcn import FCNHead, dilate
 from sslbook.nn.feature_pyramid import stage_widths
 from sslbook.schedules import Linear, Warmup
 from sslbook.types import PositiveFloat, PositiveInt
@@ -259,45 +259,6 @@ class Segmentation(Protocol):
             return DenseTask(backbone, heads, loss, dense.training_view, frozen=False, auxiliary=auxiliary)
 
 
-class FCNHead(nn.Module):
-    """3x3 convolutions with batch norm, their output beside their input, one more of them, dropout, a class for a cell.
-
-    Args:
-        dim: channels of the map.
-        classes: channels of the output.
-        convolutions: how many before the two are joined.
-        width: their channels.
-        joins: whether the input joins.
-    """
-
-    def __init__(self, dim: int, classes: int, convolutions: int = 2, width: int = 512, joins: bool = True) -> None:
-        from torchvision.ops import Conv2dNormActivation
-
-        super().__init__()
-        make = partial(Conv2dNormActivation, kernel_size=3)
-        self.layers = nn.Sequential(*(make(dim if i == 0 else width, width) for i in range(convolutions)))
-        self.last = make(dim + width, width) if joins else None
-        self.classes = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, classes, 1))
-
-    def forward(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch classes rows columns"]:
-        y = self.layers(x)
-        return self.classes(y if self.last is None else self.last(torch.cat([x, y], dim=1)))
-
-
-def dilate(backbone: nn.Module) -> None:
-    """Keep the resolution in the last two stages of a ResNet, and dilate its convolutions instead; others are left.
-
-    As torchvision's `replace_stride_with_dilation`: the first block of a stage keeps the dilation of the stage before.
-    """
-    for name, before, after in (("layer3", 1, 2), ("layer4", 2, 4)):
-        for i, block in enumerate(getattr(backbone, name, ())):
-            for module in block.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-                    if module.kernel_size == (3, 3):
-                        module.dilation = module.padding = (before if i == 0 else after,) * 2
-
-
 def pixel_cross_entropy(
     scores: Float[Tensor, "batch classes height width"], mask: Int[Tensor, "batch height width"]
 ) -> Float[Tensor, ""]:
@@ -318,9 +279,6 @@ def cell_labels(
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-
 def confusion(
     dense: Dense,
     data: PairData,
@@ -338,35 +296,3 @@ def confusion(
             if show is not None:
                 show(position, Shown(image, mask, predicted))
     return distributed.all_reduce_sum(counts.to(dense.device)).cpu().view(classes, classes)
-
-
-def classified(
-    scores: Float[Tensor, "1 classes rows columns"], mask: Int[Tensor, "height width"], chunk: int = 8
-) -> Int[Tensor, "height width"]:
-    """The class with the highest score at every pixel of the mask, the lower one of equals.
-
-    Scores are resized a few classes at a time: those of 150 classes at once are slower, and 184 MB for 640x480 pixels.
-    """
-    best, found = None, torch.zeros(mask.shape, dtype=torch.int64, device=scores.device)
-    for start in range(0, scores.shape[1], chunk):
-        values, index = resized(scores[:, start : start + chunk], mask)[0].max(dim=0)
-        better = values > best if best is not None else torch.ones_like(index, dtype=torch.bool)
-        found = torch.where(better, start + index, found)
-        best = values if best is None else torch.maximum(values, best)
-    return found
-
-
-def iou(counts: Int[Tensor, "classes classes"]) -> Float[Tensor, "classes"]:
-    """Intersection over union of each class; NaN for one that occurs nowhere."""
-    both = counts.diagonal().double()
-    return both / (counts.sum(0) + counts.sum(1) - both)
-
-
-def metrics(counts: Int[Tensor, "classes classes"]) -> Metrics:
-    """Mean IoU, mean accuracy of the classes and accuracy of the pixels, in percent."""
-    right, pixels = counts.diagonal().double(), counts.sum(1)
-    return {
-        "mIoU": 100 * iou(counts).nanmean().item(),
-        "class accuracy": 100 * (right / pixels).nanmean().item(),
-        "pixel accuracy": 100 * (right.sum() / pixels.sum()).item(),
-    }
