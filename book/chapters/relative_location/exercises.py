@@ -197,7 +197,7 @@ def greedy_distance(
 
 @exercise(
     inputs=lambda r: [([2, 2, 9], 0.5), ([8] * 99, 0.6), ([9, 8, 7, 4], 0.9), ([], 0.3)],
-    returns={"bound": "at most this fraction of wrong answers"},
+    returns={"bound": "the error is at most this fraction"},
     mistakes={
         "the factor 1/2 is missing: of two candidates that are left, one is right by luck": {"half": 1.0},
         "q is the probability that a patch IS recognized: all d must fail": {"fail": lambda q: q},

@@ -72,16 +72,16 @@ def schematic() -> Diagram:
 
 
 def toy(
-    worlds: Mapping[float, tuple[Tensor, Tensor]], accuracy: Mapping[str, Mapping[float, float]]
+    scenes: Mapping[float, tuple[Tensor, Tensor]], accuracy: Mapping[str, Mapping[float, float]]
 ) -> Callable[[float], style.Figure]:
-    """Frames over how often a part is right: a scene of each world, and the best accuracies."""
+    """Frames over how often a part is right: a scene of each kind, and the best accuracies."""
 
     def plot(r: float) -> style.Figure:
         alt = f"Parts right with probability {r:g}. Best accuracy: " + ", ".join(
             f"{name} {values[r]:.0%}" for name, values in accuracy.items()
         )
         fig, axes = style.figure(alt, 1, 3, width=7.4, height=2.7, caption=None, least=560, width_ratios=(1, 1, 1.7))
-        for ax, scene, title in zip(axes, worlds[r], ("fixed layout", "unknown shift")):
+        for ax, scene, title in zip(axes, scenes[r], ("fixed layout", "unknown shift")):
             ax.imshow(scene, cmap=style.MAP, vmin=0, vmax=24)
             for i, row in enumerate(scene.tolist()):
                 for j, part in enumerate(row):
@@ -161,7 +161,7 @@ def ambiguity(q: Sequence[float], found: Mapping[str, Sequence[float]]) -> style
         width=6.2,
         name="relative_location.ambiguity",
         caption="The best possible jigsaw accuracy if every patch is recognized with probability q and the others look alike. "
-        f"At q = {q[middle]:g}: {words}. A hundred near permutations are harder to tell apart than a thousand far ones.",
+        f"At q = {q[middle]:g}: {words}. A hundred near permutations are harder to distinguish than a thousand far ones.",
     )
     for (name, values), color, dashes in zip(found.items(), style.COLORS, ("-", "--", ":", "-.")):
         ax.plot(q, values, dashes, color=color, label=name)
