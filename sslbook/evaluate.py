@@ -68,8 +68,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a trained backbone on labeled images.
 
-    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without any --data option the images are
-    those that the run learned from.
+    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without --data.folder, list, name or shapes
+    the images are those that the run learned from.
 
     Args:
         run: run folder, exported backbone or checkpoint; `timm:NAME` or `torchvision:NAME`; or weights of another library

@@ -50,8 +50,8 @@ def extract(
 ) -> dict[str, np.ndarray]:
     """Write the features of images, labeled or not, to a file.
 
-    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without any --data option the images are
-    those that the run learned from. Images that cannot be read are named and left out.
+    RUN is a run folder, an exported backbone.safetensors or a checkpoint. Without --data.folder, list, name or shapes
+    the images are those that the run learned from. Images that cannot be read are named and left out.
 
     Args:
         run: run folder, exported backbone or checkpoint; `--run` may be left out if it comes first.

@@ -203,6 +203,14 @@ def test_extract_unlabeled_to_safetensors(run: Path, photos: Path, tmp_path: Pat
     assert len(table["features"]) == 10
 
 
+def test_options_that_choose_no_images_leave_the_runs_own(run: Path, monkeypatch, capsys) -> None:
+    few = ["--k", 3, "--controls", "false", "--progress", "false", "--device", "cpu"]
+    assert call(monkeypatch, evaluate, "knn", run, *few, "--data.workers", 0, "--data.limit", 40) == 0
+    assert "shapes: 40 training images, 10 classes, 30 test images" in capsys.readouterr().out
+    assert call(monkeypatch, evaluate, "knn", run, *few, "--data.shapes.num_train", 50, "--data.shapes.size", 16) == 0
+    assert "shapes: 50 training images, 10 classes, 1,000 test images" in capsys.readouterr().out
+
+
 def test_extract_the_runs_own_images(run: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "shapes.npz"
     assert call(monkeypatch, extract, run, "--out", out, "--split", "test", "--progress", "false") == 0
@@ -252,7 +260,9 @@ def test_a_backbone_from_elsewhere_beside_its_initial_weights(run: Path) -> None
 
 def test_a_protocol_before_the_run_has_its_options_on_the_command_line(run, monkeypatch, tmp_path) -> None:
     common = [run, "--progress", "false", "--device", "cpu", "--controls", "false", "--out"]
-    call(monkeypatch, evaluate, "knn", *common, tmp_path / "one.json", "--k", "3", "--temperature", "0.5", "--seed", "4")
+    call(
+        monkeypatch, evaluate, "knn", *common, tmp_path / "one.json", "--k", "3", "--temperature", "0.5", "--seed", "4"
+    )
     call(monkeypatch, evaluate, *common, tmp_path / "other.json", "--protocols", "knn")
     one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "other"))
     assert one["settings"]["protocols"] == {"knn": {"k": 3, "temperature": 0.5}}

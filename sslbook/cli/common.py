@@ -2,13 +2,16 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sslbook.cli.bounds import check_numbers
 from sslbook.cli.help import is_question
 from sslbook.cli.parser import Parser
 from sslbook.cli.values import Values, from_words, merge, read_yaml, split_words, with_classes
 from sslbook.errors import UserError
+
+CHOICES = ("name", "folder", "list", "shapes")  # options of data that choose images; the others say how they are read
 
 
 def run(main: Callable[[], object]) -> None:
@@ -30,6 +33,12 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
+def chosen(data: Any, names: list[str]) -> bool:
+    """Whether options of data, those in a file or these names of the command line, say which images to take."""
+    of_line = {name.split(".")[1] for name in names if name.startswith("data.")}
+    return "data" in names or not isinstance(data, Mapping) or not {*data, *of_line}.isdisjoint(CHOICES)
+
+
 def cli(
     function: Callable,
     argv: list[str] | None = None,
@@ -47,7 +56,7 @@ def cli(
         argv: the words; by default those of this process.
         prog: the command, as the help prints it.
         own_data: for a function with the parameters `run` and `data`: the options of data that a run learned from, and
-            the file that names them. They are in force where no option of data is given.
+            the file that names them. They are in force where no option of data chooses other images.
         protocol: a class whose options are options of the command too; `function` gets the object as `protocols=[...]`.
             An option that both have, such as `seed`, goes to both.
 
@@ -81,11 +90,12 @@ def cli(
     for path in [value for name, value in pairs if name == "config"]:
         values = layer(path, read_yaml(path))
     pairs = [pair for pair in pairs if pair[0] != "config"]
-    if own_data and "data" not in values and not any(name.split(".")[0] == "data" for name, _ in pairs):
+    if own_data and not chosen(values.get("data") or {}, [name for name, _ in pairs]):
         run = next((value for name, value in reversed(pairs) if name == "run"), values.get("run"))
         if run is None:
             raise UserError("which run? Name its folder first, an exported backbone.safetensors, or a checkpoint")
-        values = layer(*own_data(str(run)))
+        given, values = values, {}
+        values = merge(layer(*own_data(str(run))), given)
     config = parser.parse(from_words(pairs, values, parser))
     check_numbers(parser.plain(config), function, protocol)
     options = vars(parser.construct(config))

@@ -306,7 +306,7 @@ def test_rejects_options_and_backbones_that_do_not_fit(squares: Path, tmp_path: 
 
 def test_outlines_that_are_missing_are_reported_before_training(tmp_path: Path) -> None:
     folder = write_squares(tmp_path / "coco", count=2, masks=False)
-    with pytest.raises(UserError, match=r"annotations\[0\] \(id 1\): segmentation is neither .* only masks need it"):
+    with pytest.raises(UserError, match=r"annotations\[0\] \(id 1\): segmentation is neither .* give --masks false"):
         Detection(coco=folder, masks=True).lacks(ConvNet(4), Data(workers=0))
 
 

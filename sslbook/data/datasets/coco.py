@@ -88,7 +88,7 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
 def _outline(value: Any) -> Any:
     polygons = isinstance(value, list) and value and all(isinstance(p, list) and len(p) >= 6 for p in value)
     if not polygons and not (isinstance(value, dict) and {"size", "counts"} <= set(value)):
-        raise ValueError("segmentation is neither a list of polygons nor run lengths; only masks need it")
+        raise ValueError("segmentation is neither a list of polygons nor run lengths; without it give --masks false")
     return value
 
 

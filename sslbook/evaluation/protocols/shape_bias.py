@@ -36,7 +36,8 @@ from sslbook.rng import permutation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAME = re.compile(r"^(?P<shape>[^\d-]+)\d*-(?P<texture>[^\d-]+)\d*$")
+CUE = r"[^\d-]+|\D+(?=\d)"  # a class whose own name has a hyphen is followed by a number
+NAME = re.compile(rf"^(?P<shape>{CUE})\d*-(?P<texture>{CUE})\d*$")
 # The classes of ImageNet, in the order of their WordNet numbers, that make up the 16 categories of Geirhos et al.: first
 # and last of each run. Dogs and birds leave out classes whose WordNet parents are others.
 IMAGENET: dict[str, list[tuple[int, int]]] = {
