@@ -478,7 +478,7 @@ notebook.cells.append(asked)
 NotebookClient(notebook, timeout=int(sys.argv[2]), kernel_name="python3").execute()
 # The value, not what is printed: a thread of an earlier cell may print meanwhile.
 (value,) = [output for output in notebook.cells[-1].outputs if output.output_type == "execute_result"]
-print(value["data"]["text/plain"])
+print(" ".join(value["data"]["text/plain"].split()))  # a long one is broken into lines
 """
 
 
