@@ -1,1 +1,0 @@
-"""NNCLR: contrastive learning whose positive is another image, the nearest neighbor among past features."""

@@ -1,1 +1,0 @@
-"""Chapter 9: SimSiam, a predictor and a stop-gradient alone."""
