@@ -82,20 +82,19 @@ def cli(
         parser.parse_args([word for word in argv if not word.startswith("--config")])  # prints and leaves
     values: Values = {}
 
-    def layer(source: str, given: Values) -> Values:
+    def known(source: str, given: Values) -> Values:
         given = with_classes(given, parser)
         parser.refuse_unknown(given, source)
-        return merge(values, given)
+        return given
 
     for path in [value for name, value in pairs if name == "config"]:
-        values = layer(path, read_yaml(path))
+        values = merge(values, known(path, read_yaml(path)))
     pairs = [pair for pair in pairs if pair[0] != "config"]
     if own_data and not chosen(values.get("data") or {}, [name for name, _ in pairs]):
         run = next((value for name, value in reversed(pairs) if name == "run"), values.get("run"))
         if run is None:
             raise UserError("which run? Name its folder first, an exported backbone.safetensors, or a checkpoint")
-        given, values = values, {}
-        values = merge(layer(*own_data(str(run))), given)
+        values = merge(known(*own_data(str(run))), values)
     config = parser.parse(from_words(pairs, values, parser))
     check_numbers(parser.plain(config), function, protocol)
     options = vars(parser.construct(config))

@@ -62,8 +62,14 @@ def test_reads_coco(tmp_path: Path) -> None:
 MALFORMED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no list": (lambda c: c.pop("images"), "no list 'images'"),
     "no bbox": (lambda c: c["annotations"][1].pop("bbox"), r"annotations\[1\] \(id 2\): 'bbox' is missing"),
-    "three numbers": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"\(id 1\): bbox is \[1.0, 2.0, 3.0\], and not"),
-    "NaN": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), r"\(id 1\): bbox is .*nan\], and not left"),
+    "three numbers": (
+        lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
+        r"\(id 1\): bbox is \[1.0, 2.0, 3.0\], and not",
+    ),
+    "NaN": (
+        lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
+        r"\(id 1\): bbox is .*nan\], and not left",
+    ),
     "text": (lambda c: c["annotations"][0].update(bbox=["a", 2, 3, 4]), r"annotations\[0\] \(id 1\): could not"),
     "unknown image": (lambda c: c["annotations"][0].update(image_id=4), r"\(id 1\): image_id 4 is not in the file"),
     "unknown category": (lambda c: c["annotations"][1].update(category_id=1), r"category_id 1 is not in the file"),
@@ -87,9 +93,10 @@ def test_rejects_malformed_coco_by_file_and_entry(tmp_path: Path, name: str) -> 
 
 def test_rejects_what_is_no_json_and_files_that_are_not_there(tmp_path: Path) -> None:
     file = write_coco(tmp_path)
-    file.write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        read_coco(file, tmp_path)
+    for content in (b"{", b'{"images": "\xe9"}', b"[" * 100_000):  # cut, not UTF-8, nested too deep
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="not valid JSON"):
+            read_coco(file, tmp_path)
     with pytest.raises(UserError, match=r"nothing.json: cannot be read"):
         read_coco(tmp_path / "nothing.json", tmp_path)
 
@@ -176,6 +183,9 @@ def test_rejects_voc_with_broken_or_missing_files(tmp_path: Path) -> None:
         load_voc(tmp_path)
     top = write_voc(tmp_path, "VOC2007", "trainval", "ab")
     with pytest.raises(UserError, match=r"Main/test.txt: cannot be read"):
+        load_voc(tmp_path)
+    (top / "ImageSets" / "Main" / "test.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"Main/test.txt: cannot be read .*utf-8"):
         load_voc(tmp_path)
     write_voc(tmp_path, "VOC2007", "test", "c")
     (top / "JPEGImages" / "a.jpg").unlink()

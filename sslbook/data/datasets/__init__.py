@@ -26,6 +26,6 @@ def load_named(
     """
     if "." in name:
         return load_imported(name, root, download, arguments, test_arguments)
-    what = f"unknown data set {name!r} (or give the import path of a class, or data.folder)"
+    what = f"unknown data set {name!r}: give a name, the import path of a class, or set data.folder"
     require_known(name, ["shapes", *NAMED], what)
     return NAMED[name](name, root, download)

@@ -49,10 +49,9 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
     Raises:
         UserError: the file cannot be read, or an entry is malformed; names it.
     """
-    with explained(f"{file}: cannot be read", OSError, cure="the layout of COCO needs it"):
-        text = read_text(file)
-    with explained(f"{file}: not valid JSON", ValueError):
-        content = json.loads(text)
+    unread = explained(f"{file}: cannot be read", OSError, cure="the layout of COCO needs it")
+    with unread, explained(f"{file}: not valid JSON", ValueError, RecursionError):  # ValueError: UTF-8, too
+        content = json.loads(read_text(file))
     lists = [content.get(key) if isinstance(content, dict) else None for key in ("categories", "images", "annotations")]
     for key, value in zip(("categories", "images", "annotations"), lists):
         if not isinstance(value, list) or (not value and key != "annotations"):

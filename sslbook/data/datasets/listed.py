@@ -247,7 +247,9 @@ def _tell_other_classes(splits: Splits, file: str) -> None:
         return
     of_train, of_test = (_present(source) for source in (splits.train, splits.test))
     if others := sorted(of_test - of_train):
-        shown = ", ".join(splits.class_names[i] for i in others[:3]) + (f", ... ({len(others)})" if len(others) > 3 else "")
+        shown = ", ".join(splits.class_names[i] for i in others[:3]) + (
+            f", ... ({len(others)})" if len(others) > 3 else ""
+        )
         warnings.warn(f"{file}: classes of test images without a training image: {shown}", stacklevel=2)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sslbook.data.datasets.base import FileList
 from sslbook.data.datasets.folder import scan
 from sslbook.data.datasets.voc import CLASSES as VOC_CLASSES
-from sslbook.errors import UserError, first_line
+from sslbook.errors import UserError, explained, first_line
 from sslbook.files import read_text
 
 IGNORED = -1  # the class of pixels that count neither in a loss nor in a metric
@@ -241,10 +241,8 @@ def _voc(top: Path) -> Masked | None:
 
 def _lines(file: Path) -> list[str]:
     """Names of a list; the augmented one of mmsegmentation holds names, that of others paths of image and mask."""
-    try:
+    with explained(f"{file}: cannot be read", OSError, ValueError, cure="the layout of VOC needs it"):
         lines = read_text(file).split("\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); the layout of VOC needs it") from None
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
 

@@ -35,7 +35,7 @@ def load_voc(folder: Path) -> tuple[BoxList, BoxList]:
 def read_split(year: Path, split: str) -> list[Boxes]:
     """The annotations of a split of one year's folder; UserError where its list or one of them cannot be read."""
     file = year / "ImageSets" / "Main" / f"{split}.txt"
-    with explained(f"{file}: cannot be read", OSError, cure="it lists the images of the split"):
+    with explained(f"{file}: cannot be read", OSError, ValueError, cure="it lists the images of the split"):
         names = [line.split()[0] for line in read_text(file).split("\n") if line.strip()]
     return [_read(year, name) for name in names]
 
