@@ -1,10 +1,9 @@
 """Exact kNN and k-means on features, against scikit-learn and (where it is installed) faiss-cpu.
 
 The sizes of the comparison are 10,000 queries against 200,000 features of 512 dimensions, and 1,000 centers; smaller ones
-for a small machine. All sides get the same features, k-means the same first centers and number of updates. On a CPU its
-time is counted and not that of the clock, so that what else runs disturbs less; a round takes minutes and needs no
-other to warm up. Besides the times, the agreement of the
-neighbors and the ratio of the sums of squared distances are printed and saved.
+for a small machine. All sides get the same features, k-means the same first centers and number of updates. On a CPU the
+process's CPU time is measured, which other load disturbs less than the time on the clock; a round takes minutes, so none
+is spent on warming up. The agreement of the neighbors and the ratio of the sums of squared distances stand beside the times.
 """
 
 import argparse
