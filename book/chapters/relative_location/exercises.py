@@ -1,0 +1,215 @@
+"""The exercises of the chapter *Relative location and jigsaw*."""
+
+import math
+
+import torch
+
+from sslbook.notebook.exercises import exercise
+
+
+def _others(n):
+    return [i for i in range(n) if i != n // 2]
+
+
+@exercise(
+    inputs=lambda r: [(r.normal(3, 9, 4),), (r.normal(1, 9, 2),)],
+    returns={"pairs": "(8 N, 2 d), the eight pairs of an image in consecutive rows"},
+    gradient=True,
+    mistakes={
+        "the center is paired with itself: position 4 is no neighbor, leave it out": lambda h: torch.cat(
+            [h[:, 4:5].expand_as(h), h], 2
+        )[:, :8].flatten(0, 1),
+        "the center is at index 4: rows of three, so 4 is the middle": lambda h: pairs.solution(h.roll(-4, 1)),
+        "neighbor first: the center's features are the first half": {"first": False},
+        "grouped by position: the eight pairs of one image are consecutive rows": {
+            "flatten": lambda x: x.transpose(0, 1).flatten(0, 1)
+        },
+        "differences: concatenate both, so that the head sees each": lambda h: torch.cat(
+            [h[:, 4:5] - h[:, _others(9)], h[:, _others(9)]], 2
+        ).flatten(0, 1),
+    },
+)
+def pairs(h, *, first=True, flatten=lambda x: x.flatten(0, 1)):
+    """`(h) -> pairs`: the center's features beside those of each of its eight neighbors."""
+    center, others = h[:, 4:5].expand(-1, 8, -1), h[:, _others(9)]
+    return flatten(torch.cat([center, others] if first else [others, center], 2))
+
+
+@exercise(
+    inputs=lambda r: [([1] * 8,), ([2, 2, 2, 1, 1],), ([8],), ([4, 4],)],
+    returns={"accuracy": "a fraction", "loss floor": "in nats"},
+    mistakes={
+        "in percent: return a fraction": lambda g: (100 * len(g) / 8, twins.solution(g)[1]),
+        "in bits: the natural logarithm gives nats": lambda g: (
+            len(g) / 8,
+            twins.solution(g)[1] / math.log(2),
+        ),
+        "groups are not equally likely: a group of s positions has probability s / 8": {
+            "weight": lambda s, g: 1 / len(g)
+        },
+        "the largest group decides nothing: each group contributes one of its positions": lambda g: (
+            max(g) / 8,
+            twins.solution(g)[1],
+        ),
+        "exchanged: the answer is (accuracy, loss)": lambda g: twins.solution(g)[::-1],
+        "this is log 8 minus the floor, the information that is there": lambda g: (
+            len(g) / 8,
+            math.log(8) - twins.solution(g)[1],
+        ),
+    },
+)
+def twins(groups, *, weight=lambda s, g: s / 8):
+    """`(groups) -> (accuracy, loss)`: the best, if positions of one group look the same."""
+    return len(groups) / 8, sum(weight(s, groups) * math.log(s) for s in groups)
+
+
+def _right(r):
+    return torch.tensor([r, 0.0, 1.0, 0.5])
+
+
+@exercise(
+    inputs=lambda r: [(0.0, True), (1.0, True), (0.6, True), (0.6, False), (0.3, False)],
+    returns={"best accuracy": "a fraction"},
+    mistakes={
+        "the parts that are not right are guessed: one of eight is right by luck": {"luck": 0.0},
+        "with an unknown shift both patches must be right: r squared": {"power": lambda shifted: 1},
+        "with a known layout the center is not needed: r, not its square": {"power": lambda shifted: 2},
+        "there are eight positions to guess from, not nine": {"luck": 1 / 9},
+        "in percent: return a fraction": lambda r, shifted: 100 * layout_accuracy.solution(r, shifted),
+        "exchanged: it is the unknown shift that needs both patches": {"power": lambda shifted: 1 if shifted else 2},
+    },
+)
+def layout_accuracy(r, shifted, *, luck=1 / 8, power=lambda shifted: 2 if shifted else 1):
+    """`(r, shifted) -> fraction`: the best accuracy if each part is right with probability r."""
+    known = r ** power(shifted)
+    return known + (1 - known) * luck
+
+
+@exercise(
+    inputs=lambda r: [(r.normal(4, 3, 6, 6) + 2 * r.normal(4, 3, 1, 1),), (5 * r.normal(2, 3, 4, 5) - 1,)],
+    returns={"patches": "mean 0 and variance 1 in each channel of each patch"},
+    mistakes={
+        "one mean for the whole batch is batch norm: each patch has its own": {"over": (0, 2, 3)},
+        "one mean for all channels: color relations between channels stay in": {"over": (1, 2, 3)},
+        "only the mean is removed: contrast tells patches apart, too": {"scale": lambda x, dims: 1},
+        "only the scale is removed: subtract the mean": {"center": lambda x, dims: 0},
+        "divided by the variance: divide by its root": {
+            "scale": lambda x, dims: x.var(dims, correction=0, keepdim=True)
+        },
+    },
+    atol=1e-2,
+)
+def normalize(
+    x,
+    *,
+    over=(2, 3),
+    center=lambda x, dims: x.mean(dims, keepdim=True),
+    scale=lambda x, dims: x.std(dims, correction=0, keepdim=True),
+):
+    """`(x) -> patches`: every channel of every patch (n, 3, h, w) standardized by itself."""
+    return (x - center(x, over)) / scale(x, over)
+
+
+def _moved(r, height, width, shift):
+    """Two channels of a smooth field, one moved by a fraction of a pixel, as far as a gradient can say."""
+    y, x = torch.meshgrid(torch.arange(height) / 3, torch.arange(width) / 3, indexing="ij")
+    a, b, c = r.uniform(3)
+    g = torch.sin(x + a) + torch.cos(0.7 * y + b) + 0.5 * torch.sin(x - y + c)
+    dy, dx = torch.gradient(g)
+    return g, g + shift[0] * dy + shift[1] * dx
+
+
+@exercise(
+    inputs=lambda r: [_moved(r, 10, 10, (0.3, -0.2)), _moved(r, 8, 12, (0.0, 0.5)), _moved(r, 9, 9, (-0.1, -0.1))],
+    returns={"rows": "a number", "columns": "a number"},
+    mistakes={
+        "the sign is reversed: red(r) = green(r + shift), so red - green is shift times slope": lambda g, m: tuple(
+            -v for v in shift.solution(g, m)
+        ),
+        "exchanged: rows first, then columns": lambda g, m: shift.solution(g, m)[::-1],
+        "the two slopes are correlated: solve for both together": {"joint": False},
+        "this is the sum of products: divide by the squared slopes": {"divide": False},
+    },
+    rtol=2e-2,
+    atol=2e-3,
+)
+def shift(green, red, *, joint=True, divide=True):
+    """`(green, red) -> (rows, columns)`: by how many pixels red is moved against green, by least squares."""
+    slopes = torch.stack([s.flatten() for s in torch.gradient(green)], 1)
+    A, b = slopes.T @ slopes, slopes.T @ (red - green).flatten()
+    if not divide:
+        return tuple(b)
+    return tuple(torch.linalg.solve(A, b) if joint else b / A.diagonal())
+
+
+@exercise(
+    inputs=lambda r: [(9, 9), (2, 4), (9, 10), (9, 100), (4, 24)],
+    returns={"largest average": "a number"},
+    mistakes={
+        "N / (N - 1) is missing: a permutation has no distance to itself": lambda n, N: n - 1,
+        "pairs of a permutation with itself are counted: divide by N (N - 1)": {"pairs": lambda N: N * N},
+        "the distance cannot exceed n only because positions are few: count agreements at each position": (
+            lambda n, N: n
+        ),
+        "this is for real numbers of permutations: N / n need not be whole, so round": lambda n, N: (
+            (n - 1) * N / (N - 1)
+        ),
+        "this is the smallest number of agreements: subtract it from all pairs": {"differ": False},
+    },
+)
+def largest_average(n, N, *, pairs=lambda N: N * (N - 1), differ=True):
+    """`(n, N) -> distance`: the largest possible average distance of N permutations of n elements."""
+    low, more = divmod(N, n)  # so many of the values stand low + 1 times at a position, the others low times
+    agree = more * (low + 1) ** 2 + (n - more) * low**2
+    return n * ((N * N - agree) if differ else agree - N) / pairs(N)
+
+
+@exercise(
+    inputs=lambda r: [
+        (r.uniform(k, 7).argsort(dim=1), r.uniform(40, 7).argsort(dim=1))
+        for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
+    ],
+    returns={"distance": "of the permutation that is added to the nearest one chosen"},
+    mistakes={
+        "the greatest average: then the nearest may be very near, take the minimum over those chosen": {
+            "reduce": lambda d: d.double().mean(0)
+        },
+        "the farthest of those chosen: take the nearest": {"reduce": lambda d: d.amax(0)},
+        "only the last one chosen is looked at": {"reduce": lambda d: d[-1]},
+        "agreements: the Hamming distance counts the positions that differ": {
+            "distance": lambda a, b: (a == b).sum(-1)
+        },
+        "the nearest candidate: take the one whose smallest distance is largest": {"best": torch.argmin},
+    },
+)
+def greedy_distance(
+    chosen,
+    pool,
+    *,
+    distance=lambda a, b: (a != b).sum(-1),
+    reduce=lambda d: d.amin(0),
+    best=torch.argmax,
+):
+    """`(chosen, pool) -> distance`: what one step of the greedy choice gains."""
+    pick = best(reduce(distance(chosen[:, None], pool[None])))
+    return (pool[pick] != chosen).sum(1).min()
+
+
+@exercise(
+    inputs=lambda r: [([2, 2, 9], 0.5), ([8] * 99, 0.6), ([9, 8, 7, 4], 0.9), ([], 0.3)],
+    returns={"bound": "the error is at most this fraction"},
+    mistakes={
+        "the factor 1/2 is missing: of two candidates that are left, one is right by luck": {"half": 1.0},
+        "q is the probability that a patch IS recognized: all d must fail": {"fail": lambda q: q},
+        "the average distance in place of the sum: near permutations dominate": lambda d, q: (
+            0.5 * len(d) * (1 - q) ** (sum(d) / len(d)) if d else 0.0
+        ),
+        "the nearest alone: add up all of them": lambda d, q: 0.5 * (1 - q) ** min(d) if d else 0.0,
+        "divided by the number of permutations: the others add up, they are not averaged": lambda d, q: (
+            ambiguity.solution(d, q) / max(1, len(d))
+        ),
+    },
+)
+def ambiguity(distances, q, *, half=0.5, fail=lambda q: 1 - q):
+    """`(distances, q) -> bound` of the error for one permutation, from its distances to all the others."""
+    return half * sum(fail(q) ** d for d in distances)

@@ -1,0 +1,1 @@
+"""Chapter 9: SimSiam, a predictor and a stop-gradient alone."""
