@@ -6,13 +6,15 @@
     python book/chapters/relative_location/experiments.py shapes         both methods and their controls, and the factors
     python book/chapters/relative_location/experiments.py sabotage       one part removed or replaced at a time
     python book/chapters/relative_location/experiments.py classes        jigsaw with 10, 100 and 1000 permutations
+    python book/chapters/relative_location/experiments.py rates          learning rates on photographs, held-out images
     python book/chapters/relative_location/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 The supervised control has four times as many images a step, as many as rotation has rows.
-Three seeds each, but one of `settings`. Each takes minutes on one CPU core; with --resume it goes on after the seeds that
+Three seeds each, but one of `settings` and `rates`. Each takes minutes on one CPU core; with --resume it goes on after the seeds that
 its files hold. They write `relative_location_settings`; `relative_location_noise`; `relative_location_shapes` and
 `relative_location_factors` (on test images); `relative_location_sabotage` and `relative_location_classes` (on held-out
-training images); `relative_location_photographs`, with the checkpoint `relative_location_cifar10`.
+training images); `relative_location_rates`; `relative_location_photographs`, with the checkpoint
+`relative_location_cifar10`.
 """
 
 import copy
@@ -65,8 +67,9 @@ RAW = View(size=32, crop=None, flip=0.0)
 WIDTH, HIDDEN, PATCH_DIM, PERMUTATIONS, BATCH, CELL, PATCH = 16, 256, 64, 100, 64, 10, 8
 LR = {"relative location": 2e-2, "jigsaw": 5e-3, "rotation": 2e-2, "supervised": 5e-3}  # the best of `settings`
 LRS = (5e-3, 1e-2, 2e-2)
-STEPS = {"settings": 200, "noise": 150, "shapes": 300, "sabotage": 200, "classes": 200, "photographs": 200}
-PHOTOGRAPHS = (4000, 1000)
+STEPS = {"settings": 200, "noise": 150, "shapes": 300, "sabotage": 200, "classes": 200, "photographs": 1000}
+PHOTOGRAPHS = (8000, 1000)
+PHOTOGRAPH_LR = LR | {"relative location": 5e-3}  # the best of `rates`
 LENS, OTHER_LENS = (0.1, 0.0, 0.1), (0.1, 0.0, -0.1)  # red and blue against green; red against blue
 METHODS = ("relative location", "jigsaw", "rotation")
 CLASSES = (10, 100, 1000)
@@ -132,7 +135,13 @@ def make(
 
 
 def fit(
-    seed: int, run: Sequence[Batch], name: str = "relative location", *, jitter: bool = True, **options
+    seed: int,
+    run: Sequence[Batch],
+    name: str = "relative location",
+    *,
+    jitter: bool = True,
+    lr: float | None = None,
+    **options,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a variant; the backbone, and the mean of the last twenty steps' log."""
     if not jitter:
@@ -140,7 +149,7 @@ def fit(
         run = [without_jitter(batch, cell, patch) for batch in run]
         options |= {"cell": patch, "view": View(size=3 * patch, crop=None, flip=0.0)}
     method = make(seed, name, **options)
-    log = train(method, run, LR[name])
+    log = train(method, run, lr or LR[name])
     named = {"task": next(value for key, value in log.items() if key.endswith("accuracy"))}
     return getattr(method.backbone, "backbone", method.backbone), {"loss": log["loss"], **named}
 
@@ -243,6 +252,29 @@ def classes(num_seeds: int, resume: bool) -> None:
         results.save("relative_location_classes", table, seeds=list(range(seed + 1)), settings=about)
 
 
+class FirstHalf(nn.Module):
+    """The backbone up to its feature map at half of the resolution, averaged over positions."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_stages(x)[0].mean((2, 3))
+
+
+def rates(num_seeds: int, resume: bool) -> None:
+    """`relative_location_rates`: learning rates on photographs, measured on held-out training images."""
+    data, steps, table = cifar10(*PHOTOGRAPHS), STEPS["photographs"], {}
+    run = batches(data, (PHOTOGRAPH,), BATCH, steps, 100)
+    for name in METHODS[:2]:
+        for lr in LRS:
+            backbone, log = fit(100, run, name, view=PHOTOGRAPH, lr=lr)
+            note(table, f"{name}, learning rate {lr:g}", {"task": log["task"], **held_out(backbone, data, 32)})
+    about = {"steps": steps, "batch": BATCH, "images": PHOTOGRAPHS[0], "data": data.name}
+    results.save("relative_location_rates", table, seeds=[100], settings=about)
+
+
 def photographs(num_seeds: int, resume: bool) -> None:
     """`relative_location_photographs`: CIFAR-10, beside the controls; the checkpoint is relative location's, seed 0."""
     data, steps = cifar10(*PHOTOGRAPHS), STEPS["photographs"]
@@ -252,22 +284,27 @@ def photographs(num_seeds: int, resume: bool) -> None:
     if not done:
         rows |= {name: {} for name in (*METHODS, "random weights", "pixels", "supervised")}
         note(rows, "pixels", score(nn.Flatten(), data, 32))
+
+    def both(row: str, backbone: nn.Module, **log: float) -> None:
+        half = {f"{name}, first half": value for name, value in score(FirstHalf(backbone), data, 32).items()}
+        note(rows, row, {**log, **score(backbone, data, 32), **half})
+
     for seed in range(done, num_seeds):
         run = batches(data, (PHOTOGRAPH,), BATCH, steps, seed)
         fresh = make(seed).backbone
-        note(rows, "random weights", score(fresh, data, 32))
+        both("random weights", fresh)
         for name in METHODS:
-            backbone, log = fit(seed, run, name, view=PHOTOGRAPH)
-            note(rows, name, {**score(backbone, data, 32), "task": log["task"]})
+            backbone, log = fit(seed, run, name, view=PHOTOGRAPH, lr=PHOTOGRAPH_LR[name])
+            both(name, backbone, task=log["task"])
             if name == "relative location" and seed == 0:
                 path = results.book() / "checkpoints" / "relative_location_cifar10.safetensors"
                 command = "python book/chapters/relative_location/experiments.py photographs"
                 facts = {"method": name, "command": command, "seed": 0, "settings": about}
                 export_backbone(path, copy.deepcopy(backbone), facts)
-        train_supervised(fresh, data, PHOTOGRAPH, steps, 4 * BATCH, seed, LR["supervised"])
-        note(rows, "supervised", score(fresh, data, 32))
+        train_supervised(fresh, data, PHOTOGRAPH, steps, 4 * BATCH, seed, PHOTOGRAPH_LR["supervised"])
+        both("supervised", fresh)
         results.save("relative_location_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 
 
 if __name__ == "__main__":
-    main(__doc__, settings, noise, shapes, sabotage, classes, photographs)
+    main(__doc__, settings, noise, shapes, sabotage, classes, rates, photographs)
