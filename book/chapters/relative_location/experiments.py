@@ -10,11 +10,11 @@
     python book/chapters/relative_location/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 The supervised control has four times as many images a step, as many as rotation has rows.
-Three seeds each, but one of `settings` and `rates`. Each takes minutes on one CPU core; with --resume it goes on after the seeds that
-its files hold. They write `relative_location_settings`; `relative_location_noise`; `relative_location_shapes` and
-`relative_location_factors` (on test images); `relative_location_sabotage` and `relative_location_classes` (on held-out
-training images); `relative_location_rates`; `relative_location_photographs`, with the checkpoint
-`relative_location_cifar10`.
+Three seeds each, but one of `settings` and `rates`. Each takes minutes on one CPU core; with --resume it goes on after
+the seeds that its files hold. They write `relative_location_settings`; `relative_location_noise`;
+`relative_location_shapes` and `relative_location_factors` (on test images); `relative_location_sabotage` and
+`relative_location_classes` (on held-out training images); `relative_location_rates` and
+`relative_location_photographs`, with the checkpoint `relative_location_cifar10`.
 """
 
 import copy
