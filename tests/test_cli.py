@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from sslbook import evaluate, tools
+from sslbook.cli.common import run
 from sslbook.cli.recipes import RECIPES, method_class, resolve, train_parser
 from sslbook.cli.renamed import RENAMED, RENAMED_CLASSES
 from sslbook.engine.loop import pretrain
@@ -329,3 +331,16 @@ def test_a_tool_is_found_by_its_name_or_import_path(capsys) -> None:
         tools.main(["replya"])
     with pytest.raises(UserError, match="cannot be imported"):
         tools.main(["nowhere.tool"])
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = warnings.formatwarning
+    try:
+        run(lambda: None)
+        assert (
+            warnings.formatwarning(UserWarning("left out 2"), UserWarning, "a.py", 3, "code()")
+            == "warning: left out 2\n"
+        )
+        assert "a.py:3" in warnings.formatwarning(FutureWarning("soon"), FutureWarning, "a.py", 3, "code()")
+    finally:
+        warnings.formatwarning = usual

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,13 @@ CHOICES = ("name", "folder", "list", "shapes")  # options of data that choose im
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call a command's main function; what the user can mend becomes one line and status 2."""
+    """Call a command's main function; what the user can mend becomes one line and status 2, a warning one line."""
+    usual = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else usual(message, category, *where)
+
+    warnings.formatwarning = one_line
     try:
         main()
     except UserError as error:

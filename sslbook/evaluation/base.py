@@ -136,7 +136,7 @@ class Protocol:
         if self.uses_data and self.labels and not data.has_test_labels:
             return (
                 f"labeled training and test images; {data.name} has no labels for both: "
-                "put them into FOLDER/train/CLASS and FOLDER/test/CLASS"
+                "put them into FOLDER/train/CLASS and FOLDER/test/CLASS, two classes or more and no image beside them"
             )
         return None
 

@@ -18,12 +18,12 @@ from torchvision.ops import roi_align
 from sslbook import rng
 from sslbook.data.datasets.base import ImageSource, Splits
 from sslbook.data.datasets.boxes import BoxList
+from sslbook.data.datasets.coco import outline_mask
 from sslbook.data.datasets.masks import PairList
 from sslbook.data.executors import apply_one
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import CropParams, View, sample_params
 from sslbook.data.workers import CropDataset
-from sslbook.errors import import_extra
 
 MASK = 28  # side of the masks that a batch carries, each within its box: what the mask head predicts
 
@@ -155,15 +155,9 @@ class BoxDataset(CropDataset):
         self, outlines: list[Any], boxes: Float[Tensor, "n 4"], size: list[int], mirrored: bool
     ) -> Float[Tensor, "n pixels"]:
         """The mask of each object within its box, as fractions of `MASK` x `MASK` cells."""
-        coco = import_extra("pycocotools.mask", "detection")
         made = torch.zeros(len(boxes), MASK, MASK)
         for i, (outline, box) in enumerate(zip(outlines, boxes)):
-            runs = outline
-            if isinstance(outline, list):
-                runs = coco.merge(coco.frPyObjects(outline, *size))
-            elif isinstance(outline["counts"], list):
-                runs = coco.frPyObjects(outline, *size)
-            mask = torch.from_numpy(coco.decode(runs)).float()[None, None]
+            mask = torch.from_numpy(outline_mask(outline, size[1], size[0])).float()[None, None]
             made[i] = roi_align(mask, [box[None]], MASK, aligned=True)[0, 0]
         return (made.flip(-1) if mirrored else made).flatten(1)
 

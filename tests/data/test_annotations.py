@@ -14,6 +14,8 @@ from sslbook.data.datasets.coco import load_coco, read_coco
 from sslbook.data.datasets.voc import CLASSES, load_voc
 from sslbook.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools, with numpy 2
+
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 SQUARE = [[2, 2, 6, 2, 6, 6, 2, 6]]
 
@@ -75,8 +77,25 @@ MALFORMED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "unknown category": (lambda c: c["annotations"][1].update(category_id=1), r"category_id 1 is not in the file"),
     "no name": (lambda c: c["categories"][1].pop("name"), r"categories\[1\] \(id 3\): 'name' is missing"),
     "no size": (lambda c: c["images"][0].pop("width"), r"images\[0\] \(id 5\): 'width' is missing"),
-    "an entry that is none": (lambda c: c["annotations"].insert(0, 3), r"annotations\[0\]: "),
+    "an entry that is none": (lambda c: c["annotations"].insert(0, 3), r"annotations\[0\]: is '3', and no object with"),
     "outline": (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), r"\(id 1\): segmentation is neither"),
+    "runs of another image": (
+        lambda c: c["annotations"][1]["segmentation"].update(size=[4, 4]),
+        r"\(id 2\): segmentation is 4 pixels high and 4 wide, its image 8 and 10",
+    ),
+    "runs of another length": (
+        lambda c: c["annotations"][1]["segmentation"].update(counts=[0, 16]),
+        r"\(id 2\): segmentation has run lengths for 16 of 80 pixels",
+    ),
+    "runs that cannot be decoded": (
+        lambda c: c["annotations"][1]["segmentation"].update(counts="zz\u00ff"),
+        r"\(id 2\): Invalid RLE",
+    ),
+    "negative width": (
+        lambda c: c["annotations"][0].update(bbox=[5, 2, -3, 4]),
+        r"bbox is .*-3.0, 4.0\], and not left",
+    ),
+    "crowd in words": (lambda c: c["annotations"][1].update(iscrowd="yes"), r"\(id 2\): invalid literal"),
     "missing image": (lambda c: c["images"][1].update(file_name="z.jpg"), r"1 images are .* not there \(z.jpg\)"),
 }
 
@@ -106,7 +125,7 @@ def test_boxes_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"left out 1 boxes without area \(box 1 of a.jpg\)"):
         found = read_coco(file, tmp_path / "train2017", masks=True)
     assert len(found.rows) == len(found.outlines) == len(found.areas) == 1
-    with pytest.raises(UserError, match="has a box to learn from"):
+    with pytest.raises(UserError, match="has a box that counts"):
         found.with_boxes()  # a crowd is not learned
 
 
@@ -168,6 +187,7 @@ def test_reads_voc_07_and_12(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"x": "left"}, r"Annotations/c.xml, object 1: could not convert"),
+        ({"x": "7"}, r"c.xml, object 1: its box ends at \(6, 7\) and begins at \(7, 2\)"),
         ({"label": "dogg"}, r"c.xml, object 1: unknown class 'dogg'; did you mean dog\?"),
     ],
 )

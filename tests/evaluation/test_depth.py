@@ -118,7 +118,14 @@ def test_rejects_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 < min_depth < max_depth"):
         Depth(min_depth=3.0, max_depth=2.0)
     with pytest.raises(UserError, match=r"no depth in .* lies between .*: check --scale 1e-06"):
-        Depth(**options, scale=1e-6).chance(model.data)
+        Depth(**options, scale=1e-6).lacks(model.backbone, model.data)  # before anything is trained
+    with pytest.raises(UserError, match="lrs is empty"):
+        Depth(lrs=[])
+    other = write_pairs(tmp_path / "other", count=2)
+    for file in other["test_depths"].iterdir():
+        Image.fromarray(np.zeros((20, 24), np.uint16)).save(file)
+    with pytest.raises(UserError, match=r"no depth in .*test_depths lies between"):
+        Depth(**other).lacks(model.backbone, model.data)
     np.save(options["depths"] / "0.npy", np.zeros((2, 2, 3)))
     with pytest.raises(UserError, match=r"0.npy .*it has the shape \(2, 2, 3\)"):
         read_depth(options["depths"] / "0.npy")

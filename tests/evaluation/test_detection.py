@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -286,12 +287,16 @@ def test_two_processes_are_one(squares: Path, kind: str, pool) -> None:
 
 def test_rejects_options_and_backbones_that_do_not_fit(squares: Path, tmp_path: Path) -> None:
     data = Data(workers=0)
+    empty = Path(shutil.copytree(squares, tmp_path / "empty"))
+    file = empty / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
     for options, message in (
         ({}, "--coco FOLDER or --voc FOLDER"),
         ({"coco": squares, "voc": squares}, "--coco FOLDER or --voc FOLDER"),
         ({"voc": squares, "masks": True}, "VOC has no outlines"),
         ({"voc": squares}, "holds neither VOC2007 nor VOC2012"),
         ({"coco": tmp_path}, "instances_train2017.json: cannot be read"),
+        ({"coco": empty}, r"no image of .*val2017 has a box that counts"),  # else there is nothing to find
     ):
         with pytest.raises(UserError, match=message):
             Detection(**options).lacks(ConvNet(4), data)

@@ -49,6 +49,10 @@ def test_fewer_images_than_k_names_the_class() -> None:
     model = given((x, y), clusters(20, 4))
     with pytest.raises(UserError, match="class d has 3 training images, fewer than k = 4: give --shots up to 3"):
         FewShot([1, 4]).run(model, model.data)
+    y[:3] = 2
+    with pytest.raises(UserError, match=r"class d has 0 training images, .*: add some, or leave out its test images"):
+        FewShot([1, 4]).run(model, model.data)
+    y[:3] = 3
     assert "3-shot" in FewShot([3], samples=1).run(model, model.data)
     for options in ({"shots": []}, {"shots": [0]}, {"samples": 0}, {"svm_cost": 0.0}):
         with pytest.raises(UserError):

@@ -136,6 +136,21 @@ def test_wrong_entries_are_named(folder: Path, change: Any, message: str) -> Non
         read_truth(folder)
 
 
+def test_queries_that_cannot_be_asked(folder: Path) -> None:
+    content = truth()
+    content["gnd"][1].update(bbx=[900, 900, 950, 950])
+    (folder / "gnd_test.json").write_text(json.dumps(content))
+    one = model()
+    with pytest.raises(UserError, match=r"region \[900.* of a query lies outside its 1\d\dx100 image"):
+        Landmarks(folder, size=64).run(one, one.data)
+    content = truth()
+    for entry in content["gnd"]:
+        entry |= {"easy": [], "hard": []}
+    (folder / "gnd_test.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no query has an easy or a hard image"):
+        Landmarks(folder, size=64).run(one, one.data)
+
+
 def test_missing_files(folder: Path, tmp_path: Path) -> None:
     one = model()
     (folder / "jpg" / "image3.jpg").unlink()

@@ -232,6 +232,8 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         ({"test_masks": None}, "needs --folder, or --images, --masks"),
         ({"masks": Path("no-such-folder")}, "no-such-folder does not exist"),
         ({"ignore": (1, 255)}, r"hold 1 class\(es\) beside those to ignore"),
+        ({"ignore": (1, 2, 255)}, r"hold only values to ignore, \[1, 2, 255\]: check --ignore"),
+        ({"lrs": []}, "lrs is empty"),
         ({"images": "empty"}, "have no image in"),
     ],
 )

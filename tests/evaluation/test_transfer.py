@@ -615,6 +615,9 @@ def test_a_list_names_the_images(tmp_path: Path) -> None:
         SemiSupervised(names=tmp_path / "list.txt").positions(data, 0)
     with pytest.raises(UserError, match="cannot be read"):
         SemiSupervised(names=tmp_path / "none.txt").positions(data, 0)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"empty.txt names no labeled image of photos"):
+        SemiSupervised(names=tmp_path / "empty.txt").positions(data, 0)
     with pytest.raises(UserError, match="no files"):
         SemiSupervised(names=tmp_path / "list.txt").positions(make_data(), 0)
 
@@ -657,6 +660,7 @@ def test_backbones_that_do_not_suit_are_named() -> None:
     assert "tokens" in (AttentiveProbe().lacks(ConvNet(4), data) or "")
     assert "num_heads that divide 16" in (AttentiveProbe(num_heads=5).lacks(make_vit(), data) or "")
     assert AttentiveProbe(num_heads=2).lacks(make_vit(), data) is None
+    assert "forward_tokens" in (AttentiveProbe(num_heads=5).lacks(ConvNet(2), data) or "")
     assert "vision transformer" in (LinearSGD(pool="cls").lacks(ConvNet(4), data) or "")
     assert "3 blocks" in (LinearSGD(pool="cls", num_blocks=3).lacks(make_vit(), data) or "")
     assert "stages" in (LinearStages().lacks(nn.Flatten(), data) or "")

@@ -29,16 +29,16 @@ def lens(images: Mapping[float, Tensor], accuracy: Mapping[float, float]) -> Cal
 
     def plot(kappa: float) -> style.Figure:
         alt = (
-            f"Red magnified by {kappa:.1%}: the position of a patch is predicted with {accuracy[kappa]:.0f} % accuracy."
+            f"Red magnified by {kappa:.2%}: the position of a patch is predicted with {accuracy[kappa]:.0f} % accuracy."
         )
         fig, (left, right) = style.figure(alt, 1, 2, width=6.4, height=2.8, caption=None, least=460)
         left.imshow(images[kappa].permute(1, 2, 0), interpolation="nearest")
         left.set_axis_off()
-        left.set_title(f"red magnified by {kappa:.1%}", fontsize=10)
+        left.set_title(f"red magnified by {kappa:.2%}", fontsize=10)
         right.plot([100 * k for k in strengths], list(accuracy.values()), "o-", color=style.BLUE, ms=4)
         right.plot([100 * kappa], [accuracy[kappa]], "o", color=style.ORANGE, ms=9)
         right.axhline(12.5, color=style.GRAY, ls=":")
-        right.set(xlabel="magnification of red, %", ylabel="location accuracy, %", ylim=(0, 102))
+        right.set(xlabel="magnification of red, %", ylabel="location accuracy, %", xscale="log", ylim=(0, 102))
         return fig
 
     return plot
@@ -74,14 +74,14 @@ def schematic() -> Diagram:
 def toy(
     scenes: Mapping[float, tuple[Tensor, Tensor]], accuracy: Mapping[str, Mapping[float, float]]
 ) -> Callable[[float], style.Figure]:
-    """Frames over how often a part is right: a scene of each kind, and the best accuracies."""
+    """Frames over how often a letter is correct: a scene of each kind, and the best accuracies."""
 
-    def plot(r: float) -> style.Figure:
-        alt = f"Parts right with probability {r:g}. Best accuracy: " + ", ".join(
-            f"{name} {values[r]:.0%}" for name, values in accuracy.items()
+    def plot(rho: float) -> style.Figure:
+        alt = f"Letters correct with probability {rho:g}. Best accuracy: " + ", ".join(
+            f"{name} {values[rho]:.0%}" for name, values in accuracy.items()
         )
         fig, axes = style.figure(alt, 1, 3, width=7.4, height=2.7, caption=None, least=560, width_ratios=(1, 1, 1.7))
-        for ax, scene, title in zip(axes, scenes[r], ("fixed layout", "unknown shift")):
+        for ax, scene, title in zip(axes, scenes[rho], ("fixed layout", "unknown shift")):
             ax.imshow(scene, cmap=style.MAP, vmin=0, vmax=24)
             for i, row in enumerate(scene.tolist()):
                 for j, part in enumerate(row):
@@ -91,9 +91,9 @@ def toy(
         marks = zip(accuracy.items(), style.COLORS, ("-", "--", ":"))
         for (name, values), color, dashes in marks:
             axes[2].plot(list(values), [100 * v for v in values.values()], dashes, color=color, label=name)
-            axes[2].plot([r], [100 * values[r]], "o", color=color)
+            axes[2].plot([rho], [100 * values[rho]], "o", color=color)
         axes[2].legend(loc="upper left", fontsize=8)
-        axes[2].set(xlabel="probability that a part is right", ylabel="best accuracy, %", ylim=(0, 112))
+        axes[2].set(xlabel="probability that a letter is correct", ylabel="best accuracy, %", ylim=(0, 112))
         return fig
 
     return plot
@@ -104,21 +104,21 @@ def gap(
 ) -> Callable[[int], style.Figure]:
     """Frames over the gap: a center and its neighbor to the right, and the accuracy of the best classifier."""
 
-    def plot(width: int) -> style.Figure:
-        alt = f"At a mean gap of {width} pixels the best accuracy is {100 * fixed[width]:.0f} % without jitter and "
-        alt += f"{100 * jittered[width]:.0f} % with it."
+    def plot(gap: int) -> style.Figure:
+        alt = f"At a mean gap of {gap} pixels the best accuracy is {100 * fixed[gap]:.0f} % without jitter and "
+        alt += f"{100 * jittered[gap]:.0f} % with it."
         fig, (left, right) = style.figure(
             alt, 1, 2, width=6.6, height=2.7, caption=None, least=480, width_ratios=(1.2, 1.4)
         )
-        left.imshow(pairs[width], cmap="gray", vmin=-2.5, vmax=2.5)
+        left.imshow(pairs[gap], cmap="gray", vmin=-2.5, vmax=2.5)
         left.set_axis_off()
-        left.set_title(f"gap of {width} pixels", fontsize=10)
+        left.set_title(f"gap of {gap} pixels", fontsize=10)
         for found, color, mark, name in (
             (fixed, style.BLUE, "o-", "without jitter"),
             (jittered, style.ORANGE, "s--", "with jitter"),
         ):
             right.plot(list(found), [100 * v for v in found.values()], mark, color=color, ms=4, label=name)
-        right.axvline(width, color=style.GRAY, lw=0.8)
+        right.axvline(gap, color=style.GRAY, lw=0.8)
         right.axhline(12.5, color=style.GRAY, ls=":")
         right.legend(fontsize=8)
         right.set(xlabel="mean gap, pixels", ylabel="best accuracy, %", ylim=(0, 100))

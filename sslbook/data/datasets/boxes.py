@@ -98,14 +98,14 @@ class BoxList(FileList):
         )
 
     def with_boxes(self) -> "BoxList":
-        """Only the images in which there is something to learn.
+        """Only the images in which there is something to learn, or to find.
 
         Raises:
             UserError: there are none.
         """
         counts = torch.tensor([int((self.rows[self.slice(i), 5] == 0).sum()) for i in range(len(self))])
         if not counts.any():
-            raise UserError(f"no image of {self.root} has a box to learn from: check the annotations")
+            raise UserError(f"no image of {self.root} has a box that counts: check the annotations")
         return self.subset(counts.nonzero()[:, 0])
 
 

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sslbook.data.datasets.boxes import Boxes, BoxList, box_list
-from sslbook.errors import UserError, explained, first_line
+from sslbook.errors import UserError, explained, first_line, import_extra
 from sslbook.files import read_text
 
 
@@ -67,7 +69,7 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
     with _entries(file, "annotations", lists[2]) as entries:
         for entry in entries:
             box = [float(value) for value in entry["bbox"]]
-            if len(box) != 4 or not all(map(math.isfinite, box)):
+            if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
                 raise ValueError(f"bbox is {box}, and not left, top, width and height")
             x, y, width, height = box
             if entry["image_id"] not in found or entry["category_id"] not in numbers:
@@ -76,18 +78,40 @@ def read_coco(file: Path, images: Path, masks: bool = False) -> BoxList:
             image = found[entry["image_id"]]
             image.boxes.append((x, y, x + width, y + height))
             image.classes.append(numbers[entry["category_id"]])
-            image.ignored.append(bool(entry.get("iscrowd", 0)))
+            image.ignored.append(int(entry.get("iscrowd", 0)) > 0)
             image.areas.append(float(entry.get("area", width * height)))
             if masks:
-                image.outlines.append(_outline(entry.get("segmentation")))
+                image.outlines.append(_outline(entry.get("segmentation"), image.size))
     order = sorted(names)
     return box_list(images, list(found.values()), [names[number] for number in order], order)
 
 
-def _outline(value: Any) -> Any:
+def outline_mask(outline: Any, width: int, height: int) -> np.ndarray:
+    """The mask `(height, width)` of one of COCO's outlines: a list of polygons, or run lengths.
+
+    Raises:
+        ValueError: the run lengths are not those of an image of this size.
+        UserError: pycocotools is not installed.
+    """
+    coco = import_extra("pycocotools.mask", "detection")
+    if isinstance(outline, list):
+        return coco.decode(coco.merge(coco.frPyObjects(outline, height, width)))
+    counts, size = outline["counts"], list(outline["size"])
+    if size != [height, width]:
+        raise ValueError(f"segmentation is {size[0]} pixels high and {size[-1]} wide, its image {height} and {width}")
+    if not isinstance(counts, list):
+        return coco.decode(outline)
+    if sum(counts) != height * width or min(counts) < 0:
+        raise ValueError(f"segmentation has run lengths for {sum(counts)} of {height * width} pixels")
+    return coco.decode(coco.frPyObjects(outline, height, width))
+
+
+def _outline(value: Any, size: tuple[int, int]) -> Any:
     polygons = isinstance(value, list) and value and all(isinstance(p, list) and len(p) >= 6 for p in value)
     if not polygons and not (isinstance(value, dict) and {"size", "counts"} <= set(value)):
         raise ValueError("segmentation is neither a list of polygons nor run lengths; without it give --masks false")
+    if not polygons:
+        outline_mask(value, *size)  # decoded to see that it can be
     return value
 
 
@@ -106,4 +130,5 @@ def _entries(file: Path, name: str, entries: list[Any]) -> Iterator[Iterator[Any
         entry = entries[place[0]]
         known = f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else first_line(error)
+        what = what if isinstance(entry, dict) else f"is {str(entry)[:40]!r}, and no object with keys and values"
         raise UserError(f"{file}, {name}[{place[0]}]{known}: {what}") from None

@@ -154,6 +154,10 @@ def _tops(paths: list[str]) -> set[str]:
 
 def _classes(paths: list[str]) -> tuple[str, ...]:
     names = _tops(paths)
+    loose = [path for path in paths if "/" not in path]
+    if len(names) > 2 and 0 < len(loose) < len(paths) / 2:
+        what = f"{len(loose)} images lie beside the subfolders, such as {loose[0]}"
+        warnings.warn(f"{what}: so the subfolders are not read as classes", stacklevel=3)
     return tuple(sorted(names)) if "" not in names and len(names) >= 2 else ()
 
 

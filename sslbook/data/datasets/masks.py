@@ -191,9 +191,11 @@ def load_masks(train: tuple[Path, Path], test: tuple[Path, Path], ignore: Sequen
     nothing = partial(read_mask, table=torch.zeros(0, dtype=torch.int64))  # until the values are known
     parts = [pairs(*folders, nothing) for folders in (train, test)]
     values: set[int] = set()
-    for part in parts:
-        for position in range(len(part)):
-            values |= set(np.unique(read_indices(part.target_path(position))).tolist())
+    for part, (_, folder) in zip(parts, (train, test)):
+        found = {int(v) for i in range(len(part)) for v in np.unique(read_indices(part.target_path(i)))}
+        if found <= set(ignore):
+            raise UserError(f"the masks in {folder} hold only values to ignore, {sorted(found)}: check --ignore")
+        values |= found
     classes = sorted(values - set(ignore))
     if len(classes) < 2:
         raise UserError(f"the masks in {train[1]} hold {len(classes)} class(es) beside those to ignore: {classes}")

@@ -54,6 +54,8 @@ def _read(year: Path, name: str) -> Boxes:
             if label not in CLASSES:
                 raise ValueError(f"unknown class {label!r}{nearest(label, list(CLASSES))}")
             x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax"))
+            if x2 < x1 or y2 < y1:
+                raise ValueError(f"its box ends at ({x2:g}, {y2:g}) and begins at ({x1:g}, {y1:g})")
             boxes.append((x1 - 1, y1 - 1, x2, y2))
             classes.append(CLASSES.index(label))
             difficult.append(thing.findtext("difficult", "0").strip() == "1")

@@ -77,10 +77,12 @@ class AttentiveProbe(TransferProtocol):
         return {"attentive": majority(data.labels("train"), data.labels("test"))}
 
     def lacks(self, backbone: nn.Module, data: Data) -> str | None:
+        if (lack := super().lacks(backbone, data)) is not None:
+            return lack
         dim = getattr(backbone, "dim", self.num_heads)
         if isinstance(dim, int) and dim % self.num_heads:
             return f"num_heads that divide {dim}, the width of a token, unlike {self.num_heads}"
-        return super().lacks(backbone, data)
+        return None
 
 
 def _probe(shape: torch.Size, num_classes: int, num_heads: int, num_blocks: int) -> Attentive:

@@ -88,6 +88,8 @@ class Depth(Protocol):
         precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
         at_least_one(steps=steps, train_batch_size=train_batch_size)
+        if not lrs:
+            raise UserError("lrs is empty: give at least one value")
         if not 0 < min_depth < max_depth:
             raise UserError(f"min_depth {min_depth} and max_depth {max_depth}: give 0 < min_depth < max_depth")
         self.images, self.depths, self.test_images, self.test_depths = images, depths, test_images, test_depths
@@ -95,6 +97,7 @@ class Depth(Protocol):
         self.size, self.steps, self.train_batch_size = size, steps, train_batch_size
         self.lrs, self.weight_decay, self.precision = list(lrs), weight_decay, precision
         self._data: PairData | None = None
+        self._known: dict[str, Float[Tensor, "pixels"]] = {}
         self._shown: list[Shown] = []
 
     @property
@@ -109,7 +112,8 @@ class Depth(Protocol):
         return self._data
 
     def lacks(self, backbone: nn.Module, data: Data) -> str | None:
-        _ = self.pairs  # what is missing there is reported before anything is trained
+        for split in ("train", "test"):  # what is missing there is reported before anything is trained
+            self.known(split)
         return super().lacks(backbone, data)
 
     def run(self, model: Representation, data: Data) -> Metrics:
@@ -149,7 +153,7 @@ class Depth(Protocol):
 
     def chance(self, data: Data) -> Metrics:
         """Of predicting the median of the training depths everywhere."""
-        median = float(self._known().median())
+        median = float(self.known("train").median())
         source = self.pairs._source("test")
         targets = (source.read(source.target_path(i)) for i in range(len(source)))  # pyrefly: ignore
         limits = (self.min_depth, self.max_depth)
@@ -166,9 +170,11 @@ class Depth(Protocol):
 
         return {"images": prediction_figure(self._shown, "depth", draw)}
 
-    def _known(self) -> Float[Tensor, "pixels"]:
-        """Training depths that count, of about 1,000 pixels an image."""
-        source = self.pairs._source("train")
+    def known(self, split: Literal["train", "test"]) -> Float[Tensor, "pixels"]:
+        """Depths that count, of about 1,000 pixels an image, read once; UserError if there are none."""
+        if split in self._known:
+            return self._known[split]
+        source = self.pairs._source(split)
         found = []
         for i in range(len(source)):
             depth = source.read(source.target_path(i))  # pyrefly: ignore
@@ -177,7 +183,9 @@ class Depth(Protocol):
         known = torch.cat(found)
         if not len(known):
             limits = f"between {self.min_depth} and {self.max_depth}"
-            raise UserError(f"no depth in {self.depths} lies {limits}: check --scale {self.scale} and --max_depth")
+            folder = self.depths if split == "train" else self.test_depths
+            raise UserError(f"no depth in {folder} lies {limits}: check --scale {self.scale} and --max_depth")
+        self._known[split] = known
         return known
 
     def _errors(self, dense: Dense, data: PairData, predict: Callable[[Tensor], Tensor], show: bool = False) -> Metrics:

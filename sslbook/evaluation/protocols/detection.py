@@ -100,7 +100,7 @@ class Detection(Protocol):
         """Training and test images that the options name, read once; UserError if they name none."""
         if self._lists is None:
             if (self.coco is None) == (self.voc is None):
-                raise UserError("detection needs --coco FOLDER or --voc FOLDER")
+                raise UserError("detection needs --coco FOLDER or --voc FOLDER, one of them")
             if self.voc is not None and self.masks:
                 raise UserError("masks true: VOC has no outlines for its boxes; give --coco")
             if self.coco is not None:
@@ -108,6 +108,8 @@ class Detection(Protocol):
                 self._lists = load_coco(self.coco, self.masks)
             else:
                 self._lists = load_voc(self.voc)
+            for images in self._lists:
+                images.with_boxes()  # refuses images without any
         return self._lists
 
     def lacks(self, backbone: nn.Module, data: Data) -> str | None:

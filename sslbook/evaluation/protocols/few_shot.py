@@ -51,7 +51,7 @@ class FewShot(Protocol):
             c = int((targets == 1).sum(0).where((new_targets == 1).any(0), len(targets) + 1).argmin())
             raise UserError(
                 f"few_shot: class {data.class_names[c]} has {fewest} training images, fewer than k = {max(self.shots)}: "
-                f"give --shots up to {fewest}"
+                + (f"give --shots up to {fewest}" if fewest else "add some, or leave out its test images")
             )
         metrics: Metrics = {}
         everything: dict[str, list[float]] = {}

@@ -87,6 +87,8 @@ class Landmarks(Protocol):
             if found:
                 values = torch.tensor(found, dtype=torch.float64).mean(dim=0).tolist()
                 metrics |= {f"{setup}, {name}": v for name, v in zip(["mAP", *(f"mP@{k}" for k in self.at)], values)}
+        if not metrics:
+            raise UserError(f"{folder}: no query has an easy or a hard image: nothing can be measured")
         model.details[self.name] = {"database": len(database), "queries": len(queries), "longer side": self.size}
         return metrics
 
@@ -117,11 +119,18 @@ class Landmarks(Protocol):
 
 
 def prepared(image: Any, region: Any, size: int, view: View) -> Float[Tensor, "3 height width"]:
-    """The region of a PIL image (left, top, right, bottom; None: all of it), resized and normalized."""
+    """The region of a PIL image (left, top, right, bottom; None: all of it), resized and normalized.
+
+    Raises:
+        UserError: the region is empty or outside the image.
+    """
     from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
     if region is not None:
-        image = image.crop(tuple(round(float(v)) for v in region))
+        left, top, right, bottom = (round(float(v)) for v in region)
+        if not (left < right and top < bottom and left < image.width and top < image.height and min(right, bottom) > 0):
+            raise UserError(f"the region {list(region)} of a query lies outside its {image.width}x{image.height} image")
+        image = image.crop((left, top, right, bottom))
     scale = size / max(image.size)
     sides = [max(MULTIPLE, round(side * scale) // MULTIPLE * MULTIPLE) for side in image.size]
     from PIL import Image

@@ -108,6 +108,8 @@ class Segmentation(Protocol):
         self.folder, self.images, self.masks = folder, images, masks
         self.test_images, self.test_masks, self.ignore = test_images, test_masks, tuple(ignore)
         self.head, self.size, self.steps, self.train_batch_size = head, size, steps, train_batch_size
+        if lrs is not None and not lrs:
+            raise UserError("lrs is empty: give at least one value")
         self.lrs = list(lrs or {"linear": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "fcn": (0.01,)}.get(head, ()))
         self.weight_decay = {"fcn": 5e-4}.get(head, 1e-3) if weight_decay is None else weight_decay
         self.precision, self.k, self.temperature, self.bank = precision, k, temperature, bank

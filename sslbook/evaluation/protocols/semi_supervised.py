@@ -85,7 +85,7 @@ class SemiSupervised(TransferProtocol):
         """The labeled training images that are used, in order.
 
         Raises:
-            UserError: the list cannot be read, or names images that are not there.
+            UserError: the list cannot be read, names images that are not there, or no labeled one.
         """
         labels = data.labels("train")
         labeled = (labels >= 0).nonzero()[:, 0]
@@ -105,7 +105,9 @@ class SemiSupervised(TransferProtocol):
             raise UserError(
                 f"{self.names} names {len(missing)} images that {data.name} lacks: {', '.join(missing[:3])}"
             )
-        chosen = torch.tensor([where[name] for name in dict.fromkeys(names)])
+        chosen = torch.tensor([where[name] for name in dict.fromkeys(names)], dtype=torch.int64)
+        if not (labels[chosen] >= 0).any():
+            raise UserError(f"{self.names} names no labeled image of {data.name}: write a file name on each line")
         return chosen[labels[chosen] >= 0].sort().values
 
     @property
