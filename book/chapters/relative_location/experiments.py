@@ -65,11 +65,15 @@ VIEW = View(size=32, crop=(0.8, 1.0), flip=0.0, **COLORS)
 PHOTOGRAPH = View(size=32, crop=(0.6, 1.0), flip=0.0, **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 RAW = View(size=32, crop=None, flip=0.0)
 WIDTH, HIDDEN, PATCH_DIM, PERMUTATIONS, BATCH, CELL, PATCH = 16, 256, 64, 100, 64, 10, 8
-LR = {"relative location": 2e-2, "jigsaw": 5e-3, "rotation": 2e-2, "supervised": 5e-3}  # the best of `settings`
+LR = {
+    "relative location": 2e-2,
+    "jigsaw": 5e-3,
+    "rotation": 2e-2,
+    "supervised": 5e-3,
+}  # the best of `settings`, and of `rates`
 LRS = (5e-3, 1e-2, 2e-2)
 STEPS = {"settings": 200, "noise": 150, "shapes": 300, "sabotage": 200, "classes": 200, "photographs": 1000}
 PHOTOGRAPHS = (8000, 1000)
-PHOTOGRAPH_LR = LR | {"relative location": 5e-3}  # the best of `rates`
 LENS, OTHER_LENS = (0.1, 0.0, 0.1), (0.1, 0.0, -0.1)  # red and blue against green; red against blue
 METHODS = ("relative location", "jigsaw", "rotation")
 CLASSES = (10, 100, 1000)
@@ -294,14 +298,14 @@ def photographs(num_seeds: int, resume: bool) -> None:
         fresh = make(seed).backbone
         both("random weights", fresh)
         for name in METHODS:
-            backbone, log = fit(seed, run, name, view=PHOTOGRAPH, lr=PHOTOGRAPH_LR[name])
+            backbone, log = fit(seed, run, name, view=PHOTOGRAPH)
             both(name, backbone, task=log["task"])
             if name == "relative location" and seed == 0:
                 path = results.book() / "checkpoints" / "relative_location_cifar10.safetensors"
                 command = "python book/chapters/relative_location/experiments.py photographs"
                 facts = {"method": name, "command": command, "seed": 0, "settings": about}
                 export_backbone(path, copy.deepcopy(backbone), facts)
-        train_supervised(fresh, data, PHOTOGRAPH, steps, 4 * BATCH, seed, PHOTOGRAPH_LR["supervised"])
+        train_supervised(fresh, data, PHOTOGRAPH, steps, 4 * BATCH, seed, LR["supervised"])
         both("supervised", fresh)
         results.save("relative_location_photographs", rows, seeds=list(range(seed + 1)), settings=about)
 
