@@ -63,26 +63,32 @@ def twins(groups, *, weight=lambda s, g: s / 8):
     return len(groups) / 8, sum(weight(s, groups) * math.log(s) for s in groups)
 
 
-def _right(r):
-    return torch.tensor([r, 0.0, 1.0, 0.5])
-
-
 @exercise(
-    inputs=lambda r: [(0.0, True), (1.0, True), (0.6, True), (0.6, False), (0.3, False)],
-    returns={"best accuracy": "a fraction"},
+    inputs=lambda r: [(0.0, True), (0.9, True), (0.6, True), (0.6, False), (0.3, False)],
+    returns={"loss floor": "in nats"},
     mistakes={
-        "the parts that are not right are guessed: one of eight is right by luck": {"luck": 0.0},
-        "with an unknown shift both patches must be right: r squared": {"power": lambda shifted: 1},
-        "with a known layout the center is not needed: r, not its square": {"power": lambda shifted: 2},
-        "there are eight positions to guess from, not nine": {"luck": 1 / 9},
-        "in percent: return a fraction": lambda r, shifted: 100 * layout_accuracy.solution(r, shifted),
-        "exchanged: it is the unknown shift that needs both patches": {"power": lambda shifted: 1 if shifted else 2},
+        "a random letter points at a position with probability 8/25: it adds uncertainty where one points": lambda r, s: (
+            (1 - (r * r if s else r)) * math.log(8)
+        ),
+        "of 25 letters 8 point at a position, not all": {"letters": 8},
+        "with an unknown shift both letters must be correct: rho squared": {"power": lambda shifted: 1},
+        "with a fixed layout the center is not needed: rho, not its square": {"power": lambda shifted: 2},
+        "exchanged: it is the unknown shift that needs both letters": {"power": lambda shifted: 1 if shifted else 2},
+        "in bits: the natural logarithm gives nats": lambda r, s: layout_floor.solution(r, s) / math.log(2),
+        "this is log 8 minus the floor, the information that is there": lambda r, s: (
+            math.log(8) - layout_floor.solution(r, s)
+        ),
+        "the position pointed at is not certain: seven others share what is left": {"certain": True},
     },
 )
-def layout_accuracy(r, shifted, *, luck=1 / 8, power=lambda shifted: 2 if shifted else 1):
-    """`(r, shifted) -> fraction`: the best accuracy if each part is right with probability r."""
-    known = r ** power(shifted)
-    return known + (1 - known) * luck
+def layout_floor(rho, shifted, *, letters=25, power=lambda shifted: 2 if shifted else 1, certain=False):
+    """`(rho, shifted) -> nats`: the smallest loss of the toy."""
+    known = rho ** power(shifted)
+    other = (1 - known) / letters
+    points = known + 8 * other
+    p = [(known + other) / points] + 7 * [other / points]
+    entropy = 0.0 if certain else -sum(value * math.log(value) for value in p)
+    return points * entropy + (1 - points) * math.log(8)
 
 
 @exercise(
