@@ -188,7 +188,7 @@ def setup(device: str | None = None) -> torch.device:
         device: where to compute, such as `cpu` or `cuda:1`; by default a GPU if there is one.
 
     Raises:
-        UserError: the device does not exist, or there are more processes than GPUs.
+        UserError: the device does not exist, there are more processes than GPUs, or the environment describes no group.
     """
     cuda = torch.cuda.is_available()
     kinds, cure = (RuntimeError, AssertionError, NotImplementedError), "use cpu, cuda or cuda:0"
@@ -211,6 +211,9 @@ def setup(device: str | None = None) -> torch.device:
                 raise UserError(f"process {local_rank} of this machine has no GPU of its own: {most}")
             chosen = torch.device("cuda", local_rank)
             torch.cuda.set_device(chosen)
+        rank, processes = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "0"))
+        if processes and not 0 <= rank < processes:  # it would wait for ever
+            raise UserError(f"RANK is {rank} and WORLD_SIZE {processes}: {cure}")
         backend = "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
         again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
         options: dict[str, Any] = _fresh_store() if again else {}

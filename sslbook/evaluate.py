@@ -191,6 +191,8 @@ def view_of(facts: dict[str, Any], resize: int | None) -> View:
         mean, std = (tuple(float(value) for value in view[key]) for key in ("mean", "std"))
         made = center_view(int(view["size"]), mean, std, resize=resize or view.get("resize"))
         return replace(made, interpolation=view.get("interpolation", "bilinear"))
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError):
         raise UserError("the backbone's description does not say its view (size, mean, std); export it again") from None
 

@@ -143,7 +143,15 @@ def test_default_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPa
     assert found == {(True, True): "cuda", (False, True): "mps", (False, False): "cpu"}
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "abc"}, {"RANK": "0"}, {"RANK": "0", "LOCAL_RANK": "first"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "abc"},
+        {"RANK": "0"},
+        {"RANK": "0", "LOCAL_RANK": "first"},
+        {"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},  # would wait for ever
+    ],
+)
 def test_an_environment_that_is_no_group_is_one_line(environment: dict, monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

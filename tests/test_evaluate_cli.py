@@ -268,3 +268,12 @@ def test_a_protocol_before_the_run_has_its_options_on_the_command_line(run, monk
     assert one["settings"]["protocols"] == {"knn": {"k": 3, "temperature": 0.5}}
     assert one["seeds"] == [4]
     assert other["settings"]["protocols"]["knn"]["k"] == 20
+
+
+def test_a_view_that_cannot_be_says_which_number_is_wrong() -> None:
+    facts = {"view": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    assert evaluate.view_of(facts, 40).resize == 40
+    with pytest.raises(UserError, match=r"view.resize = 4: it must be at least size = 32"):
+        evaluate.view_of(facts, 4)
+    with pytest.raises(UserError, match="does not say its view"):
+        evaluate.view_of({"view": {"size": 32}}, None)

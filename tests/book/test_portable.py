@@ -403,11 +403,21 @@ def test_rename_changes_the_name_and_nothing_else():
     assert rename("y = f(1)", {"f"}) == "y = f(1)"
 
 
+def test_the_command_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        tools.main(["portable", "--out", str(tmp_path)])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 @pytest.mark.slow
 def test_the_command_writes_notebooks_and_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tools.main(["portable", "--out", str(tmp_path / "made"), "--revision", "v9"])
     written = sorted(path.name for path in (tmp_path / "made").iterdir())
     assert written == sorted(["README.md", *(f"{name}.ipynb" for name in map(name_of, PAGES))])
+    again = (tmp_path / "made" / "simclr.ipynb").stat().st_mtime_ns
+    tools.main(["portable", "--out", str(tmp_path / "made"), "--revision", "v9"])  # its own are written anew
+    assert (tmp_path / "made" / "simclr.ipynb").stat().st_mtime_ns > again
     assert f"{tmp_path}/made/simclr.ipynb" in capsys.readouterr().out
     assert "sslbook@v9" in json.dumps(json.loads((tmp_path / "made" / "simclr.ipynb").read_text()))
     assert (tmp_path / "made" / "README.md").read_text().count("colab.research.google.com") == len(PAGES)
