@@ -130,7 +130,7 @@ def gap(
 def distances(counts: Mapping[str, Sequence[float]]) -> style.Figure:
     """How many other permutations stand at each Hamming distance, on average, for several sets of one size."""
     nearest = {name: next(d for d, n in enumerate(row) if n > 0) for name, row in counts.items()}
-    words = ", ".join(f"{name} {d}" for name, d in nearest.items())
+    words = "; ".join(f"{name}: {d}" for name, d in nearest.items())
     fig, axes = style.figure(
         f"The nearest two permutations differ in so many positions: {words}.",
         1,
@@ -139,7 +139,8 @@ def distances(counts: Mapping[str, Sequence[float]]) -> style.Figure:
         height=2.5,
         name="relative_location.distances",
         caption="Hamming distances in four sets of equal size: the number of other permutations at each distance, on average, "
-        f"on a logarithmic axis. The averages hardly differ. The nearest two differ in so many of nine positions: {words}.",
+        "on a logarithmic axis. The averages of the first three hardly differ. The nearest two differ in so many of nine "
+        f"positions: {words}.",
         least=560,
         sharey=True,
     )
@@ -155,7 +156,7 @@ def distances(counts: Mapping[str, Sequence[float]]) -> style.Figure:
 def ambiguity(q: Sequence[float], found: Mapping[str, Sequence[float]]) -> style.Figure:
     """Best jigsaw accuracy over the probability that a patch is recognized."""
     middle = len(q) // 2
-    words = ", ".join(f"{name} {values[middle]:.0f} %" for name, values in found.items())
+    words = "; ".join(f"{name}: {values[middle]:.0f} %" for name, values in found.items())
     fig, ax = style.figure(
         f"With {q[middle]:.0%} of the patches recognized: {words}.",
         width=6.2,
