@@ -84,6 +84,17 @@ def test_features_are_extracted_once(data: Data) -> None:
     assert len(calls) == 2  # one batch for each split
 
 
+def test_images_without_a_label_are_no_rows_of_a_probe() -> None:
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, -1, 1, 0, -1])
+    data = Data.from_images(images[:6], labels, images[6:], labels.roll(1), class_names=("a", "b"))
+    model = base.Representation(Pooled(), data, VIEW, progress=False)
+    x, y, new_x, new_y = model.labeled()
+    assert (y.tolist(), new_y.tolist()) == ([0, 1, 1, 0], [0, 1, 1, 0])
+    assert torch.equal(x, model.features("train").x[labels >= 0])
+    assert torch.equal(new_x, model.features("test").x[labels.roll(1) >= 0])
+
+
 def test_controls_that_cannot_serve_a_protocol_are_left_out_and_the_model_is_refused(data: Data) -> None:
     pixels, model = (
         controls.pixels(data, VIEW, progress=False),
