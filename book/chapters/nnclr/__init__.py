@@ -1,0 +1,1 @@
+"""NNCLR: contrastive learning whose positive is another image, the nearest neighbor among past features."""
