@@ -62,9 +62,9 @@ PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.
 WIDTH, HIDDEN, DIM, TEMPERATURE, BATCH, QUEUE = 16, 256, 64, 0.2, 256, 3072
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`, and of SimCLR's chapter
 LRS = (5e-3, 1e-2, 2e-2)
-STEPS = {"settings": 120, "shapes": 240, "sabotage": 120, "photographs": 100}
+STEPS = {"settings": 240, "shapes": 480, "sabotage": 240, "photographs": 400}
 PHOTOGRAPHS, PHOTOGRAPH_BATCH = (4000, 1000), 128
-EVERY = 10  # steps over which the curves are averaged
+EVERY = 20  # steps over which the curves are averaged
 
 NONE = "as it should be"
 VARIANTS: dict[str, dict] = {
@@ -108,7 +108,8 @@ class Watch:
     """Called before every step: notes how much the neighbors of the last step agree with their anchors."""
 
     def __init__(self, factors: dict[str, Tensor]) -> None:
-        self.factors = {name: values.to(default_device()) for name, values in factors.items()}
+        varied = {name: values for name, values in factors.items() if len(values.unique()) > 1}
+        self.factors = {name: values.to(default_device()) for name, values in varied.items()}
         self.steps: list[dict[str, float]] = []
 
     def __call__(self, step: int, method: Method) -> None:
