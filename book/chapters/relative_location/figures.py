@@ -29,16 +29,16 @@ def lens(images: Mapping[float, Tensor], accuracy: Mapping[float, float]) -> Cal
 
     def plot(kappa: float) -> style.Figure:
         alt = (
-            f"Red magnified by {kappa:.2%}: the position of a patch is predicted with {accuracy[kappa]:.0f} % accuracy."
+            f"Red scaled by {kappa:.2%}: the cell of a patch is found with {accuracy[kappa]:.0f} % accuracy."
         )
         fig, (left, right) = style.figure(alt, 1, 2, width=6.4, height=2.8, caption=None, least=460)
         left.imshow(images[kappa].permute(1, 2, 0), interpolation="nearest")
         left.set_axis_off()
-        left.set_title(f"red magnified by {kappa:.2%}", fontsize=10)
+        left.set_title(f"red scaled by {kappa:.2%}", fontsize=10)
         right.plot([100 * k for k in strengths], list(accuracy.values()), "o-", color=style.BLUE, ms=4)
         right.plot([100 * kappa], [accuracy[kappa]], "o", color=style.ORANGE, ms=9)
         right.axhline(12.5, color=style.GRAY, ls=":")
-        right.set(xlabel="magnification of red, %", ylabel="location accuracy, %", xscale="log", ylim=(0, 102))
+        right.set(xlabel="scaling of red, %", ylabel="location accuracy, %", xscale="log", ylim=(0, 102))
         return fig
 
     return plot
