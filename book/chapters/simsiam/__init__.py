@@ -1,1 +1,1 @@
-"""Chapter 9: SimSiam, a predictor and a stop-gradient alone."""
+"""Chapter 10: SimSiam, a predictor and a stop-gradient alone."""

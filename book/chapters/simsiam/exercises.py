@@ -122,7 +122,7 @@ def rounds(first, second, factor, *, gap=lambda first, second: math.log(first / 
             F.normalize(z, dim=1).var(0, correction=0).sum().sqrt()
         ),
         "the variance: take its root": lambda z: F.normalize(z, dim=1).var(0, correction=0).mean() * z.shape[1],
-        "over the entries of each row: take the deviation over images, of each entry": lambda z: (
+        "over the entries of each row: take the std over images, of each entry": lambda z: (
             F.normalize(z, dim=1).std(1, correction=0).mean() * z.shape[1] ** 0.5
         ),
     },
