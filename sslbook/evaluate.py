@@ -30,7 +30,7 @@ from sslbook import checkpoint, distributed, results
 from sslbook.cli.recipes import foreign_code
 from sslbook.data.loader import Data, relocated
 from sslbook.data.views import View
-from sslbook.errors import UserError, at_least_one, nearest
+from sslbook.errors import UserError, at_least_one, explained, nearest
 from sslbook.evaluation.base import (
     DEFAULT,
     SUMMARY,
@@ -175,26 +175,21 @@ def choose_device(device: str | None) -> torch.device:
     """The device of that name; by default a GPU if there is one. UserError if it cannot be used."""
     if device is None or "RANK" in os.environ:
         return distributed.setup(device)
-    try:
+    with explained(f"--device {device}", RuntimeError, AssertionError):
         named = torch.device(device)
         torch.empty(0, device=named)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0][:120]}") from None
     return named
 
 
 def view_of(facts: dict[str, Any], resize: int | None) -> View:
     """The view that suits an exported backbone; UserError if its description does not say."""
     at_least_one(resize=1 if resize is None else resize)
-    try:
+    kinds, cure = (KeyError, TypeError, ValueError), "export it again"
+    with explained("the backbone's description does not say its view with size, mean and std", *kinds, cure=cure):
         view = facts["view"]
         mean, std = (tuple(float(value) for value in view[key]) for key in ("mean", "std"))
         made = center_view(int(view["size"]), mean, std, resize=resize or view.get("resize"))
         return replace(made, interpolation=view.get("interpolation", "bilinear"))
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError):
-        raise UserError("the backbone's description does not say its view (size, mean, std); export it again") from None
 
 
 def own_data(run: str) -> tuple[str, dict[str, Any]]:
@@ -293,11 +288,9 @@ def require_writable(target: Path, suffixes: tuple[str, ...]) -> None:
     """
     if target.suffix not in suffixes:
         raise UserError(f"--out {target}: end its name in {' or '.join(suffixes)}")
-    try:
+    with explained(f"--out {str(target)[:200]}: cannot be made", OSError, cure="choose another place"):
         target.parent.mkdir(parents=True, exist_ok=True)
         forbidden = not os.access(target.parent, os.W_OK) or target.is_dir()
-    except OSError as error:
-        raise UserError(f"--out {str(target)[:200]}: cannot be made ({error.strerror})") from None
     if forbidden:
         raise UserError(f"--out {target}: cannot be written there; choose another place")
 

@@ -329,7 +329,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     for name in ("timm:resnet18.a1_in1k", "torchvision:resnet18"):
         with pytest.raises(
-            UserError, match=rf"{name}: its weights cannot be had \(no route\): .* give {name}\+FILE"
+            UserError, match=rf"{name}: its weights cannot be had \(no route to the hub\): .* give {name}\+FILE"
         ) as caught:
             load_backbone(name)
         assert "\n" not in str(caught.value)

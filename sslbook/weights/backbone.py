@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sslbook.checkpoint import DESCRIPTION, find, load, write_atomically, write_text
-from sslbook.errors import UserError
+from sslbook.errors import UserError, explained
 from sslbook.files import read_json
 from sslbook.nn.backbones import build, describe
 from sslbook.weights.importers import read_safetensors
@@ -75,11 +75,8 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> tuple[
             sizes = f"{tuple(weights[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}"
             raise UserError(f"{path}: the weights do not fit the backbone ({wrong[0]} is {sizes})")
         module = build(description)
-    try:
+    with explained(f"{path}: the weights do not fit the backbone", RuntimeError):
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: the weights do not fit the backbone ({reason})") from None
     return module, facts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from sslbook.data.views import IMAGENET_MEAN, IMAGENET_STD
-from sslbook.errors import UserError, first_line, nearest
+from sslbook.errors import UserError, explained, nearest
 from sslbook.nn import resnet, vit
 from sslbook.nn.backbones import describe, timm_model
 from sslbook.weights.fill import fill
@@ -77,13 +77,9 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]
 
 
 def _fetched(what: str, fetch: Callable[[], Any]) -> Any:
-    try:
+    cure = f"download a file of weights elsewhere and give {what}+FILE"
+    with explained(f"{what}: its weights cannot be had", Exception, cure=cure):  # hubs and caches raise dozens of kinds
         return fetch()
-    except UserError:
-        raise
-    except Exception as error:  # hubs, sockets and caches raise dozens of kinds
-        cure = f"download a file of weights elsewhere and give {what}+FILE"
-        raise UserError(f"{what}: its weights cannot be had ({first_line(error)[:120].strip(' .')}): {cure}") from error
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from sslbook.data.datasets.base import FileList, Splits
 from sslbook.data.datasets.folder import held_out_split
 from sslbook.data.datasets.targets import encode
 from sslbook.data.images import EXTENSIONS
-from sslbook.errors import UserError, first_line
+from sslbook.errors import UserError, explained
 from sslbook.files import read_text
 
 IMAGE, CLASS, CLASSES = ("image", "path", "file", "filename"), ("label", "class"), ("labels", "classes")
@@ -86,10 +86,8 @@ def load_list(file: str | Path, root: str | Path, test_file: str | Path | None =
 
 def _read(file: Path, root: Path) -> tuple[list[Row], Path]:
     """The images of one list, each once, and the folder of their paths."""
-    try:
+    with explained(f"cannot read the list {file}", OSError, UnicodeDecodeError, cure="give a text file of image paths"):
         text = read_text(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {file} ({error}): give a text file of image paths") from None
     read = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _json_lines}.get(file.suffix.lower(), _text)
     rows = _once(list(read(file, text)), file)
     if not rows:
@@ -151,10 +149,8 @@ def _json_lines(file: Path, text: str) -> Iterator[Row]:
 
 
 def _parsed(file: Path, text: str, where: str) -> Any:
-    try:
+    with explained(f"{file}: {where}not valid JSON", ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: {where}not valid JSON ({first_line(error)})") from None
 
 
 def _object(file: Path, number: int, entry: Any) -> Row:

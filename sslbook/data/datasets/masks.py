@@ -21,7 +21,7 @@ from torch import Tensor
 from sslbook.data.datasets.base import FileList
 from sslbook.data.datasets.folder import scan
 from sslbook.data.datasets.voc import CLASSES as VOC_CLASSES
-from sslbook.errors import UserError, explained, first_line
+from sslbook.errors import UserError, explained
 from sslbook.files import read_text
 
 IGNORED = -1  # the class of pixels that count neither in a loss nor in a metric
@@ -79,11 +79,11 @@ def read_indices(path: Path) -> np.ndarray:
     """
     from PIL import Image
 
-    try:
+    with explained(
+        f"cannot read the mask {path}", Exception, cure="mend or remove it"
+    ):  # decoders raise nearly everything
         with Image.open(path) as image:
             values = np.asarray(image)
-    except Exception as error:  # decoders raise nearly everything
-        raise UserError(f"cannot read the mask {path} ({first_line(error)}): mend or remove it") from None
     if values.ndim != 2 or values.dtype.kind not in "ub":
         raise UserError(f"the mask {path} holds colors: store the index of a class in each pixel (a gray PNG)")
     return values
@@ -109,7 +109,7 @@ def read_depth(path: Path, scale: float = 1.0) -> Float[Tensor, "height width"]:
     """
     from PIL import Image
 
-    try:
+    with explained(f"cannot read the depth {path}", Exception, cure="give a 16-bit PNG or .npy"):
         if path.suffix == ".npy":
             values = np.load(path)
         else:
@@ -118,8 +118,6 @@ def read_depth(path: Path, scale: float = 1.0) -> Float[Tensor, "height width"]:
         if values.ndim != 2:
             raise ValueError(f"it has the shape {values.shape}, not (height, width)")
         values = values.astype(np.float32) / scale
-    except Exception as error:
-        raise UserError(f"cannot read the depth {path} ({first_line(error)}): give a 16-bit PNG or .npy") from None
     return torch.from_numpy(np.where(np.isfinite(values) & (values > 0), values, np.float32(0)))
 
 

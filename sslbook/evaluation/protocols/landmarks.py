@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sslbook.data.images import open_image
 from sslbook.data.loader import Data
 from sslbook.data.views import View
-from sslbook.errors import UserError, at_least_one, first_line
+from sslbook.errors import UserError, at_least_one, explained
 from sslbook.evaluation.base import Metrics, Protocol, Representation
 from sslbook.evaluation.features import extract_files
 from sslbook.files import Whole, check
@@ -100,15 +100,9 @@ class Landmarks(Protocol):
             return prepared(open_image(folder / "jpg" / f"{name}.jpg"), region, self.size, model.view)
 
         options = {"device": model.device, "batch_size": 1, "progress": model.progress}
-        try:
+        what = f"landmarks: {type(model.backbone).__name__} does not take images of any shape"
+        with explained(what, RuntimeError, ValueError, AssertionError, cure="use a network that does"):
             return extract_files(model.backbone, len(images), load, **options)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            name = type(model.backbone).__name__
-            raise UserError(
-                f"landmarks: {name} does not take images of any shape ({first_line(error)[:100]}): use a network that does"
-            ) from None
 
     def lacks(self, backbone: nn.Module, data: Data) -> str | None:
         if self.folder is None:
@@ -172,12 +166,10 @@ def read_truth(folder: Path) -> tuple[list[str], list[str], list[dict[str, Any]]
     if not files:
         raise UserError(f"--folder {folder}: no gnd_*.pkl or gnd_*.json; give the folder of ROxford or RParis")
     file = files[0]
-    try:
+    with explained(f"{file}: not readable", Exception, cure="download it again"):  # a forged pickle raises anything
         with open(file, "rb") as stream:
             content = json.load(stream) if file.suffix == ".json" else _Restricted(stream).load()
         content = json.loads(json.dumps(content, default=lambda array: array.tolist()))  # numpy's numbers as plain ones
-    except Exception as error:  # a pickle that is cut or forged raises nearly everything
-        raise UserError(f"{file}: not readable ({first_line(error)[:120]}); download it again") from None
     check(file, content, {"imlist": [str], "qimlist": [str]})
     database, queries = content["imlist"], content["qimlist"]
     numbers = [Whole(0, len(database) - 1)]

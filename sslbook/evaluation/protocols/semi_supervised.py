@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sslbook.data.loader import Data
-from sslbook.errors import UserError
+from sslbook.errors import UserError, explained
 from sslbook.evaluation.augment import Augmentation
 from sslbook.evaluation.base import Metrics, Representation
 from sslbook.evaluation.classifier import Task, Training
@@ -93,10 +93,9 @@ class SemiSupervised(TransferProtocol):
             if self.fraction == 1:
                 return labeled
             return labeled[few(labels[labeled], self.fraction, seed)]
-        try:
+        cure = "give a text file of image names"
+        with explained(f"names: {self.names} cannot be read", OSError, UnicodeDecodeError, cure=cure):
             wanted = read_text(self.names.expanduser()).split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"names: {self.names} cannot be read ({error}); give a text file of image names") from None
         if (own := data.file_names()) is None:
             raise UserError("names: these images are no files, so a list cannot name them; give a fraction instead")
         where = {name: i for i, name in enumerate(own)}
