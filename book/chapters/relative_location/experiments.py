@@ -5,6 +5,7 @@
                                                                          and without gaps, jitter, a lens, colors
     python book/chapters/relative_location/experiments.py shapes         both methods and their controls, and the factors
     python book/chapters/relative_location/experiments.py sabotage       one part removed or replaced at a time
+    python book/chapters/relative_location/experiments.py normalization  patches normalized, and the probed images or not
     python book/chapters/relative_location/experiments.py classes        jigsaw with 10, 100 and 1000 permutations
     python book/chapters/relative_location/experiments.py rates          learning rates on photographs, held-out images
     python book/chapters/relative_location/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
@@ -12,9 +13,9 @@
 The supervised control has four times as many images a step, as many as rotation has rows.
 Three seeds each, but one of `settings` and `rates`. Each takes minutes on one CPU core; with --resume it goes on after
 the seeds that its files hold. They write `relative_location_settings`; `relative_location_noise`;
-`relative_location_shapes` and `relative_location_factors` (on test images); `relative_location_sabotage` and
-`relative_location_classes` (on held-out training images); `relative_location_rates` and
-`relative_location_photographs`, with the checkpoint `relative_location_cifar10`.
+`relative_location_shapes` and `relative_location_factors` (on test images); `relative_location_sabotage`,
+`relative_location_normalization` and `relative_location_classes` (on held-out training images);
+`relative_location_rates` and `relative_location_photographs`, with the checkpoint `relative_location_cifar10`.
 """
 
 import copy
@@ -243,6 +244,22 @@ def sabotage(num_seeds: int, resume: bool) -> None:
         results.save("relative_location_sabotage", table, seeds=list(range(seed + 1)), settings=about)
 
 
+def normalization(num_seeds: int, resume: bool) -> None:
+    """`relative_location_normalization`: patches normalized in training, and the images that are probed or not."""
+    data, steps = Data(shapes=SHAPES), STEPS["sabotage"]
+    about = {"steps": steps, "batch": BATCH, "images": SHAPES.num_train}
+    (table,), done = begin(["relative_location_normalization"], about, resume)
+    for seed in range(done, num_seeds):
+        run = batches(data, (VIEW,), BATCH, steps, seed)
+        for name in METHODS[:2]:
+            for trained, options in (("as they are", {}), ("normalized", {"prepare": normalized})):
+                backbone, log = fit(seed, run, name, **options)
+                for probed, eyes in (("as they are", backbone), ("normalized", Prepared(backbone, normalized))):
+                    found = {"task": log["task"], **held_out(eyes, data, 32)}
+                    note(table, f"{name}: patches {trained}, images {probed}", found)
+        results.save("relative_location_normalization", table, seeds=list(range(seed + 1)), settings=about)
+
+
 def classes(num_seeds: int, resume: bool) -> None:
     """`relative_location_classes`: jigsaw with more and more permutations, at equal steps and batches."""
     data, steps = Data(shapes=SHAPES), STEPS["classes"]
@@ -311,4 +328,4 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, settings, noise, shapes, sabotage, classes, rates, photographs)
+    main(__doc__, settings, noise, shapes, sabotage, normalization, classes, rates, photographs)
