@@ -34,6 +34,7 @@ def _everything(x: Tensor) -> dict[str, object]:
     mine = x.chunk(2)[r]
     return {
         "process": (r, distributed.world_size(), distributed.is_main()),
+        "rows": distributed.own_rows(2).tolist(),
         "gather": distributed.all_gather(mine),
         "transposed": distributed.all_gather(mine.T.contiguous().T),
         "integers": distributed.all_gather(torch.tensor([r, r])),
@@ -49,6 +50,7 @@ def test_collectives_of_two_processes(pool) -> None:
     x = torch.randn(4, 3)
     for r, got in enumerate(pool.run(_everything, x)):
         assert got["process"] == (r, 2, r == 0)
+        assert got["rows"] == [2 * r, 2 * r + 1]
         torch.testing.assert_close(got["gather"], x, rtol=0, atol=0)
         torch.testing.assert_close(got["transposed"], x, rtol=0, atol=0)
         assert got["integers"].tolist() == [0, 0, 1, 1]
@@ -57,6 +59,16 @@ def test_collectives_of_two_processes(pool) -> None:
         torch.testing.assert_close(got["std"], x.std(dim=0, correction=0))
         assert got["tensor"].tolist() == [0, 0]
         assert got["object"] == {"from": 0}
+
+
+def _buffers_of_others() -> list[float]:
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(5.0 + distributed.rank())
+    return distributed.data_parallel(norm, torch.device("cpu")).module.running_mean.tolist()
+
+
+def test_every_process_begins_with_the_buffers_of_the_first(pool) -> None:
+    assert pool.run(_buffers_of_others) == [[5.0, 5.0]] * 2
 
 
 def _loss(x: Tensor, everyone: Tensor, total: Tensor) -> Tensor:
