@@ -14,6 +14,7 @@ from sslbook.book.chapters.byol import exercises as byol
 from sslbook.book.chapters.decorrelation import exercises as decorrelation
 from sslbook.book.chapters.learning_without_labels import exercises as first
 from sslbook.book.chapters.mae import exercises as mae
+from sslbook.book.chapters.relative_location import exercises as location
 from sslbook.book.chapters.rotation import exercises as rotation
 from sslbook.book.chapters.simclr import exercises as simclr
 from sslbook.book.chapters.swav import exercises as swav
@@ -230,6 +231,28 @@ def critical_by_projectors(s_1: Tensor, s_2: Tensor, tau: float) -> Tensor:
     return 2 * tau * torch.sum(a * b) / (torch.sum(a * a) + torch.sum(b * b))
 
 
+def pairs_by_indices(h: Tensor) -> Tensor:
+    columns = [index for k in (0, 1, 2, 3, 5, 6, 7, 8) for index in (4, k)]
+    return h[:, columns].reshape(8 * len(h), -1)
+
+
+def layout_floor_by_counting(rho: float, shifted: bool) -> float:
+    known = rho**2 if shifted else rho
+    given = np.full((25, 8), (1 - known) / 25)  # what one sees points at position 0 to 7, or at none
+    given[range(8), range(8)] += known
+    joint = given / 8
+    return -(joint * np.log(joint / joint.sum(1, keepdims=True))).sum()
+
+
+def shift_by_numpy(green: Tensor, red: Tensor) -> list[float]:
+    S = np.stack(np.gradient(green.numpy()), -1).reshape(-1, 2)
+    return np.linalg.lstsq(S, (red - green).numpy().ravel(), rcond=None)[0].tolist()
+
+
+def greedy_by_loops(chosen: Tensor, pool: Tensor) -> int:
+    return max(min(sum(a != b for a, b in zip(x, y)) for y in chosen.tolist()) for x in pool.tolist())
+
+
 UNUSUAL: list[tuple[Exercise, Callable]] = [
     (first.knn_vote, vote_by_loops),
     (first.knn_vote, vote_as_softmax),
@@ -297,6 +320,19 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
     (swav.critical_epsilon, critical_by_projectors),
     (swav.smallest_entropy, lambda n, k: -math.log(min(1, n / k))),
     (swav.multicrop, lambda R, r, v: [(2 + v * r**2 / R**2) / 2, v + 1 + v + 1]),
+    (location.pairs, pairs_by_indices),
+    (location.twins, lambda g: (len(g) * 0.125, np.dot(g, np.log(g)) / 8)),
+    (location.layout_floor, layout_floor_by_counting),
+    (location.normalize, lambda x: F.layer_norm(x, x.shape[2:])),
+    (location.shift, shift_by_numpy),
+    (
+        location.largest_average,
+        lambda n, N: (
+            n * sum(2 * (N // n + (v < N % n)) * (N - N // n - (v < N % n)) for v in range(n)) / (2 * N * (N - 1))
+        ),
+    ),
+    (location.greedy_distance, greedy_by_loops),
+    (location.ambiguity, lambda d, q: np.sum((1 - q) ** np.array(d, dtype=float)) / 2),
 ]
 
 
