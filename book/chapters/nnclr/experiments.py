@@ -62,7 +62,7 @@ PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.
 WIDTH, HIDDEN, DIM, TEMPERATURE, BATCH, QUEUE = 16, 256, 64, 0.2, 256, 3072
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`, and of SimCLR's chapter
 LRS = (5e-3, 1e-2, 2e-2)
-STEPS = {"settings": 120, "shapes": 360, "sabotage": 120, "photographs": 300}
+STEPS = {"settings": 120, "shapes": 240, "sabotage": 120, "photographs": 300}
 PHOTOGRAPHS, PHOTOGRAPH_BATCH = (4000, 1000), 128
 EVERY = 10  # steps over which the curves are averaged
 
