@@ -249,12 +249,19 @@ def normalization(num_seeds: int, resume: bool) -> None:
     data, steps = Data(shapes=SHAPES), STEPS["sabotage"]
     about = {"steps": steps, "batch": BATCH, "images": SHAPES.num_train}
     (table,), done = begin(["relative_location_normalization"], about, resume)
+
+    def both(network: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [("as they are", network), ("normalized", Prepared(network, normalized))]
+
     for seed in range(done, num_seeds):
         run = batches(data, (VIEW,), BATCH, steps, seed)
+        for name, network in (("random weights", make(seed).backbone), ("pixels", nn.Flatten())):
+            for probed, eyes in both(network):
+                note(table, f"{name}: images {probed}", held_out(eyes, data, 32))
         for name in METHODS[:2]:
             for trained, options in (("as they are", {}), ("normalized", {"prepare": normalized})):
                 backbone, log = fit(seed, run, name, **options)
-                for probed, eyes in (("as they are", backbone), ("normalized", Prepared(backbone, normalized))):
+                for probed, eyes in both(backbone):
                     found = {"task": log["task"], **held_out(eyes, data, 32)}
                     note(table, f"{name}: patches {trained}, images {probed}", found)
         results.save("relative_location_normalization", table, seeds=list(range(seed + 1)), settings=about)

@@ -28,9 +28,7 @@ def lens(images: Mapping[float, Tensor], accuracy: Mapping[float, float]) -> Cal
     strengths = list(accuracy)
 
     def plot(kappa: float) -> style.Figure:
-        alt = (
-            f"Red scaled by {kappa:.2%}: the cell of a patch is found with {accuracy[kappa]:.0f} % accuracy."
-        )
+        alt = f"Red scaled by {kappa:.2%}: the cell of a patch is found with {accuracy[kappa]:.0f} % accuracy."
         fig, (left, right) = style.figure(alt, 1, 2, width=6.4, height=2.8, caption=None, least=460)
         left.imshow(images[kappa].permute(1, 2, 0), interpolation="nearest")
         left.set_axis_off()

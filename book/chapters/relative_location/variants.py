@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sslbook.data.loader import Batch
-from sslbook.nn import backbone_dim
 
 Patches = Float[Tensor, "patches 3 height width"]
 
@@ -38,7 +37,7 @@ class Prepared(nn.Module):
 
     def __init__(self, backbone: nn.Module, prepare: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.backbone, self.prepare, self.dim = backbone, prepare, backbone_dim(backbone)
+        self.backbone, self.prepare, self.dim = backbone, prepare, getattr(backbone, "dim", 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backbone(self.prepare(x))
