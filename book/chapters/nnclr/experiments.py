@@ -4,12 +4,13 @@
                                                              another seed of Shapes
     python book/chapters/nnclr/experiments.py shapes         NNCLR, SimCLR and the controls, the factors, and what the
                                                              neighbors are at every step; three seeds
+    python book/chapters/nnclr/experiments.py oracle         neighbors that are always right, for as many steps
     python book/chapters/nnclr/experiments.py sabotage       one part removed or replaced at a time; three seeds
     python book/chapters/nnclr/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
 `nnclr_settings`; `nnclr_shapes` and `nnclr_factors` (on test images) and `nnclr_agreement`, with the checkpoint
-`nnclr_shapes`; `nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the
+`nnclr_shapes`; `nnclr_oracle`; `nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the
 checkpoint `nnclr_cifar10`.
 """
 
@@ -183,6 +184,18 @@ def shapes(num_seeds: int, resume: bool) -> None:
             results.save(name, table, seeds=list(range(seed + 1)), settings=about)
 
 
+def oracle(num_seeds: int, resume: bool) -> None:
+    """`nnclr_oracle`: neighbors that are always of the right class, on the batches of `shapes`."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["shapes"]
+    about = {"steps": steps, "batch": BATCH, "support set": QUEUE, "images": TINY_SHAPES.num_train}
+    (rows,), done = begin(["nnclr_oracle"], about, resume)
+    for seed in range(done, num_seeds):
+        method = make(seed, kind=Oracle)
+        train(method, batches(data, (VIEW, VIEW), BATCH, steps, seed), LR)
+        note(rows, "right class (oracle)", score(method.backbone, data, 16))
+        results.save("nnclr_oracle", rows, seeds=list(range(seed + 1)), settings=about)
+
+
 def sabotage(num_seeds: int, resume: bool) -> None:
     """`nnclr_sabotage`: one part removed or replaced, on the same batches; `nnclr_purity`: how often the neighbor is
     right over the steps."""
@@ -240,4 +253,4 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, settings, shapes, sabotage, photographs)
+    main(__doc__, settings, shapes, oracle, sabotage, photographs)

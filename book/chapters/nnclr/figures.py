@@ -37,11 +37,11 @@ def schematic() -> Diagram:
     view_1, view_2 = diagram.view(1, 0, "view 1"), diagram.view(1, 1.4, "view 2")
     f, g = diagram.network(2, 0, "backbone", "f", kept=True), diagram.network(3, 0, "projector", "g", thrown=True)
     z = diagram.vector(3.8, 0, "z")
-    rows = [diagram.vector(4.7 + 0.3 * i, 0, "" if i else "support set") for i in range(3)]
+    rows = [diagram.vector(4.6 + 0.25 * i, 0, "" if i else "support set") for i in range(3)]
     f_2, g_2 = diagram.network(2, 1.4, "", "f", kept=True), diagram.network(3, 1.4, "", "g", thrown=True)
     q = diagram.network(4.3, 1.4, "predictor", "q", thrown=True)
     p = diagram.vector(5.3, 1.4, "p")
-    loss = diagram.loss(6.4, 0.7, "InfoNCE")
+    loss = diagram.loss(6.8, 0.7, "InfoNCE")
     diagram.arrow(image, view_1, "augment")
     diagram.arrow(image, view_2)
     for start, end in ((view_1, f), (f, g), (g, z), (view_2, f_2), (f_2, g_2), (g_2, q), (q, p), (p, loss)):
@@ -69,9 +69,9 @@ def graph(
     axes[1].plot(list(curve), [100 * value for value in curve.values()], color=style.GRAY)
     axes[1].plot(at, 100 * found, "o", color=style.BLUE, ms=8)
     axes[1].axvline(threshold, color=style.ORANGE, ls="--")
-    axes[1].annotate("p*", (threshold, 92), xytext=(4, 0), textcoords="offset points", color=style.ORANGE)
-    axes[1].set(xlabel="purity p", ylabel="class explained (%)", ylim=(-3, 103), xlim=(0, 1))
-    axes[1].set_title(f"p = {at:g}: {found:.0%}", fontsize=9.5)
+    axes[1].annotate("π*", (threshold, 92), xytext=(4, 0), textcoords="offset points", color=style.ORANGE)
+    axes[1].set(xlabel="purity π", ylabel="class explained (%)", ylim=(-3, 103), xlim=(0, 1))
+    axes[1].set_title(f"π = {at:g}: {found:.0%}", fontsize=9.5)
     return fig
 
 
