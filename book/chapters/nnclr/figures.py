@@ -110,7 +110,7 @@ def curves(log: Mapping[str, Sequence[float]], start: float, chance: float) -> s
     axes[0].set(xlabel="step", ylabel="loss")
     axes[1].plot(purity, color=style.GREEN)
     axes[1].axhline(chance, color=style.GRAY, ls=":")
-    axes[1].set(xlabel="step", ylabel="neighbors of the right class (%)", ylim=(0, None))
+    axes[1].set(xlabel="step", ylabel="right class (%)", ylim=(0, None))
     return fig
 
 
@@ -151,7 +151,7 @@ def agreement(runs: Mapping[str, Mapping[str, Sequence[float]]], factors: Sequen
         ax.set(xlabel="step")
         ax.set_title(run, fontsize=9.5)
     axes[0].set_ylabel("agreement")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7.5, ncol=2, loc="center right", bbox_to_anchor=(1.0, 0.58))
     return fig
 
 
