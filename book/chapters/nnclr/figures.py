@@ -13,8 +13,8 @@ FIGURES = (
     "nnclr.graph",
     "nnclr.bootstrap",
     "nnclr.curves",
-    "nnclr.neighbors",
     "nnclr.agreement",
+    "nnclr.neighbors",
     "nnclr.purity",
     "nnclr.photographs",
 )
