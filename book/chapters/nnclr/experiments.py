@@ -9,8 +9,7 @@
     python book/chapters/nnclr/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
-`nnclr_settings`; `nnclr_shapes` and `nnclr_factors` (on test images) and `nnclr_agreement`, with the checkpoint
-`nnclr_shapes`; `nnclr_oracle`; `nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the
+`nnclr_settings`; `nnclr_shapes` and `nnclr_factors` (on test images) and `nnclr_agreement`; `nnclr_oracle`; `nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the
 checkpoint `nnclr_cifar10`.
 """
 
@@ -150,8 +149,7 @@ def settings(num_seeds: int, resume: bool) -> None:
 
 
 def shapes(num_seeds: int, resume: bool) -> None:
-    """`nnclr_shapes`, `nnclr_factors` and `nnclr_agreement`: the method beside its controls; the checkpoint is of
-    seed 0."""
+    """`nnclr_shapes`, `nnclr_factors` and `nnclr_agreement`: the method beside its controls."""
     data, steps = Data(shapes=TINY_SHAPES), STEPS["shapes"]
     names = ["nnclr_shapes", "nnclr_factors", "nnclr_agreement"]
     about = {"steps": steps, "batch": BATCH, "support set": QUEUE, "images": TINY_SHAPES.num_train, "every": EVERY}
@@ -175,11 +173,6 @@ def shapes(num_seeds: int, resume: bool) -> None:
                 note_factors(known, "z, NNCLR", nn.Sequential(method.backbone, method.projector), data, 16)
                 train_supervised(fresh, data, VIEW, steps, BATCH, seed, LR_SUPERVISED)
                 note(rows, "supervised", score(fresh, data, 16))
-            if row == "NNCLR" and seed == 0:
-                path = results.book() / "checkpoints" / "nnclr_shapes.safetensors"
-                command = "python book/chapters/nnclr/experiments.py shapes"
-                facts = {"method": "NNCLR", "command": command, "seed": 0, "settings": about}
-                export_backbone(path, method.backbone, facts)
         for name, table in zip(names, (rows, known, curves)):
             results.save(name, table, seeds=list(range(seed + 1)), settings=about)
 
