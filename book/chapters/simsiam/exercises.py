@@ -137,14 +137,14 @@ def thermometer(z, *, unit=lambda z: F.normalize(z, dim=1), factor=math.sqrt):
     returns={"fraction": "the smaller side, between 0 and 1/2"},
     mistakes={
         "this is the larger side": lambda s: 1 - smaller_side.solution(s),
-        "the root is missing: pi (1 - pi) = s^2 / 4 is quadratic in pi": lambda s: s**2 / 4,
+        "the root is missing: nu (1 - nu) = s^2 / 4 is quadratic in nu": lambda s: s**2 / 4,
         "s is not squared": {"power": 1},
-        "the factor 4 is missing: s = 2 sqrt(pi (1 - pi))": lambda s: (1 - math.sqrt(max(0.0, 1 - 4 * s**2))) / 2,
+        "the factor 4 is missing: s = 2 sqrt(nu (1 - nu))": lambda s: (1 - math.sqrt(max(0.0, 1 - 4 * s**2))) / 2,
         "divide by 2: the roots are (1 +- ...)/2": lambda s: 2 * smaller_side.solution(s),
     },
 )
 def smaller_side(s, *, power=2):
-    """`(s) -> pi`: the smaller fraction of two opposite points whose feature_std is s."""
+    """`(s) -> nu`: the smaller fraction of two opposite points whose feature_std is s."""
     return (1 - math.sqrt(1 - s**power)) / 2
 
 
