@@ -19,6 +19,7 @@ from sslbook.data.views import View
 from sslbook.engine.hooks import Hook
 from sslbook.engine.loop import pretrain
 from sslbook.engine.run import Run
+from sslbook.errors import UserError
 from sslbook.methods.base import Method
 from sslbook.nn import EMA
 from sslbook.optim import ParamRule
@@ -228,6 +229,13 @@ def test_the_gradient_of_an_accumulated_batch_is_its_mean(tmp_path: Path) -> Non
     assert method.moves == pytest.approx([-1.0] * 7)
 
 
+class Counts(Recorder):
+    """Logs the step."""
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        return {**super().forward(batch, clock), "number": torch.tensor(float(clock.step))}
+
+
 class Scores(Hook):
     measures = ("score",)
 
@@ -245,6 +253,37 @@ def test_the_best_value_is_kept_over_a_resume(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 3
     run(tmp_path / "run", steps=9, hooks=[Watcher(), Scores([40.0])], resume=tmp_path / "run", **options)
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 9
+
+
+def test_seconds_add_up_over_a_resume(tmp_path: Path) -> None:
+    run(tmp_path, steps=3)
+    file = tmp_path / "checkpoint-00000003.pt"
+    torch.save({**torch.load(file, weights_only=True), "seconds": 1000.0}, file)
+    run(tmp_path, steps=6, resume=tmp_path)
+    assert torch.load(tmp_path / "checkpoint-00000006.pt", weights_only=True)["seconds"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 4}, "written with seed 3, this run has 4"),
+        ({"batch_size": 2}, "written with batch_size 4, this run has 2"),
+        ({"optimizer": partial(torch.optim.AdamW, lr=0.5)}, "written with optimizer SGD, this run has AdamW"),
+        ({"method": Counts()}, "written with method Recorder, this run has Counts"),
+    ],
+)
+def test_a_run_goes_on_as_what_it_was(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    run(tmp_path, steps=3)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, steps=6, resume=tmp_path, **options)
+
+
+def test_lines_beyond_the_checkpoint_are_not_kept(tmp_path: Path) -> None:
+    run(tmp_path, log_every=1, checkpoint_every="4 steps", keep_last=0)
+    (tmp_path / "checkpoint-00000007.pt").unlink()
+    run(tmp_path, log_every=1, resume=tmp_path)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_rules_reach_their_parameters(tmp_path: Path) -> None:
@@ -272,13 +311,6 @@ class Ordered(Recorder):
 def test_a_method_may_choose_the_images(tmp_path: Path) -> None:
     method, _ = run(tmp_path / "run", method=Ordered(), steps=4)
     assert [index for index, _, _ in method.seen] == [[IMAGES - 1] * BATCH] * 4
-
-
-class Counts(Recorder):
-    """Logs the step."""
-
-    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        return {**super().forward(batch, clock), "number": torch.tensor(float(clock.step))}
 
 
 def test_a_line_of_metrics_holds_the_mean_over_its_steps(tmp_path: Path) -> None:
