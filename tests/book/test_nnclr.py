@@ -133,6 +133,6 @@ def floor_by_counting(rows: Tensor) -> float:
         (exercises.agreement, lambda p, n: np.float64(p - 1 / n) / (1 - 1 / n)),
     ],
 )
-def test_unusual_right_answers_pass(exercise, answer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusual_solutions_pass(exercise, answer, capsys: pytest.CaptureFixture[str]) -> None:
     exercise(answer)
     assert "passed" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""NNCLR: contrastive learning whose positive is another image, the nearest neighbor among past features."""
+"""Chapter 11: NNCLR, whose positive is another image, the nearest neighbor among past features."""
