@@ -5,11 +5,13 @@
     python book/chapters/nnclr/experiments.py shapes         NNCLR, SimCLR and the controls, the factors, and what the
                                                              neighbors are at every step; three seeds
     python book/chapters/nnclr/experiments.py oracle         neighbors that are always right, for as many steps
+    python book/chapters/nnclr/experiments.py long           NNCLR, no neighbors, right neighbors: 720 steps
     python book/chapters/nnclr/experiments.py sabotage       one part removed or replaced at a time; three seeds
     python book/chapters/nnclr/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
-`nnclr_settings`; `nnclr_shapes`, `nnclr_factors` and `nnclr_oracle` (on test images) and `nnclr_agreement`;
+`nnclr_settings`; `nnclr_shapes`, `nnclr_factors`, `nnclr_oracle` and `nnclr_long` (on test images);
+`nnclr_agreement`;
 `nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the checkpoint `nnclr_cifar10`.
 """
 
@@ -62,7 +64,7 @@ PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.
 WIDTH, HIDDEN, DIM, TEMPERATURE, BATCH, QUEUE = 16, 256, 64, 0.2, 256, 3072
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`, and of SimCLR's chapter
 LRS = (5e-3, 1e-2, 2e-2)
-STEPS = {"settings": 120, "shapes": 240, "sabotage": 120, "photographs": 300}
+STEPS = {"settings": 120, "shapes": 240, "long": 720, "sabotage": 120, "photographs": 300}
 PHOTOGRAPHS, PHOTOGRAPH_BATCH = (4000, 1000), 128
 EVERY = 10  # steps over which the curves are averaged
 
@@ -189,6 +191,20 @@ def oracle(num_seeds: int, resume: bool) -> None:
         results.save("nnclr_oracle", rows, seeds=list(range(seed + 1)), settings=about)
 
 
+def long(num_seeds: int, resume: bool) -> None:
+    """`nnclr_long`: neighbors, none, and right ones, for three times as many steps as in `shapes`."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["long"]
+    about = {"steps": steps, "batch": BATCH, "support set": QUEUE, "images": TINY_SHAPES.num_train}
+    (rows,), done = begin(["nnclr_long"], about, resume)
+    for seed in range(done, num_seeds):
+        run = batches(data, (VIEW, VIEW), BATCH, steps, seed)
+        for row, kind in (("NNCLR", Traced), ("own view", OwnView), ("right class (oracle)", Oracle)):
+            method = make(seed, kind=kind)
+            purity = train(method, run, LR)["purity"]
+            note(rows, row, {"purity": purity, **score(method.backbone, data, 16)})
+        results.save("nnclr_long", rows, seeds=list(range(seed + 1)), settings=about)
+
+
 def sabotage(num_seeds: int, resume: bool) -> None:
     """`nnclr_sabotage`: one part removed or replaced, on the same batches; `nnclr_purity`: how often the neighbor is
     right over the steps."""
@@ -246,4 +262,4 @@ def photographs(num_seeds: int, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, settings, shapes, oracle, sabotage, photographs)
+    main(__doc__, settings, shapes, oracle, long, sabotage, photographs)
