@@ -10,9 +10,9 @@
     python book/chapters/nnclr/experiments.py photographs    CIFAR-10, from SSLBOOK_DATA or downloaded
 
 Each takes minutes on one CPU core; with --resume it goes on after the seeds that its files hold. They write
-`nnclr_settings`; `nnclr_shapes`, `nnclr_factors`, `nnclr_oracle` and `nnclr_long` (on test images);
-`nnclr_agreement`;
-`nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the checkpoint `nnclr_cifar10`.
+`nnclr_settings`; `nnclr_shapes`, `nnclr_factors`, `nnclr_oracle` and `nnclr_long` (on test images) and
+`nnclr_agreement`; `nnclr_sabotage` (on held-out training images) and `nnclr_purity`; `nnclr_photographs`, with the
+checkpoint `nnclr_cifar10`.
 """
 
 import copy
