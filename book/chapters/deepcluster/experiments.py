@@ -36,6 +36,7 @@ from sslbook.book.chapters.experiments import train as train_steps
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
+from sslbook.methods.base import Method
 from sslbook.methods.deepcluster_v2 import DeepClusterV2
 from sslbook.methods.simclr import SimCLR
 from sslbook.nn import MLP, ConvNet, Sobel
@@ -80,17 +81,21 @@ def make(seed: int, *, view: View = VIEW, sobel: bool = True, **options) -> Watc
     return Watched(ConvNet(WIDTH), view, view.size, sobel, **chosen).to(default_device())
 
 
-def make_v2(seed: int, view: View = VIEW) -> DeepClusterV2:
+def encoder(sobel: bool) -> nn.Module:
+    return Sobel(ConvNet(WIDTH)) if sobel else ConvNet(WIDTH)
+
+
+def make_v2(seed: int, view: View = VIEW, sobel: bool = False) -> DeepClusterV2:
     torch.manual_seed(seed)
     sizes = {"hidden_dim": HIDDEN, "projector_dim": DIM, "num_prototypes": PROTOTYPES, "num_heads": 2}
-    return DeepClusterV2(ConvNet(WIDTH), view, num_small=0, **sizes).to(default_device())
+    return DeepClusterV2(encoder(sobel), view, num_small=0, **sizes).to(default_device())
 
 
-def simclr(seed: int, view: View = VIEW) -> SimCLR:
+def simclr(seed: int, view: View = VIEW, sobel: bool = False) -> SimCLR:
     """SimCLR with the same backbone and v2's width of the projector."""
     torch.manual_seed(seed)
     projector = MLP(4 * WIDTH, HIDDEN, DIM, num_layers=3, last_batch_norm="affine")
-    return SimCLR(ConvNet(WIDTH), view, TEMPERATURE, projector=projector).to(default_device())
+    return SimCLR(encoder(sobel), view, TEMPERATURE, projector=projector).to(default_device())
 
 
 def fit(method: Watched, data: Data, epochs: int, seed: int, lr: float = LR) -> dict[str, float]:
@@ -131,7 +136,7 @@ def shapes(num_seeds: int, resume: bool) -> None:
     (rows, known, curves), done = begin(names, about, resume)
     if not done:
         order = ("DeepCluster", "DeepCluster v2", "SimCLR", "random weights", "pixels", "supervised")
-        rows |= {name: {} for name in (*order, "DeepCluster, color", "random weights, Sobel")}
+        rows |= {name: {} for name in (*order, "random weights, Sobel")}
         note(rows, "pixels", score(nn.Flatten(), data, 16))
         note_factors(known, "pixels", nn.Flatten(), data, 16)
     for seed in range(done, num_seeds):
@@ -145,11 +150,13 @@ def shapes(num_seeds: int, resume: bool) -> None:
         plain = make(seed, sobel=False)
         print(fit(plain, data, epochs, seed), flush=True)
         curves[f"DeepCluster, color, {seed}"] = plain.partitions.curves()
-        second = make_v2(seed)
-        print(train(second, data, epochs // 2, BATCH_V2, LR_V2, seed), flush=True)
-        other = simclr(seed)
-        train_steps(other, batches(data, (VIEW, VIEW), 256, steps, seed), LR_SIMCLR)
-        trained = {"DeepCluster": method, "DeepCluster, color": plain, "DeepCluster v2": second, "SimCLR": other}
+        trained: dict[str, Method] = {"DeepCluster": method, "DeepCluster, color": plain}
+        run = batches(data, (VIEW, VIEW), 256, steps, seed)
+        for end, sobel in (("", False), (", Sobel", True)):
+            second, other = make_v2(seed, sobel=sobel), simclr(seed, sobel=sobel)
+            train(second, data, epochs // 2, BATCH_V2, LR_V2, seed)
+            train_steps(other, run, LR_SIMCLR)
+            trained |= {f"DeepCluster v2{end}": second, f"SimCLR{end}": other}
         for name, one in trained.items():
             note(rows, name, score(one.backbone, data, 16))
             note_factors(known, name, one.backbone, data, 16)
@@ -161,11 +168,8 @@ def shapes(num_seeds: int, resume: bool) -> None:
 
 def sabotage(num_seeds: int, resume: bool) -> None:
     """`deepcluster_sabotage`: one part removed or replaced; `deepcluster_partitions`: the clusters of every epoch."""
-    data, epochs, names = (
-        Data(shapes=TINY_SHAPES),
-        EPOCHS["sabotage"],
-        ["deepcluster_sabotage", "deepcluster_partitions"],
-    )
+    names = ["deepcluster_sabotage", "deepcluster_partitions"]
+    data, epochs = Data(shapes=TINY_SHAPES), EPOCHS["sabotage"]
     about = {"epochs": epochs, "clusters": CLUSTERS, "clustered every": EVERY, "images": TINY_SHAPES.num_train}
     (table, curves), done = begin(names, about, resume)
     for seed in range(done, num_seeds):
