@@ -60,7 +60,7 @@ def kmeans(x: Tensor, path: Sequence[tuple[Tensor, Tensor, float]], half: int) -
     axes[0].scatter(c[:, 0], c[:, 1], s=70, marker="X", color=style.GRAY, edgecolors="white", linewidths=0.8)
     axes[0].set(xticks=[], yticks=[], aspect="equal")
     axes[0].set_title("color: cluster, cross: centroid", fontsize=9.5)
-    axes[1].plot([point[2] for point in path], "o-", ms=3, color=style.GRAY)
+    axes[1].plot([point[2] for point in path[:21]], "o-", ms=3, color=style.GRAY)
     axes[1].plot(half, value, "o", ms=8, color=style.BLUE)
     axes[1].set(xlabel="half step", ylabel="objective J", ylim=(0, None))
     axes[1].set_title(f"J = {value:.2f}", fontsize=9.5)
