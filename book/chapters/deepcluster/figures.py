@@ -154,7 +154,8 @@ def thermometer(runs: Mapping[str, Mapping[str, Sequence[float]]], names: Sequen
         f"At the end: {ends}.", 1, 2, width=7.0, height=3.1, caption=caption, name="deepcluster.thermometer", least=480
     )
     for name, color, mark in zip(names, style.COLORS, MARKS):
-        axes[0].plot(mean(name, "NMI to last"), mark + "-", ms=4, color=color, label=name)
+        last = mean(name, "NMI to last")
+        axes[0].plot(range(1, len(last) + 1), last, mark + "-", ms=4, color=color, label=name)
         axes[1].plot(mean(name, "NMI to classes"), mark + "-", ms=4, color=color)
     axes[0].set(xlabel="clustering", ylabel="NMI to the last", ylim=(0, 1.03))
     axes[1].set(xlabel="clustering", ylabel="NMI to the classes", ylim=(0, 1.03))
