@@ -98,16 +98,16 @@ def uniform(y, *, clusters=lambda y: len(y.unique())):
     inputs=lambda r: [(10, 0.0), (100, 3.0), (2, 1.5), (1000, 8.0)],
     returns={"loss": "one number"},
     mistakes={
-        "that is the loss of an unchanged number: most numbers change": lambda K, m: math.log1p((K - 1) * math.exp(-m)),
+        "that is the loss of an unchanged number: most numbers change": lambda K, s: math.log1p((K - 1) * math.exp(-s)),
         "a random number is the old one with probability 1/K": {"keep": lambda K: 0.0},
         "the probability of a change is 1 - 1/K": {"keep": lambda K: 1 - 1 / K},
-        "that is a new classifier's loss, log K": lambda K, m: math.log(K),
+        "that is a new classifier's loss, log K": lambda K, s: math.log(K),
         "there are K - 1 other labels": {"others": lambda K: K},
     },
 )
-def stale(K, m, *, keep=lambda K: 1 / K, others=lambda K: K - 1):
-    """`(K, m) -> loss` of an old classifier with margin m after its clusters were numbered anew at random."""
-    return math.log(1 + others(K) * math.exp(-m)) + (1 - keep(K)) * m
+def stale(K, s, *, keep=lambda K: 1 / K, others=lambda K: K - 1):
+    """`(K, s) -> loss` of an old classifier with margin s after its clusters were numbered anew at random."""
+    return math.log(1 + others(K) * math.exp(-s)) + (1 - keep(K)) * s
 
 
 @exercise(
