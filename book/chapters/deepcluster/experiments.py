@@ -50,7 +50,7 @@ PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.
 WIDTH, HIDDEN, DIM, TEMPERATURE = 16, 256, 64, 0.2
 CLUSTERS, PCA, EVERY, BATCH, HEAD_RATE = 100, 32, 2, 64, 4.0
 PROTOTYPES, BATCH_V2 = 100, 64
-LR, LR_V2, LR_SIMCLR, LR_SUPERVISED = 5e-3, 5e-3, 1e-2, 5e-3  # the best of `settings`, and of SimCLR's chapter
+LR, LR_V2, LR_SIMCLR, LR_SUPERVISED = 5e-3, 5e-3, 1e-2, 5e-3  # by `settings`, and of SimCLR's chapter
 EPOCHS = {"settings": 12, "shapes": 24, "sabotage": 12, "photographs": 12}
 PHOTOGRAPHS = (4000, 1000)
 
