@@ -3,4 +3,16 @@
 `CHAPTERS` lists the folders in the order of the table of contents: the first is chapter 1.
 """
 
-CHAPTERS = ("learning_without_labels", "rotation", "simclr", "mae", "byol", "moco", "swav", "decorrelation", "relative_location", "simsiam", "nnclr")
+CHAPTERS = (
+    "learning_without_labels",
+    "rotation",
+    "simclr",
+    "mae",
+    "byol",
+    "moco",
+    "swav",
+    "decorrelation",
+    "relative_location",
+    "simsiam",
+    "nnclr",
+)
