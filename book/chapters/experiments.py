@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslbook import default_device, results
+from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.evaluation import controls, extract_features, factors, knn, linear
@@ -20,6 +21,12 @@ from sslbook.schedules import Clock
 
 Table = dict[str, dict[str, list[float]]]
 HELD_OUT = 800  # training images at the end, on which ablations are measured
+# What most chapters train on; the settings of a method are chosen on the other images.
+TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
+OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)
+COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
+VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
+PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 
 
 def batches(data: Data, views: Sequence[View], batch_size: int, steps: int, seed: int) -> list[Batch]:

@@ -15,11 +15,14 @@ import html
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.figure
+import numpy as np
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
@@ -97,6 +100,12 @@ class Figure(matplotlib.figure.Figure):
         from IPython.display import display
 
         display({"text/html": self.html(), "text/plain": plain(self.alt, self.caption, self.label)}, raw=True)
+
+
+def smooth(values: Sequence[float], over: int = 10) -> Float[np.ndarray, "steps"]:
+    """Means over so many neighboring values, fewer where there are not as many."""
+    over = min(over, len(values))
+    return np.convolve(values, np.ones(over) / over, mode="valid")
 
 
 def figure(

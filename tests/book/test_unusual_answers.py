@@ -17,8 +17,25 @@ from sslbook.book.chapters.mae import exercises as mae
 from sslbook.book.chapters.relative_location import exercises as location
 from sslbook.book.chapters.rotation import exercises as rotation
 from sslbook.book.chapters.simclr import exercises as simclr
+from sslbook.book.chapters.simsiam import exercises as simsiam
 from sslbook.book.chapters.swav import exercises as swav
 from sslbook.notebook.exercises import Exercise
+
+
+def siamese_loss_by_numbers(p_1: Tensor, p_2: Tensor, z_1: Tensor, z_2: Tensor) -> Tensor:
+    both = [(p / p.norm(dim=1, keepdim=True), z.numpy(force=True)) for p, z in ((p_1, z_2), (p_2, z_1))]
+    return -sum((p * torch.tensor(z / np.linalg.norm(z, axis=1, keepdims=True))).sum() for p, z in both) / 2 / len(p_1)
+
+
+def targets_by_loops(views: Tensor) -> tuple[np.ndarray, list[float]]:
+    means = [np.mean([v / np.linalg.norm(v) for v in image.numpy()], axis=0) for image in views]
+    return np.array([m / np.linalg.norm(m) for m in means]), [float(np.linalg.norm(m)) for m in means]
+
+
+def round_by_solving(W: Tensor, S: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    G = torch.linalg.solve(S + A, S).T  # S and A are symmetric
+    V = torch.linalg.lstsq(W @ (S + A) @ W.T, W @ S @ W.T).solution.T
+    return torch.inverse(V) @ W @ G, V
 
 
 def vote_by_loops(s: Tensor, y: Tensor, k: int, tau: float, classes: int) -> np.ndarray:
@@ -320,6 +337,14 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
     (swav.critical_epsilon, critical_by_projectors),
     (swav.smallest_entropy, lambda n, k: -math.log(min(1, n / k))),
     (swav.multicrop, lambda R, r, v: [(2 + v * r**2 / R**2) / 2, v + 1 + v + 1]),
+    (simsiam.loss, siamese_loss_by_numbers),
+    (simsiam.targets, targets_by_loops),
+    (simsiam.power_round, round_by_solving),
+    (simsiam.rounds, lambda a, b, factor: np.log10(factor) / (np.log10(a) - np.log10(b))),
+    (simsiam.thermometer, lambda z: (F.normalize(z, dim=1).std(0) * len(z[0]) ** 0.5).mean()),  # over n - 1
+    (simsiam.smaller_side, lambda s: min(np.roots([1, -1, s * s / 4]).real)),
+    (simsiam.rates, lambda t, T, lr: [lr * min(1, 10 * (t + 1) / T) * math.cos(math.pi * t / T / 2) ** 2, lr]),
+    (simsiam.equal_compute, lambda b: 1 - 1 / (2 + b)),
     (location.pairs, pairs_by_indices),
     (location.twins, lambda g: (len(g) * 0.125, np.dot(g, np.log(g)) / 8)),
     (location.layout_floor, layout_floor_by_counting),

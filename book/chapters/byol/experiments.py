@@ -33,6 +33,10 @@ from sslbook.book.chapters.byol.variants import (
     standardize_weights,
 )
 from sslbook.book.chapters.experiments import (
+    OTHER_SHAPES,
+    PHOTOGRAPH,
+    TINY_SHAPES,
+    VIEW,
     batches,
     begin,
     cifar10,
@@ -43,17 +47,11 @@ from sslbook.book.chapters.experiments import (
     score,
     train_supervised,
 )
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.methods.byol import BYOL
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, HIDDEN, DIM, BATCH, MOMENTUM = 16, 256, 64, 64, 0.9
 LR, LR_SUPERVISED = 5e-3, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)

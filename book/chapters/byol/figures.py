@@ -102,14 +102,9 @@ def modes(signal: Tensor, found: Tensor, formula: Tensor, decay: float) -> style
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]]) -> style.Figure:
     """Loss and feature_std of a run."""
-    loss = _smooth(log["loss"])
+    loss = style.smooth(log["loss"])
     low, end = loss.min(), loss[-1]
     caption = (
         f"The loss first falls to {low:.2f} and ends at {end:.2f}; its lowest point is no sign of the best features. "
@@ -119,7 +114,7 @@ def curves(log: Mapping[str, Sequence[float]]) -> style.Figure:
     fig, axes = style.figure(columns=2, width=7.0, height=2.6, alt=alt, caption=caption, name="byol.curves")
     axes[0].plot(loss)
     axes[0].set(xlabel="step", ylabel="loss (sum of both views)", ylim=(0, None))
-    axes[1].plot(_smooth(log["feature_std"]), color=style.GREEN)
+    axes[1].plot(style.smooth(log["feature_std"]), color=style.GREEN)
     axes[1].set(xlabel="step", ylabel="feature_std of z", ylim=(0, 1.05))
     return fig
 

@@ -26,6 +26,10 @@ from sslbook import default_device, results
 from sslbook.book.chapters.decorrelation.variants import OtherVariance, hinge_on_variance, no_hinge
 from sslbook.book.chapters.experiments import (
     HELD_OUT,
+    OTHER_SHAPES,
+    PHOTOGRAPH,
+    TINY_SHAPES,
+    VIEW,
     batches,
     begin,
     cifar10,
@@ -38,7 +42,6 @@ from sslbook.book.chapters.experiments import (
     train,
     train_supervised,
 )
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.evaluation import extract_features
@@ -50,11 +53,6 @@ from sslbook.methods.wmse import WMSE
 from sslbook.nn import MLP, ConvNet
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, FEATURES, BATCH = 16, 64, 128  # the backbone's last layer has four times its width
 DIM, SLICE, TEMPERATURE = 256, 64, 0.2
 LR = {"VICReg": 5e-3, "Barlow Twins": 5e-3, "W-MSE": 5e-3, "SimCLR": 5e-3, "supervised": 5e-3}  # the best of `settings`

@@ -123,11 +123,6 @@ def slices(sizes: Sequence[int], found: Sequence[float], true: float, d: int) ->
     return fig
 
 
-def _smooth(values: Sequence[float] | np.ndarray, over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> style.Figure:
     """The weighted terms of a run, and the two sides of its balance."""
     ends = {name: weight * float(np.mean(log[name][-10:])) for name, weight in weights.items()}
@@ -144,11 +139,11 @@ def curves(log: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> 
     alt = f"At the end the weighted terms are {words}; the two sides of the balance are {sides}."
     fig, axes = style.figure(alt, 1, 2, width=7.2, height=2.9, caption=caption, name="decorrelation.curves", least=520)
     for (name, weight), color, dashes in zip(weights.items(), style.COLORS, ("-", "--", ":")):
-        axes[0].plot(weight * _smooth(log[name]), dashes, color=color, label=name)
+        axes[0].plot(weight * style.smooth(log[name]), dashes, color=color, label=name)
     axes[0].set(xlabel="step", ylabel="weighted term", ylim=(0, 26))
     axes[0].legend()
-    axes[1].plot(_smooth(left), color=style.BLUE, label="2 λ s + 4 ν c")
-    axes[1].plot(_smooth(right), "--", color=style.ORANGE, label="μ times mean std")
+    axes[1].plot(style.smooth(left), color=style.BLUE, label="2 λ s + 4 ν c")
+    axes[1].plot(style.smooth(right), "--", color=style.ORANGE, label="μ times mean std")
     axes[1].set(xlabel="step", ylabel="what shrinks, what grows", ylim=(0, 26))
     axes[1].legend()
     return fig

@@ -21,6 +21,10 @@ from torch import nn
 from sslbook import default_device, results
 from sslbook.book.chapters.deepcluster.variants import Watched, train, unit, whitened
 from sslbook.book.chapters.experiments import (
+    OTHER_SHAPES,
+    PHOTOGRAPH,
+    TINY_SHAPES,
+    VIEW,
     Table,
     batches,
     begin,
@@ -33,7 +37,6 @@ from sslbook.book.chapters.experiments import (
     train_supervised,
 )
 from sslbook.book.chapters.experiments import train as train_steps
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.methods.base import Method
@@ -42,11 +45,6 @@ from sslbook.methods.simclr import SimCLR
 from sslbook.nn import MLP, ConvNet, Sobel
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, HIDDEN, DIM, TEMPERATURE = 16, 256, 64, 0.2
 CLUSTERS, PCA, EVERY, BATCH, HEAD_RATE = 100, 32, 2, 64, 4.0
 PROTOTYPES, BATCH_V2 = 100, 64

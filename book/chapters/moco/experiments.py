@@ -24,6 +24,10 @@ from torch import nn
 
 from sslbook import default_device, results
 from sslbook.book.chapters.experiments import (
+    OTHER_SHAPES,
+    PHOTOGRAPH,
+    TINY_SHAPES,
+    VIEW,
     Table,
     batches,
     begin,
@@ -46,7 +50,6 @@ from sslbook.book.chapters.moco.variants import (
     leak,
     positives_found,
 )
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.methods.base import Method
@@ -57,12 +60,7 @@ from sslbook.nn.vit import VisionTransformer
 from sslbook.schedules import Clock
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
 BLURRED = replace(VIEW, blur=0.5)
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, DIM, BATCH, QUEUE, GROUPS, MOMENTUM = 16, 64, 128, 1024, 8, 0.995
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)

@@ -106,14 +106,9 @@ def leak(table: Mapping[str, Mapping[str, Sequence[float]]], sizes: Sequence[int
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]], start: float) -> style.Figure:
     """Loss and contrastive accuracy of a run."""
-    loss, accuracy = _smooth(log["loss"]), _smooth(log["contrastive_accuracy"])
+    loss, accuracy = style.smooth(log["loss"]), style.smooth(log["contrastive_accuracy"])
     caption = (
         f"The loss goes to {loss[-1]:.2f}; equal logits give {start:.2f} (dotted). At the end {accuracy[-1]:.0f} % of the "
         "queries find their key among all candidates. Means over ten steps."

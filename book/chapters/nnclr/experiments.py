@@ -23,6 +23,10 @@ from torch import Tensor, nn
 
 from sslbook import default_device, results
 from sslbook.book.chapters.experiments import (
+    OTHER_SHAPES,
+    PHOTOGRAPH,
+    TINY_SHAPES,
+    VIEW,
     Table,
     batches,
     begin,
@@ -46,7 +50,6 @@ from sslbook.book.chapters.nnclr.variants import (
     Traced,
     agreement,
 )
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.methods.base import Method
@@ -55,12 +58,7 @@ from sslbook.methods.simclr import SimCLR
 from sslbook.nn import MLP, ConvNet
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
 CROP = View(size=16, crop=VIEW.crop, interpolation="bilinear")
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, HIDDEN, DIM, TEMPERATURE, BATCH, QUEUE = 16, 256, 64, 0.2, 256, 3072
 LR, LR_SUPERVISED = 1e-2, 5e-3  # the best of `settings`, and of SimCLR's chapter
 LRS = (5e-3, 1e-2, 2e-2)

@@ -90,14 +90,9 @@ def bootstrap(paths: Mapping[float, Sequence[tuple[float, float]]], alpha: float
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]], start: float, chance: float) -> style.Figure:
     """Loss of a run, and the fraction of its neighbors that show the right class."""
-    loss, purity = _smooth(log["loss"]), _smooth(log["purity"])
+    loss, purity = style.smooth(log["loss"]), style.smooth(log["purity"])
     caption = (
         f"The loss goes from {loss[0]:.2f} to {loss[-1]:.2f}; equal logits give {start:.2f} (dotted). The neighbors that "
         f"show the class of their anchor go from {purity[0]:.0f} % to {purity[-1]:.0f} %, guessing is {chance:.0f} % "

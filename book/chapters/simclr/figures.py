@@ -115,11 +115,6 @@ def bound(sizes: Sequence[int], row: Sequence[float], information: float) -> sty
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]], start: float) -> style.Figure:
     """Loss and contrastive accuracy of a run; `start` is the loss of equal features."""
     steps, loss = len(log["loss"]), log["loss"]
@@ -130,11 +125,11 @@ def curves(log: Mapping[str, Sequence[float]], start: float) -> style.Figure:
     )
     alt = f"The loss falls from {loss[0]:.1f} to {end:.1f}; the contrastive accuracy rises to {found:.0f} %."
     fig, axes = style.figure(columns=2, width=7.0, height=2.6, alt=alt, caption=caption, name="simclr.curves")
-    axes[0].plot(_smooth(loss))
+    axes[0].plot(style.smooth(loss))
     axes[0].axhline(start, color=style.GRAY, linestyle=":")
     axes[0].annotate("2 log(2N - 1)", (steps / 2, start), xytext=(0, 5), ha="center", textcoords="offset points")
     axes[0].set(xlabel="step", ylabel="loss (sum of both views)")
-    axes[1].plot(_smooth(log["contrastive_accuracy"]), color=style.GREEN)
+    axes[1].plot(style.smooth(log["contrastive_accuracy"]), color=style.GREEN)
     axes[1].set(xlabel="step", ylabel="contrastive accuracy (%)", ylim=(0, None))
     return fig
 

@@ -26,6 +26,10 @@ from sslbook import default_device, results
 from sslbook.book.chapters.byol.variants import convnet
 from sslbook.book.chapters.experiments import (
     HELD_OUT,
+    OTHER_SHAPES,
+    PHOTOGRAPH,
+    TINY_SHAPES,
+    VIEW,
     batches,
     begin,
     cifar10,
@@ -46,7 +50,6 @@ from sslbook.book.chapters.simsiam.variants import (
     OneDirection,
     WithEMA,
 )
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
 from sslbook.evaluation import extract_features
@@ -55,11 +58,6 @@ from sslbook.nn import MLP
 from sslbook.schedules import Clock
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
-PHOTOGRAPH = View(size=32, crop=(0.2, 1.0), **COLORS | {"color_jitter": (0.4, 0.4, 0.4, 0.1)})
 WIDTH, DIM, BOTTLENECK, BATCH = 16, 256, 64, 64
 LR, LR_SUPERVISED = 5e-3, 5e-3  # the best of `settings`
 LRS = (2e-3, 5e-3, 1e-2)

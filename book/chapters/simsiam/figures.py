@@ -95,14 +95,9 @@ def thermometer(clouds: Mapping[str, tuple[Tensor, float, float]], push: float) 
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]]) -> style.Figure:
     """Loss and feature_std of a run."""
-    loss = _smooth(log["loss"])
+    loss = style.smooth(log["loss"])
     low, end = loss.min(), loss[-1]
     caption = (
         f"The loss falls to {low:.2f} and ends at {end:.2f}; -1 would be the minimum. feature_std ends at "
@@ -113,7 +108,7 @@ def curves(log: Mapping[str, Sequence[float]]) -> style.Figure:
     axes[0].plot(loss)
     axes[0].axhline(-1, color=style.GRAY, ls=":")
     axes[0].set(xlabel="step", ylabel="loss", ylim=(-1.05, 0.05))
-    axes[1].plot(_smooth(log["feature_std"]), color=style.GREEN)
+    axes[1].plot(style.smooth(log["feature_std"]), color=style.GREEN)
     axes[1].set(xlabel="step", ylabel="feature_std of z", ylim=(0, 1.05))
     return fig
 
@@ -142,7 +137,7 @@ def collapse(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> style.Figure:
     fig, axes = style.figure(alt, 1, 3, width=7.4, height=3.2, caption=caption, name="simsiam.collapse", least=560)
     for (name, run), color, dashes in zip(runs.items(), (style.BLUE, style.ORANGE, style.VIOLET), ("-", "--", "-.")):
         for ax, key in zip(axes, ("loss", "feature_std")):
-            ax.plot(_smooth(run[key]), dashes, color=color)
+            ax.plot(style.smooth(run[key]), dashes, color=color)
         axes[2].plot(run["at"], run["rank of z"], dashes, color=color, label=name)
     axes[0].set(xlabel="step", ylabel="loss", ylim=(-1.03, 0.05))
     axes[1].set(xlabel="step", ylabel="feature_std of z", ylim=(-0.03, 1.05))

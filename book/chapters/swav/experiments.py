@@ -18,6 +18,10 @@ from torch import nn
 
 from sslbook import default_device, results
 from sslbook.book.chapters.experiments import (
+    COLORS,
+    OTHER_SHAPES,
+    TINY_SHAPES,
+    VIEW,
     batches,
     begin,
     held_out,
@@ -35,17 +39,12 @@ from sslbook.book.chapters.swav.variants import (
     OwnCodes,
     SoftmaxCodes,
 )
-from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.methods.swav import SwAV
 from sslbook.nn import ConvNet
 from sslbook.weights.backbone import export_backbone
 
-TINY_SHAPES = Shapes(num_train=4000, num_test=1000)
-OTHER_SHAPES = Shapes(num_train=4000, num_test=1000, seed=1)  # settings are chosen on these
-COLORS = {"color_jitter": (0.4, 0.4, 0.4, 0.5), "grayscale": 0.2, "interpolation": "bilinear"}
-VIEW = View(size=16, crop=(0.3, 1.0), **COLORS)
 SMALL = View(size=8, crop=(0.1, 0.3), **COLORS)
 WIDTH, BATCH, HIDDEN, DIM, PROTOTYPES, TEMPERATURE = 16, 128, 256, 64, 100, 0.1
 EPSILON, LR, LR_SUPERVISED = 0.01, 1e-2, 5e-3  # the best of `settings`

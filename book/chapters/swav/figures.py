@@ -179,14 +179,9 @@ def modes(shared: Tensor, growth: Tensor, epsilon: float, tau: float) -> style.F
     return fig
 
 
-def _smooth(values: Sequence[float], over: int = 10) -> np.ndarray:
-    over = min(over, len(values))
-    return np.convolve(values, np.ones(over) / over, mode="valid")
-
-
 def curves(log: Mapping[str, Sequence[float]], prototypes: int) -> style.Figure:
     """Loss and prototype perplexity of a run."""
-    loss, used = _smooth(log["loss"]), _smooth(log["prototype_perplexity"])
+    loss, used = style.smooth(log["loss"]), style.smooth(log["prototype_perplexity"])
     caption = (
         f"The loss starts near log {prototypes} = {np.log(prototypes):.2f} (dotted) and ends at {loss[-1]:.2f}. "
         f"The predictions use {used[-1]:.0f} of {prototypes} prototypes at the end. Means over ten steps."

@@ -79,9 +79,7 @@ def read_indices(path: Path) -> np.ndarray:
     """
     from PIL import Image
 
-    with explained(
-        f"cannot read the mask {path}", Exception, cure="mend or remove it"
-    ):  # decoders raise nearly everything
+    with explained(f"cannot read the mask {path}", Exception, cure="mend or remove it"):  # a decoder may raise anything
         with Image.open(path) as image:
             values = np.asarray(image)
     if values.ndim != 2 or values.dtype.kind not in "ub":
