@@ -48,7 +48,8 @@ def test_full_report(tmp_path: Path, capsys) -> None:
 def test_the_map_leaves_torch_its_number_of_threads() -> None:
     before = torch.get_num_threads()
     points = umap_positions(torch.randn(32, 8))
-    assert points.shape == (32, 2) and points.isfinite().all()
+    assert points.shape == (32, 2)
+    assert points.isfinite().all()
     assert torch.get_num_threads() == before
 
 

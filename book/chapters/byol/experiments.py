@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sslbook import default_device, results
 from sslbook.book.chapters import experiments
@@ -179,6 +179,40 @@ def group(num_seeds: int, resume: bool) -> None:
             results.save(name, table, seeds=list(range(seed + 1)), settings=about)
 
 
+class Watch:
+    """Keeps the spectrum of a method with a linear predictor at some steps."""
+
+    def __init__(self, at: list[int], views: list[Tensor]) -> None:
+        self.at, self.views, self.found = at, views, {}
+
+    def __call__(self, step: int, method: BYOL) -> None:
+        if step in self.at:
+            found = spectrum(method, self.views)
+            self.found[str(step)] = {name: [round(v, 6) for v in values] for name, values in found.items()}
+
+
+def spectrum(method: BYOL, views: list[Tensor]) -> dict[str, list[float]]:
+    """Eigenvalues of the correlation of z, and what the linear predictor does to each eigenvector.
+
+    `predictor` is the component of W u_j along eigenvector u_j, `alignment` its cosine with u_j.
+    """
+    method.eval()
+    with torch.no_grad():
+        z = torch.cat([method.projector(method.backbone(x)) for x in views]).double()
+    method.train()
+    weight = method.predictor.weight.detach().double()  # pyrefly: ignore
+    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    images_of = weight @ vectors  # column j: what becomes of eigenvector j
+    along = (vectors * images_of).sum(0)
+    return {
+        "eigenvalues": values.tolist(),
+        "predictor": along.tolist(),
+        "alignment": (along / images_of.norm(dim=0)).tolist(),
+        "asymmetry": [((weight - weight.T).norm() / (weight + weight.T).norm()).item()],
+    }
+
+
 def sabotage(num_seeds: int, resume: bool) -> None:
     """`byol_sabotage`: one part removed or replaced at a time, on the same batches; `byol_eigenspace` of the linear one."""
     data, steps, names = Data(shapes=TINY_SHAPES), STEPS["sabotage"], ["byol_sabotage", "byol_eigenspace"]
@@ -199,6 +233,20 @@ def sabotage(num_seeds: int, resume: bool) -> None:
                 followed[str(seed)] = watch.found
         for name, values in zip(names, (table, followed)):
             results.save(name, values, seeds=list(range(seed + 1)), settings=about)
+
+
+def norm(num_seeds: int, resume: bool) -> None:
+    """`byol_norm`: two ways to do with group norm, on the batches of `sabotage`."""
+    data, steps = Data(shapes=TINY_SHAPES), STEPS["sabotage"]
+    about = {"steps": steps, "batch": BATCH, "momentum": MOMENTUM, "images": TINY_SHAPES.num_train}
+    (table,), done = begin(["byol_norm"], about, resume)
+    for seed in range(done, num_seeds):
+        run = batches(data, (VIEW, VIEW), BATCH, steps, seed)
+        for name, options in NORMS.items():
+            method = make(seed, **options)
+            log = train(method, run)
+            note(table, name, {**log, **held_out(method.backbone, data, 16)})
+        results.save("byol_norm", table, seeds=list(range(seed + 1)), settings=about)
 
 
 def photographs(num_seeds: int, resume: bool) -> None:
