@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sslbook import default_device, results
 from sslbook.book.chapters.densecl.puzzles import read_puzzles
 from sslbook.book.chapters.densecl.scenes import SIZE, Scene, Scenes, cell_centers, cell_shapes, truth
-from sslbook.book.chapters.densecl.variants import Matched, Pairs, same_place
+from sslbook.book.chapters.densecl.variants import Matched, OwnSum, Pairs, same_place
 from sslbook.book.chapters.experiments import (
     OTHER_SHAPES,
     PHOTOGRAPH,
@@ -55,22 +55,15 @@ from sslbook.nn import ConvNet
 from sslbook.schedules import Clock
 from sslbook.weights.backbone import export_backbone
 
+FEW_SHAPES = replace(TINY_SHAPES, num_train=2000)  # seen often enough for a memory bank
 SCENE = replace(VIEW, size=24, crop=(0.4, 1.0))
 WIDTH, DIM, CELL, PATCH = 16, 64, 8, 7
 MOCO = {"projector_dim": DIM, "momentum": 0.99, "queue_size": 1024, "batch_norm_groups": 1}
 INTER = {"num_clusters": 50, "num_negatives": 256, "pool_size": 400, "min_cluster": 10, "centroids_every": 1}
-NCE = {"projector_dim": DIM, "temperature": 0.1, "num_negatives": 512, "momentum": 0.5}
+NCE = {"projector_dim": DIM, "temperature": 0.2, "num_negatives": 256, "momentum": 0.5}
 BATCH, SCENE_BATCH = 128, 64
-LR = {"MoCo": 1e-2, "DenseCL": 1e-2, "InterCLR": 1e-2, "PIRL": 5e-3, "jigsaw": 5e-3, "supervised": 5e-3}
-STEPS = {
-    "settings": 120,
-    "scenes": 120,
-    "warm": 150,
-    "positives": 60,
-    "puzzles": 150,
-    "shapes": 200,
-    "photographs": 120,
-}
+LR = {"MoCo": 1e-2, "DenseCL": 1e-2, "InterCLR": 1e-2, "PIRL": 2e-3, "jigsaw": 5e-3, "supervised": 5e-3}
+STEPS = {"settings": 100, "scenes": 100, "warm": 150, "positives": 50, "puzzles": 200, "shapes": 150, "photographs": 80}
 PHOTOGRAPHS = (3000, 1000)
 EVERY = 20  # steps between two looks at the correspondences
 METHODS = ("DenseCL", "InterCLR", "PIRL", "MoCo", "jigsaw")
@@ -98,8 +91,8 @@ PUZZLES: dict[str, dict] = {
     "PIRL": {},
     "puzzle alone (lambda 1)": {"puzzle_weight": 1.0},
     "image alone (lambda 0)": {"puzzle_weight": 0.0},
-    "memory momentum 0": {"momentum": 0.0},
     "memory never updated": {"momentum": 1.0},
+    "constant Z": {"kind": PIRL},
 }
 
 
@@ -112,7 +105,8 @@ def make(name: str, seed: int, view: View = VIEW, size: int = 24, **options) -> 
     elif name == "InterCLR":
         method = Pairs(backbone, view, view.size, **MOCO | INTER | options)
     elif name == "PIRL":
-        method = PIRL(backbone, view, puzzle, size // 3, size // 3 - 1, **NCE | options)
+        kind = options.pop("kind", OwnSum)
+        method = kind(backbone, view, puzzle, size // 3, size // 3 - 1, **NCE | options)
     elif name == "jigsaw":
         method = Jigsaw(backbone, puzzle, size // 3, size // 3 - 1, 100, DIM)
     else:
@@ -251,8 +245,8 @@ def supervised_scenes(backbone: nn.Module, run: Sequence[Batch], shapes: Tensor,
 def settings(num_seeds: int, resume: bool) -> None:
     """`densecl_settings`: learning rates, on the images of another seed of Shapes."""
     data, table, steps = Data(shapes=OTHER_SHAPES), {}, STEPS["settings"]
-    for name in ("MoCo", "DenseCL", "PIRL"):
-        for lr in (5e-3, 1e-2):
+    for name, lrs in (("MoCo", (5e-3, 1e-2)), ("DenseCL", (5e-3, 1e-2)), ("PIRL", (1e-3, 2e-3, 5e-3))):
+        for lr in lrs:
             method = make(name, 100)
             fit(method, data, steps, BATCH, lr, 100)
             note(table, f"{name}, learning rate {lr:g}", score(method.backbone, data, 16))
@@ -309,8 +303,8 @@ def positives(num_seeds: int, resume: bool) -> None:
 
 def puzzles(num_seeds: int, resume: bool) -> None:
     """`densecl_puzzles`: PIRL, its variants and jigsaw; what is read from patches, and probes on held-out images."""
-    data, steps = Data(shapes=TINY_SHAPES), STEPS["puzzles"]
-    about = {"steps": steps, "batch": BATCH, "images": TINY_SHAPES.num_train}
+    data, steps, batch = Data(shapes=FEW_SHAPES), STEPS["puzzles"], SCENE_BATCH
+    about = {"steps": steps, "batch": batch, "images": FEW_SHAPES.num_train}
     (rows,), done = begin(["densecl_puzzles"], about, resume)
     for seed in range(done, num_seeds):
         for name, options in [("jigsaw", {}), *PUZZLES.items()]:
@@ -318,7 +312,7 @@ def puzzles(num_seeds: int, resume: bool) -> None:
             if name == "PIRL":
                 method.setup(data)
                 note(rows, "random weights", {**read_puzzles(method, data), **held_out(method.backbone, data, 16)})
-            fit(method, data, steps, BATCH, LR["PIRL"], seed)
+            fit(method, data, steps, batch, LR["jigsaw" if name == "jigsaw" else "PIRL"], seed)
             note(rows, name, {**read_puzzles(method, data), **held_out(method.backbone, data, 16)})
         results.save("densecl_puzzles", rows, seeds=list(range(seed + 1)), settings=about)
 

@@ -33,7 +33,8 @@ class Matched(DenseCL):
     def __init__(self, *args, match: Match = "features", negatives: Literal["pooled", "cell"] = "pooled", **options):
         super().__init__(*args, **options)
         self.match, self.negatives = match, negatives
-        self.pairs: Int[Tensor, "images s"] | None = None  # by image
+        self.pairs: Int[Tensor, "n s"] | None = None
+        self.last: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         x_q, x_k = batch.views
@@ -56,13 +57,14 @@ class Matched(DenseCL):
         )
         self.queue.push(k)
         self.dense_queue.push(stored)
-        return {
+        self.last = {
             "loss": (1 - self.dense_weight) * loss + self.dense_weight * dense_loss,
             "global_loss": loss.detach(),
             "dense_loss": dense_loss.detach(),
             "contrastive_accuracy": 100 * (logits.argmax(dim=1) == 0).float().mean(),
             "dense_accuracy": 100 * (dense_logits.argmax(dim=1) == 0).float().mean(),
         }
+        return self.last
 
     def chosen(
         self,
