@@ -35,8 +35,8 @@ def schematic() -> Diagram:
         name="densecl.schematic",
     )
     for row, name in enumerate(("DenseCL", "InterCLR", "PIRL")):
-        diagram.text(-0.2, 1.75 * row, name)
-    at = [0.0, 1.75, 3.5]
+        diagram.text(-0.2, 1.5 * row, name)
+    at = [0.0, 1.5, 3.0]
     losses = [
         diagram.loss(4.4, at[0], "each cell:\nmost similar"),
         diagram.loss(4.4, at[1], "InfoNCE,\nmargin"),
@@ -118,7 +118,7 @@ def crops(
     for i, (name, color) in enumerate((("pooled", style.GRAY), ("matched cells", style.GREEN))):
         axes[2].plot(xs, [curve[x][i] for x in xs], color=color, label=name, ls="-" if i else "--")
         axes[2].plot(left, curve[left][i], "o", color=color)
-    axes[2].set(xlabel="left edge of the second crop", ylabel="cosine", ylim=(-0.05, 1.08))
+    axes[2].set(xlabel="second crop at (pixels)", ylabel="cosine", ylim=(-0.05, 1.08))
     axes[2].legend(fontsize=8, loc="lower left")
     return fig
 
