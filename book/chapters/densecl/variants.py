@@ -57,14 +57,15 @@ class Matched(DenseCL):
         )
         self.queue.push(k)
         self.dense_queue.push(stored)
-        self.last = {
+        out = {
             "loss": (1 - self.dense_weight) * loss + self.dense_weight * dense_loss,
             "global_loss": loss.detach(),
             "dense_loss": dense_loss.detach(),
             "contrastive_accuracy": 100 * (logits.argmax(dim=1) == 0).float().mean(),
             "dense_accuracy": 100 * (dense_logits.argmax(dim=1) == 0).float().mean(),
         }
-        return self.last
+        self.last = {name: value.detach() for name, value in out.items()}
+        return out
 
     def chosen(
         self,
