@@ -5,11 +5,12 @@ import torch
 
 from sslbook.book.chapters.densecl.puzzles import effective_weight, puzzle_features
 from sslbook.book.chapters.densecl.scenes import SIZE, Scenes, cell_centers, cell_shapes, places, truth
-from sslbook.book.chapters.densecl.variants import Matched, OwnSum, Pairs, common_share
+from sslbook.book.chapters.densecl.variants import Matched, OwnSum, Pairs, common_share, summed_nce
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Data
 from sslbook.data.views import View
 from sslbook.methods.densecl import DenseCL
+from sslbook.methods.pirl import nce
 from sslbook.nn import ConvNet
 from sslbook.schedules import Clock
 
@@ -103,6 +104,14 @@ def test_pairs_of_the_right_class_are_pure() -> None:
         purity[kind] = out["purity"].item(), out["false negatives"].item()
     assert purity["class"] == (100, 0)
     assert purity["random"][0] < 50
+
+
+def test_a_common_similarity_costs_nothing_with_a_sum_over_negatives() -> None:
+    scores = torch.randn(6, 30)
+    torch.testing.assert_close(summed_nce(scores), summed_nce(scores + 9))
+    log_sum = torch.logsumexp(scores[0, 1:], 0)
+    torch.testing.assert_close(summed_nce(scores[:1]), nce(scores[:1], log_sum))
+    assert nce(scores + 9, log_sum) > 10 * nce(scores, log_sum)
 
 
 def test_the_two_layers_of_a_puzzle_are_one() -> None:

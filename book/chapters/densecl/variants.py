@@ -14,7 +14,7 @@ from sslbook.data.loader import Batch, Data
 from sslbook.methods.densecl import DenseCL, correspondence, local_features
 from sslbook.methods.interclr import InterCLR, inter_image_loss, sample_positives, sample_semihard
 from sslbook.methods.moco import info_nce
-from sslbook.methods.pirl import IMAGE_NEGATIVES, PIRL, PUZZLE_NEGATIVES, nce
+from sslbook.methods.pirl import IMAGE_NEGATIVES, PIRL, PUZZLE_NEGATIVES
 from sslbook.schedules import Clock
 
 Match = Literal["features", "projections", "random", "identity", "truth"]
@@ -177,6 +177,12 @@ def common_share(weight: Float[Tensor, "out patches_times_dim"], patches: int) -
     return (patches * by_position.mean(1).square().sum() / by_position.square().sum()).item()
 
 
+def summed_nce(scores: Float[Tensor, "n rows"]) -> Float[Tensor, ""]:
+    """PIRL's `nce` with the sum over each row's negatives in place of a constant Z."""
+    log_odds = scores - scores[:, 1:].logsumexp(1, keepdim=True)
+    return (F.softplus(-log_odds[:, 0]) + F.softplus(log_odds[:, 1:]).sum(dim=1)).mean()
+
+
 class OwnSum(PIRL):
     """PIRL whose h divides by the sum over an image's own negatives, as the paper's equation 4 does."""
 
@@ -185,7 +191,7 @@ class OwnSum(PIRL):
         f = F.normalize(self.projector(self.backbone(x)), dim=1)
         g = F.normalize(self.puzzle(x_puzzle, batch.index, clock), dim=1)
         scores = [self.scores(v, batch.index, clock, s) for v, s in ((g, PUZZLE_NEGATIVES), (f, IMAGE_NEGATIVES))]
-        puzzle, image = (nce(s, s[:, 1:].logsumexp(1, keepdim=True)) for s in scores)
+        puzzle, image = map(summed_nce, scores)
         self.memory.update(batch.index, f.detach(), self.momentum)
         return {
             "loss": self.puzzle_weight * puzzle + (1 - self.puzzle_weight) * image,
