@@ -55,15 +55,15 @@ from sslbook.nn import ConvNet
 from sslbook.schedules import Clock
 from sslbook.weights.backbone import export_backbone
 
-FEW_SHAPES = replace(TINY_SHAPES, num_train=2000)  # seen often enough for a memory bank
+FEW_SHAPES = replace(TINY_SHAPES, num_train=1000, seed=2)  # seen often enough for a memory bank
 SCENE = replace(VIEW, size=24, crop=(0.4, 1.0))
 WIDTH, DIM, CELL, PATCH = 16, 64, 8, 7
 MOCO = {"projector_dim": DIM, "momentum": 0.99, "queue_size": 1024, "batch_norm_groups": 1}
 INTER = {"num_clusters": 50, "num_negatives": 256, "pool_size": 400, "min_cluster": 10, "centroids_every": 1}
 NCE = {"projector_dim": DIM, "temperature": 0.2, "num_negatives": 256, "momentum": 0.5}
 BATCH, SCENE_BATCH = 128, 64
-LR = {"MoCo": 1e-2, "DenseCL": 1e-2, "InterCLR": 1e-2, "PIRL": 2e-3, "jigsaw": 5e-3, "supervised": 5e-3}
-STEPS = {"settings": 100, "scenes": 100, "warm": 150, "positives": 50, "puzzles": 200, "shapes": 150, "photographs": 80}
+LR = {"MoCo": 1e-2, "DenseCL": 1e-2, "InterCLR": 1e-2, "PIRL": 1e-3, "jigsaw": 5e-3, "supervised": 5e-3}
+STEPS = {"settings": 100, "scenes": 100, "warm": 150, "positives": 50, "puzzles": 300, "shapes": 150, "photographs": 80}
 PHOTOGRAPHS = (3000, 1000)
 EVERY = 20  # steps between two looks at the correspondences
 METHODS = ("DenseCL", "InterCLR", "PIRL", "MoCo", "jigsaw")
@@ -302,7 +302,7 @@ def positives(num_seeds: int, resume: bool) -> None:
 
 
 def puzzles(num_seeds: int, resume: bool) -> None:
-    """`densecl_puzzles`: PIRL, its variants and jigsaw; what is read from patches, and probes on held-out images."""
+    """`densecl_puzzles`: PIRL, its variants and jigsaw on a small set of its own; what is read from patches, and probes."""
     data, steps, batch = Data(shapes=FEW_SHAPES), STEPS["puzzles"], SCENE_BATCH
     about = {"steps": steps, "batch": batch, "images": FEW_SHAPES.num_train}
     (rows,), done = begin(["densecl_puzzles"], about, resume)
@@ -311,9 +311,9 @@ def puzzles(num_seeds: int, resume: bool) -> None:
             method = make("jigsaw" if name == "jigsaw" else "PIRL", seed, **options)
             if name == "PIRL":
                 method.setup(data)
-                note(rows, "random weights", {**read_puzzles(method, data), **held_out(method.backbone, data, 16)})
+                note(rows, "random weights", {**read_puzzles(method, data), **score(method.backbone, data, 16)})
             fit(method, data, steps, batch, LR["jigsaw" if name == "jigsaw" else "PIRL"], seed)
-            note(rows, name, {**read_puzzles(method, data), **held_out(method.backbone, data, 16)})
+            note(rows, name, {**read_puzzles(method, data), **score(method.backbone, data, 16)})
         results.save("densecl_puzzles", rows, seeds=list(range(seed + 1)), settings=about)
 
 

@@ -17,7 +17,7 @@ from sslbook.methods.jigsaw import permutation_set
 from sslbook.methods.pirl import PIRL
 from sslbook.schedules import Clock
 
-TRAIN, TEST, ORDERS = 800, 300, 10
+TRAIN, TEST, ORDERS = 700, 300, 10
 PENALTY = (1e-2,)
 
 
