@@ -3,7 +3,7 @@
     python book/chapters/densecl/experiments.py settings       learning rates, on images of another seed
     python book/chapters/densecl/experiments.py scenes         DenseCL and MoCo on images with two shapes: probes on
                                                                maps, correspondences over the steps; parts replaced
-    python book/chapters/densecl/experiments.py positives      InterCLR that goes on from one MoCo, with other pairs
+    python book/chapters/densecl/experiments.py positives      InterCLR that goes on from one SimCLR, with other pairs
     python book/chapters/densecl/experiments.py puzzles        PIRL and jigsaw: what is read from shuffled patches
     python book/chapters/densecl/experiments.py shapes         all three methods and their controls on Shapes
     python book/chapters/densecl/experiments.py photographs    the same on CIFAR-10, from SSLBOOK_DATA or downloaded
@@ -51,7 +51,8 @@ from sslbook.methods.densecl import local_features
 from sslbook.methods.jigsaw import Jigsaw
 from sslbook.methods.moco import MoCo
 from sslbook.methods.pirl import PIRL
-from sslbook.nn import ConvNet
+from sslbook.methods.simclr import SimCLR
+from sslbook.nn import MLP, ConvNet
 from sslbook.schedules import Clock
 from sslbook.weights.backbone import export_backbone
 
@@ -63,7 +64,7 @@ INTER = {"num_clusters": 50, "num_negatives": 256, "pool_size": 400, "min_cluste
 NCE = {"projector_dim": DIM, "temperature": 0.2, "num_negatives": 256, "momentum": 0.5}
 BATCH, SCENE_BATCH = 128, 64
 LR = {"MoCo": 1e-2, "DenseCL": 1e-2, "InterCLR": 1e-2, "PIRL": 1e-3, "jigsaw": 5e-3, "supervised": 5e-3}
-STEPS = {"settings": 100, "scenes": 100, "warm": 150, "positives": 50, "puzzles": 300, "shapes": 150, "photographs": 80}
+STEPS = {"settings": 100, "scenes": 100, "warm": 120, "positives": 60, "puzzles": 300, "shapes": 150, "photographs": 80}
 PHOTOGRAPHS = (3000, 1000)
 EVERY = 20  # steps between two looks at the correspondences
 METHODS = ("DenseCL", "InterCLR", "PIRL", "MoCo", "jigsaw")
@@ -239,6 +240,17 @@ def supervised_scenes(backbone: nn.Module, run: Sequence[Batch], shapes: Tensor,
     return backbone
 
 
+def first_purity(method: Pairs, data: Data) -> float:
+    """Percent of the pairs within a first cluster that have one class, an image with itself left out."""
+    method.setup(data)
+    method.before_epoch(data, Clock())
+    clusters, classes = method.clusters.assignment.cpu(), data.labels("train")
+    counts = (clusters * 10 + classes).bincount(minlength=10 * method.clusters.num_clusters).view(-1, 10).double()
+    size = counts.sum(1)
+    same = (counts * (counts - 1)).sum(1) / (size - 1).clamp(min=1)
+    return 100 * (same.sum() / size.sum()).item()
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,17 +296,25 @@ def scenes(num_seeds: int, resume: bool) -> None:
 
 
 def positives(num_seeds: int, resume: bool) -> None:
-    """`densecl_positives`: every variant goes on from the same MoCo; measured on held-out training images."""
+    """`densecl_positives`: every variant goes on from the same SimCLR; measured on held-out training images."""
     data = Data(shapes=TINY_SHAPES)
-    about = {"steps": STEPS["positives"], "steps of MoCo before": STEPS["warm"], "batch": BATCH, **INTER}
+    about = {"steps": STEPS["positives"], "steps of SimCLR before": STEPS["warm"], "batch": BATCH, **INTER}
     (rows,), done = begin(["densecl_positives"], about, resume)
     for seed in range(done, num_seeds):
-        warm = make("MoCo", seed)
-        fit(warm, data, STEPS["warm"], BATCH, LR["MoCo"], seed)
+        torch.manual_seed(seed)  # SimCLR with MoCo's head: clusters of untrained features would mean nothing
+        head = MLP(4 * WIDTH, 4 * WIDTH, DIM, num_layers=2, batch_norm=False)
+        warm = SimCLR(ConvNet(WIDTH), VIEW, 0.2, projector=head).to(default_device())
+        train(warm, batches(data, (VIEW, VIEW), 2 * BATCH, STEPS["warm"], seed), LR["MoCo"])
         note(rows, "before", held_out(warm.backbone, data, 16))
         for name, options in POSITIVES.items():
             method = make("InterCLR", seed, **options)
-            method.load_state_dict(warm.state_dict(), strict=False)
+            for part in (method.backbone, method.key_backbone.module):
+                part.load_state_dict(warm.backbone.state_dict(), strict=False)
+            for part in (method.projector, method.key_projector.module):
+                part.load_state_dict(warm.projector.state_dict())
+            first = first_purity(method, data)
+            if name == "InterCLR":
+                rows["before"].setdefault("purity", []).append(round(first, 4))
             log = fit(method, data, STEPS["positives"], BATCH, LR["InterCLR"] / 2, seed + 50)
             kept = {key: log[key] for key in ("purity", "own image", "false negatives", "reassigned")}
             note(rows, name, {**kept, **held_out(method.backbone, data, 16)})
