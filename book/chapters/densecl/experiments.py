@@ -256,13 +256,23 @@ def first_purity(method: Pairs, data: Data) -> float:
 
 def settings(num_seeds: int, resume: bool) -> None:
     """`densecl_settings`: learning rates, on the images of another seed of Shapes."""
-    data, table, steps = Data(shapes=OTHER_SHAPES), {}, STEPS["settings"]
-    for name, lrs in (("MoCo", (5e-3, 1e-2)), ("DenseCL", (5e-3, 1e-2)), ("PIRL", (1e-3, 2e-3, 5e-3))):
-        for lr in lrs:
-            method = make(name, 100)
-            fit(method, data, steps, BATCH, lr, 100)
-            note(table, f"{name}, learning rate {lr:g}", score(method.backbone, data, 16))
-    results.save("densecl_settings", table, seeds=[100], settings={"steps": steps, "batch": BATCH, "shapes seed": 1})
+    table: Table = {}
+    many, few = Data(shapes=OTHER_SHAPES), Data(shapes=replace(FEW_SHAPES, seed=1))
+    runs = [("MoCo", many, STEPS["settings"], BATCH, lr) for lr in (5e-3, 1e-2)]
+    runs += [("DenseCL", *rest) for _, *rest in runs]
+    runs += [("PIRL", few, STEPS["puzzles"], SCENE_BATCH, lr) for lr in (1e-3, 2e-3, 5e-3)]
+    for name, data, steps, batch, lr in runs:
+        method = make(name, 100)
+        fit(method, data, steps, batch, lr, 100)
+        note(table, f"{name}, learning rate {lr:g}", score(method.backbone, data, 16))
+    about = {
+        "steps": STEPS["settings"],
+        "batch": BATCH,
+        "steps of PIRL": STEPS["puzzles"],
+        "batch of PIRL": SCENE_BATCH,
+    }
+    about |= {"images of PIRL": few.num_train, "shapes seed": 1}
+    results.save("densecl_settings", table, seeds=[100], settings=about)
 
 
 def scenes(num_seeds: int, resume: bool) -> None:
