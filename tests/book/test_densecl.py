@@ -1,4 +1,4 @@
-"""Images with two shapes, true places of cells, and what the ablations of the chapter on DenseCL change."""
+"""Images with two shapes, true locations of cells, and what the ablations of the chapter on DenseCL change."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_a_cell_is_nearest_to_itself_and_a_flip_reverses_its_row() -> None:
     assert found.near.sum(2).unique().tolist() == [1]
 
 
-def test_places_lie_in_the_crop(scenes: Scenes) -> None:
+def test_cells_lie_in_the_crop(scenes: Scenes) -> None:
     at, box = places(VIEW, torch.arange(50), 1, 4, SIZE)
     low, extent = box[:, None, :2], box[:, None, 2:]
     assert ((at > low) & (at < low + extent)).all()

@@ -162,7 +162,7 @@ def order_variance(W, h, *, weights=lambda W: W - W.mean(0), patches=lambda h: h
         "squares before the mean give 1 for any weights": lambda weight, P: (
             P * weight.view(len(weight), P, -1).square().mean(1).sum() / weight.square().sum()
         ),
-        "that is the fraction of the deviations": lambda weight, P: 1 - common.solution(weight, P),
+        "that is the fraction of the differences from the mean": lambda weight, P: 1 - common.solution(weight, P),
         "norms, not squares": lambda weight, P: common.solution(weight, P) ** 0.5,
     },
 )

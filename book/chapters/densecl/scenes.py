@@ -1,4 +1,4 @@
-"""Images with two shapes, whose places are known, and where the cells of one view lie in another."""
+"""Images with two shapes, whose locations are known, and where the cells of one view lie in another."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +102,7 @@ def cell_centers(scene: Scene) -> Bool[Tensor, "n s"]:
     return F.one_hot(row * (SIZE // CELL) + column, (SIZE // CELL) ** 2).any(1)
 
 
-# -- which cells of two views show the same place ----------------------------------------------------------------------
+# -- which cells of two views show the same location -----------------------------------------------------------------
 
 
 def places(
@@ -129,7 +129,7 @@ def places(
 
 
 class Truth(NamedTuple):
-    """Which cells of two views show the same place of the image."""
+    """Which cells of two views show the same location."""
 
     nearest: Int[Tensor, "n s"]
     """for each cell of the first view the nearest of the second"""
