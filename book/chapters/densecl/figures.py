@@ -224,7 +224,7 @@ def lines(
         len(match),
         2 * len(images),
         width=7.4,
-        height=1.95 * len(match) + 0.2,
+        height=1.5 * len(match) + 0.2,
         caption=caption,
         name=name,
         least=560,
