@@ -77,7 +77,7 @@ MATCHES: dict[str, dict] = {
     "cells, matched by projections": {"negatives": "cell", "match": "projections"},
     "cells, matched at random": {"negatives": "cell", "match": "random"},
     "cells, same position": {"negatives": "cell", "match": "identity"},
-    "cells, true places": {"negatives": "cell", "match": "truth"},
+    "cells, true locations": {"negatives": "cell", "match": "truth"},
 }
 POSITIVES: dict[str, dict] = {
     "InterCLR": {},
