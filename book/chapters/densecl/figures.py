@@ -14,8 +14,8 @@ FIGURES = (
     "densecl.schematic",
     "densecl.crops",
     "densecl.curves",
-    "densecl.lines",
     "densecl.matches",
+    "densecl.lines",
     "densecl.photographs",
 )
 MARKS = "os^Dv"
