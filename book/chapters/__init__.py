@@ -10,6 +10,7 @@ CHAPTERS = (
     "simclr",
     "moco",
     "nnclr",
+    "densecl",
     "deepcluster",
     "swav",
     "byol",
