@@ -247,7 +247,7 @@ def photographs(num_seeds: int, resume: bool) -> None:
 def make_inpainter(seed: int, weight: float) -> Adversarial:
     torch.manual_seed(seed)
     backbone = ConvNet(WIDTH // 2)
-    return Adversarial(backbone, PHOTOGRAPH, weight, overlap=1, decoder_dim=64).to(default_device())
+    return Adversarial(backbone, PHOTOGRAPH, weight, overlap=1, decoder_dim=32).to(default_device())
 
 
 def inpainting(num_seeds: int, resume: bool) -> None:
