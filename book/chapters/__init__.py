@@ -16,4 +16,5 @@ CHAPTERS = (
     "simsiam",
     "nnclr",
     "deepcluster",
+    "colorization",
 )
