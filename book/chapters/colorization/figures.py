@@ -151,7 +151,7 @@ def annealed(T: float, probabilities: Tensor, sharpened: Tensor, bins: Tensor, f
 
 
 def adversarial(w: float, g: Tensor, density: Tensor, objective: Tensor) -> style.Figure:
-    """The density of the true fillings, and what the encoder minimizes over its one answer g."""
+    """The density of the true fillings, and what the encoder minimizes over its one answer u."""
     best = g[objective.argmin()].item()
     alt = f"With weight {w:g} the best answer is {best:.2f}; the true values lie at -1 and 1."
     fig, axes = style.figure(alt, 1, 2, width=6.6, height=2.5, caption=None, least=480)
@@ -161,7 +161,7 @@ def adversarial(w: float, g: Tensor, density: Tensor, objective: Tensor) -> styl
     axes[0].set_title(f"the answer: {best:.2f}", fontsize=9.5)
     axes[1].plot(g, objective - objective.min(), color=style.BLUE)
     axes[1].plot(best, 0, "o", color=style.ORANGE)
-    axes[1].set(xlabel="answer g", ylabel="objective less its minimum", ylim=(-0.1, 2.5))
+    axes[1].set(xlabel="answer u", ylabel="objective less its minimum", ylim=(-0.1, 2.5))
     return fig
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from sslbook.data.datasets.shapes import Shapes
 from sslbook.data.loader import Batch, Data
 from sslbook.data.views import View
+from sslbook.methods.base import Method
 from sslbook.methods.colorization import Colorization, annealed_mean, lab_to_rgb, rgb_to_lab
 from sslbook.methods.context_encoder import ContextEncoder, pixel_weights, reconstruction_loss
 from sslbook.schedules import Clock
@@ -151,6 +152,17 @@ class Adversarial(ContextEncoder):
             "reconstruction": rec,
             "discriminator_accuracy": 100 * right,
         }
+
+
+def watch_loss(method: Method) -> list[float]:
+    """A list to which every forward pass of a method in training adds its loss."""
+    found: list[float] = []
+
+    def note(module: nn.Module, given: tuple, out: dict[str, Tensor]) -> None:
+        found.append(out["loss"].item())
+
+    method.register_forward_hook(note)
+    return found
 
 
 def gradient_energy(images: Float[Tensor, "n 3 height width"]) -> float:
