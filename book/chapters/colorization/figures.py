@@ -180,12 +180,12 @@ def curves(losses: Mapping[str, Sequence[float]]) -> style.Figure:
     return fig
 
 
-def plane(bins: Tensor, predicted: Mapping[str, Tensor], points: Mapping[str, Tensor]) -> style.Figure:
+def plane(bins: Tensor, predicted: Mapping[str, Tensor], points: Mapping[str, Tensor], true: Tensor) -> style.Figure:
     """What three networks predict for the color of one pixel: distributions over bins, and a single point each."""
     tops = ", ".join(f"{q.max():.0%} ({name})" for name, q in predicted.items())
     caption = (
         "Predictions for the color of the same pixel of the same gray image. The area of a disc is the probability of its "
-        f"bin, the cross is the mean. Largest probabilities: {tops}."
+        f"bin, the cross is the mean, the ring the true color. Largest probabilities: {tops}."
     )
     fig, axes = style.figure(
         f"Largest probabilities: {tops}.",
@@ -202,7 +202,8 @@ def plane(bins: Tensor, predicted: Mapping[str, Tensor], points: Mapping[str, Te
         ax.scatter(bins[:, 0], bins[:, 1], s=2, color=style.GRAY, linewidths=0, alpha=0.5)
         ax.scatter(bins[:, 0], bins[:, 1], s=900 * q, c=colors, linewidths=0)
         ax.plot(*points[name].tolist(), "x", color=style.ORANGE, ms=8, mew=2)
-        ax.set(xlim=(-60, 60), ylim=(-60, 60), aspect="equal", xlabel="a")
+        ax.plot(*true.tolist(), "o", mfc="none", color=style.GRAY, ms=11, mew=1.5)
+        ax.set(xlim=(-60, 60), ylim=(-60, 60), aspect="equal", xlabel="a", xticks=(-50, 0, 50), yticks=(-50, 0, 50))
         ax.set_title(name, fontsize=9.5)
     axes[0].set_ylabel("b")
     return fig
