@@ -107,7 +107,7 @@ def untilted(q, w, *, power=-1.0, normalize=lambda p: p / p.sum(1, keepdim=True)
     inputs=lambda r: [((3 * r.normal(7, 5)).softmax(1),), (torch.eye(4, 6),)],
     returns={"loss": "one number"},
     mistakes={
-        "this is the mean of the entropies, the loss if each image could be told apart: average the targets first": lambda z: (
+        "this is the mean of the entropies, the loss if each image could be distinguished: average the targets first": lambda z: (
             torch.special.entr(z).sum(1).mean()
         ),
         "log of the number of bins: only for a uniform mean": lambda z: math.log(z.shape[1]),
@@ -127,14 +127,14 @@ def floor(z, *, unit=1.0):
     mistakes={
         "this is one possible edge: average over all": lambda n: (torch.arange(n) >= n // 2).float(),
         "everywhere the overall mean: the border is nearer on one side": lambda n: torch.full((n,), 0.5),
-        "there are n + 1 places for the edge": {"places": lambda n: n},
+        "the edge has n + 1 possible positions": {"positions": lambda n: n},
         "it must rise from left to right": lambda n: ramp.solution(n).flip(0),
         "n + 2 values: leave out the visible pixels": lambda n: torch.arange(n + 2) / (n + 1),
     },
 )
-def ramp(n, *, places=lambda n: n + 1):
+def ramp(n, *, positions=lambda n: n + 1):
     """`(n) -> (n,)`: the mean of all steps from 0 to 1 whose edge lies somewhere in n masked pixels, equally likely."""
-    return (torch.arange(n) + 1) / places(n)
+    return (torch.arange(n) + 1) / positions(n)
 
 
 @exercise(

@@ -13,7 +13,7 @@ from sslbook.notebook.schematic import Diagram
 FIGURES = (
     "colorization.schematic",
     "colorization.toy",
-    "colorization.worlds",
+    "colorization.colorings",
     "colorization.palette",
     "colorization.annealed",
     "colorization.adversarial",
@@ -32,7 +32,7 @@ def schematic() -> Diagram:
         "and a decoder g, which gives each position a distribution over bins of color. The loss compares it with the "
         "colors, softly encoded and weighted by their rarity. Below: an image with a masked square passes through the "
         "same kind of backbone and a decoder; the squared error compares what is reconstructed with what was masked, and "
-        "a discriminator D may judge it. Only the backbones are kept.",
+        "a discriminator D may score it. Only the backbones are kept.",
         caption="Two tasks of one form: remove a part of the image and predict it from the rest. Colorization (above) "
         "removes the color of every pixel. The context encoder (below) removes all channels of a region.",
         name="colorization.schematic",

@@ -72,7 +72,7 @@ def painted(shapes: Shapes, colors: Colors | Literal["none"], leak: bool = False
     Args:
         shapes: what is painted, with the options `EASY`.
         colors: what the color of an image depends on.
-        leak: let the contrast, and with it the lightness, tell the color that is drawn at random.
+        leak: let the contrast, and with it the lightness, tell the random color.
     """
     given: list[Tensor] = []
     for split in ("train", "test"):
