@@ -68,8 +68,8 @@ PHOTOGRAPH = replace(VIEW, size=32)
 PHOTOGRAPH_CONTRASTIVE = replace(PHOTOGRAPH, crop=(0.2, 1.0), color_jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 WIDTH, BATCH, STRIDE, BIN_WIDTH, TEMPERATURE = 16, 64, 4, 10.0, 0.2
 LR = {"colorization": 1e-2, "regression": 1e-2, "context encoder": 1e-2, "SimCLR": 1e-2, "supervised": 1e-2}
-LRS = (3e-3, 1e-2, 3e-2)
-STEPS = {"settings": 150, "shapes": 200, "sabotage": 150, "photographs": 200, "inpainting": 200}
+LRS = (3e-3, 1e-2)
+STEPS = {"settings": 150, "shapes": 200, "sabotage": 150, "photographs": 150, "inpainting": 120}
 PHOTOGRAPHS = (4000, 1000)
 ADVERSARIAL_WEIGHTS = (0.0, 0.001, 0.1)
 METHODS = ("colorization", "regression", "context encoder", "SimCLR")
