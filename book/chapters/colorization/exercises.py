@@ -107,7 +107,7 @@ def untilted(q, w, *, power=-1.0, normalize=lambda p: p / p.sum(1, keepdim=True)
     inputs=lambda r: [((3 * r.normal(7, 5)).softmax(1),), (torch.eye(4, 6),)],
     returns={"loss": "one number"},
     mistakes={
-        "this is the mean of the entropies, the loss if each image could be distinguished: average the targets first": lambda z: (
+        "this is the mean of the entropies, as if each image could be distinguished: average the targets first": lambda z: (
             torch.special.entr(z).sum(1).mean()
         ),
         "log of the number of bins: only for a uniform mean": lambda z: math.log(z.shape[1]),

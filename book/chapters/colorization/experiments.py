@@ -158,9 +158,10 @@ def settings(num_seeds: int, resume: bool) -> None:
 
 def shapes(num_seeds: int, resume: bool) -> None:
     """`colorization_shapes`, `colorization_factors`: the methods beside their controls, all measured on gray images."""
-    names, steps = ["colorization_shapes", "colorization_factors"], STEPS["shapes"]
+    steps, probed = STEPS["shapes"], {}
     about = {"steps": steps, "batch": BATCH, "images": SHAPES.num_train, "steps of SimCLR": steps // 2}
-    (rows, probed), done = begin(names, about, resume)
+    rows: Table
+    (rows,), done = begin(["colorization_shapes"], about, resume)
     data, gray = {colors: painted(SHAPES, colors) for colors in COLORS}, painted(SHAPES, "none")
     facts = known(SHAPES, "train"), known(SHAPES, "test")
 
@@ -191,8 +192,9 @@ def shapes(num_seeds: int, resume: bool) -> None:
             measure(name, method.backbone, seed)
         train_supervised(fresh, gray, VIEW, steps, BATCH, seed, LR["supervised"])
         measure("supervised", fresh, seed)
-        results.save(names[0], rows, seeds=list(range(seed + 1)), settings=about)
-        results.save(names[1], probed, seeds=[0], settings=about)
+        results.save("colorization_shapes", rows, seeds=list(range(seed + 1)), settings=about)
+        if not seed:
+            results.save("colorization_factors", probed, seeds=[0], settings=about)
 
 
 def sabotage(num_seeds: int, resume: bool) -> None:
