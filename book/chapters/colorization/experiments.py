@@ -69,7 +69,7 @@ PHOTOGRAPH_CONTRASTIVE = replace(PHOTOGRAPH, crop=(0.2, 1.0), color_jitter=(0.4,
 WIDTH, BATCH, STRIDE, BIN_WIDTH, TEMPERATURE = 16, 64, 4, 10.0, 0.2
 LR = {"colorization": 1e-2, "regression": 1e-2, "context encoder": 1e-2, "SimCLR": 1e-2, "supervised": 1e-2}
 LRS = (3e-3, 1e-2)
-STEPS = {"settings": 150, "shapes": 200, "sabotage": 150, "photographs": 150, "inpainting": 120}
+STEPS = {"settings": 150, "shapes": 200, "sabotage": 150, "photographs": 150, "inpainting": 150}
 PHOTOGRAPHS = (2000, 500)
 ADVERSARIAL_WEIGHTS = (0.0, 0.001, 0.1)
 METHODS = ("colorization", "regression", "context encoder", "SimCLR")
@@ -257,7 +257,7 @@ def make_inpainter(seed: int, weight: float) -> Adversarial:
 def inpainting(num_seeds: int, resume: bool) -> None:
     """`colorization_inpainting`: the middle of photographs, by squared error and with the adversarial term."""
     data, steps = cifar10(*PHOTOGRAPHS), STEPS["inpainting"]
-    about = {"steps": steps, "batch": BATCH, "images": PHOTOGRAPHS[0], "test images": PHOTOGRAPHS[1], "data": data.name}
+    about = {"steps": steps, "batch": BATCH // 2, "images": PHOTOGRAPHS[0], "test images": PHOTOGRAPHS[1], "data": data.name}
     rows: Table
     (rows,), done = begin(["colorization_inpainting"], about, resume)
     center = View.center(32)
@@ -272,7 +272,7 @@ def inpainting(num_seeds: int, resume: bool) -> None:
                 {"params": [p for name, p in parts.items() if ("discriminator" in name) == told], "lr": lr}
                 for told, lr in ((False, LR["context encoder"]), (True, LR["context encoder"] / 10))
             ]
-            log = train(method, batches(data, (PHOTOGRAPH,), BATCH, steps, seed), 1.0, groups=groups)
+            log = train(method, batches(data, (PHOTOGRAPH,), BATCH // 2, steps, seed), 1.0, groups=groups)
             kept[f"{weight:g}"] = method.eval()
             filled = method.reconstruct(x, torch.arange(len(x), device=x.device))[1][inside]
             found = {
