@@ -213,6 +213,8 @@ def sabotage(num_seeds: int, resume: bool) -> None:
             )
             seen = painted(SHAPES, "none", leak=True) if leak else gray
             note(table, row, {**log, **held_out(method.backbone, seen, 16)})
+        leaked = painted(SHAPES, "none", leak=True)
+        note(table, "random weights, lightness tells the colors", held_out(make(seed).backbone, leaked, 16))
         results.save("colorization_sabotage", table, seeds=list(range(seed + 1)), settings=about)
 
 
@@ -257,7 +259,13 @@ def make_inpainter(seed: int, weight: float) -> Adversarial:
 def inpainting(num_seeds: int, resume: bool) -> None:
     """`colorization_inpainting`: the middle of photographs, by squared error and with the adversarial term."""
     data, steps = cifar10(*PHOTOGRAPHS), STEPS["inpainting"]
-    about = {"steps": steps, "batch": BATCH // 2, "images": PHOTOGRAPHS[0], "test images": PHOTOGRAPHS[1], "data": data.name}
+    about = {
+        "steps": steps,
+        "batch": BATCH // 2,
+        "images": PHOTOGRAPHS[0],
+        "test images": PHOTOGRAPHS[1],
+        "data": data.name,
+    }
     rows: Table
     (rows,), done = begin(["colorization_inpainting"], about, resume)
     center = View.center(32)
