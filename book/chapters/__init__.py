@@ -7,6 +7,7 @@ CHAPTERS = (
     "learning_without_labels",
     "rotation",
     "relative_location",
+    "colorization",
     "simclr",
     "moco",
     "nnclr",

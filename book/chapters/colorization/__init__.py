@@ -1,0 +1,1 @@
+"""The chapter on colorization and inpainting: its figures, exercises and runs."""
