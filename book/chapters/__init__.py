@@ -12,6 +12,7 @@ CHAPTERS = (
     "nnclr",
     "densecl",
     "deepcluster",
+    "odc",
     "swav",
     "byol",
     "simsiam",
