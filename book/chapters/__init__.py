@@ -13,6 +13,7 @@ CHAPTERS = (
     "nnclr",
     "densecl",
     "deepcluster",
+    "odc",
     "swav",
     "byol",
     "simsiam",

@@ -1,0 +1,1 @@
+"""ODC, whose clusters are updated with every batch."""
