@@ -119,14 +119,13 @@ def settings(num_seeds: int, resume: bool) -> None:
     epochs, data, table = EPOCHS["settings"], Data(shapes=OTHER_SHAPES), {}
     tried: list[tuple[str, dict, float]] = [(f"learning rate {lr:g}", {}, lr) for lr in (2e-3, 5e-3, 1e-2)]
     tried += [(f"momentum {m:g}", {"momentum": m}, LR) for m in (0.9, 0.99)]
-    tried += [("30 clusters", {"num_clusters": 30}, LR)]
-    tried += [("centroids every step", {"centroids_every": 1}, LR)]
+    tried += [("centroids every step", {"centroids_every": 1}, LR), ("30 clusters", {"num_clusters": 30}, LR)]
+    about = {"epochs": epochs, "clusters": CLUSTERS, "momentum": MOMENTUM, "centroids every": EVERY}
     for name, options, lr in tried:
         method = make(100, **options)
         fit(method, data, epochs, 100, lr)
         note(table, name, score(method.backbone, data, 16))
-    about = {"epochs": epochs, "clusters": CLUSTERS, "momentum": MOMENTUM, "centroids every": EVERY}
-    results.save("odc_settings", table, seeds=[100], settings=about | {"shapes seed": 1})
+        results.save("odc_settings", table, seeds=[100], settings=about | {"shapes seed": 1})
 
 
 def shapes(num_seeds: int, resume: bool) -> None:
