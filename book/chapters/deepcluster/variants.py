@@ -199,6 +199,7 @@ def train(
             optimizer.step()
             rate.step()
             step += 1
+            method.after_step(Clock(step, epochs * per_epoch, per_epoch, seed))
             log.append({name: value.item() for name, value in out.items()})
             watch(out)
     return {name: sum(line[name] for line in log[-per_epoch:]) / per_epoch for name in log[0]}

@@ -1,0 +1,1 @@
+"""Chapter 15: ODC, whose clusters are updated with every batch."""
