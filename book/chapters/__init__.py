@@ -11,6 +11,7 @@ CHAPTERS = (
     "moco",
     "nnclr",
     "deepcluster",
+    "odc",
     "swav",
     "byol",
     "simsiam",
