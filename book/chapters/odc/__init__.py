@@ -1,1 +1,1 @@
-"""Chapter 15: ODC, whose clusters are updated with every batch."""
+"""ODC, whose clusters are updated with every batch."""
