@@ -15,4 +15,5 @@ CHAPTERS = (
     "relative_location",
     "simsiam",
     "nnclr",
+    "npid",
 )
