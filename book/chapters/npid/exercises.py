@@ -132,7 +132,7 @@ def nce(s, log_z, n, *, constant=1.0, prior=lambda k, n: k / n, reduce=lambda x:
 @exercise(
     inputs=lambda r: [(128, 0.07), (64, 0.2), (64, 0.1), (3, 1.0)],
     returns={"Z/n": "one number"},
-    rtol=0.06,
+    rtol=0.02,
     mistakes={
         "this is its logarithm": lambda d, tau: math.log(start.solution(d, tau)),
         "the mean exponential is not the exponential of the mean, 1": lambda d, tau: 1.0,
@@ -170,17 +170,18 @@ def wrong_constant(s, i, c, *, power=-1.0):
     inputs=lambda r: [(0.5,), (0.0,), (0.9,)],
     returns={"negative": "epochs", "positive": "epochs"},
     mistakes={
-        "half an epoch is right only if the order never changes": {"other": 0.5},
+        "half an epoch is right only if the order never changes": {"last": 0.5},
         "the own row was written in the last epoch: one epoch, not 7/12": {"own": 7 / 12},
-        "momentum makes rows older": {"more": lambda m: 0.0},
+        "momentum makes rows older": {"more": lambda m: 0.0, "earlier": 7 / 12},
+        "a random row's visits before the last one are k + 1/2 epochs old": {"earlier": 7 / 12},
         "m/(1 - m) visits, not 1/(1 - m): the last visit counts as 0": {"more": lambda m: 1 / (1 - m)},
-        "momentum counts in visits, and a visit is an epoch: no further factor": {"more": lambda m: m},
+        "the weights are (1 - m) m^k for k = 0, 1, 2, ...: all visits count": {"more": lambda m: m},
         "the two are exchanged": lambda m: ages.solution(m)[::-1],
     },
 )
-def ages(m, *, other=7 / 12, own=1.0, more=lambda m: m / (1 - m)):
+def ages(m, *, last=7 / 12, earlier=0.5, own=1.0, more=lambda m: m / (1 - m)):
     """`(m) -> (negative, positive)`: mean age in epochs of a random row and of the own row, with memory momentum m."""
-    return other + more(m), own + more(m)
+    return (1 - m) * last + m * earlier + more(m), own + more(m)
 
 
 @exercise(
