@@ -34,6 +34,14 @@ def test_all_chapters_are_in_the_table_of_contents():
 
 
 @each_chapter
+def test_a_chapter_needs_only_earlier_ones(chapter: Path):
+    order = numbering.chapters(ROOT / "book")
+    card = next(cell.source for _, cell in cells(chapter, "markdown") if "{admonition} This chapter" in cell.source)
+    needed = re.findall(r"\.\./(\w+)/chapter", card.partition("**Before this")[2].partition("\n\n")[0])
+    assert set(needed) <= set(order[: order.index(chapter.parent.name)])
+
+
+@each_chapter
 @pytest.mark.slow
 def test_every_cell_runs(chapter: Path, tmp_path: Path):
     # A process of its own: this one's import hook (shape checking) must not reach what a reader would run.

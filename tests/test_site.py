@@ -238,6 +238,8 @@ def test_cards_say_what_the_chapters_say_of_themselves(site: Path, browser: Brow
     before = "[...document.querySelectorAll('.chapter-card .chapter-before')]"
     prerequisites = browser.js(f"{before}.map(e => [...e.querySelectorAll('a')].map(a => a.href))")
     assert len(cards["number"]) == len(CHAPTERS)
+    listed = (ROOT / "_toc.yml").read_text().partition("- caption: Background")[0]
+    assert browser.texts(".chapter-part") == re.findall(r"- caption: (.+)", listed)
     for i, page in enumerate(CHAPTERS):
         browser.open(address(site, page))
         title = browser.js("document.querySelector('article h1').firstElementChild.nextSibling.textContent.trim()")

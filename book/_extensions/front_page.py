@@ -1,8 +1,8 @@
 """The front page's list of chapters and their map, made from the cards that the chapters themselves open with.
 
-`{front-schematic}` shows what self-supervised learning does. `{chapter-cards}` shows each chapter of `_toc.yml` with its
-question, times, prerequisites and buttons. `{chapter-map}` shows which chapter needs which, once lying for a wide window
-and once standing for a phone.
+`{front-schematic}` shows what self-supervised learning does. `{chapter-cards}` shows each chapter of `_toc.yml`, under its
+part of the book, with its question, times, prerequisites and buttons. `{chapter-map}` shows which chapter needs which, once
+lying for a wide window and once standing for a phone.
 """
 
 import html
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
@@ -34,6 +35,7 @@ class Chapter:
 
     Args:
         page: its page, `book/chapters/NAME/chapter`.
+        part: the part of the book that it stands in.
         number: its place in the book, from 1.
         title: its heading.
         question: what it answers.
@@ -45,6 +47,7 @@ class Chapter:
     """
 
     page: str
+    part: str
     number: int
     title: str
     question: str
@@ -86,7 +89,7 @@ def _absolute(page: str, target: str) -> str:
     return "/".join(path)
 
 
-def chapter(root: Path, page: str, number: int) -> Chapter:
+def chapter(root: Path, page: str, part: str, number: int) -> Chapter:
     """What the notebook of `page` says about itself; CardError where its card is incomplete."""
     cells = json.loads((root / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells[:4] if c["cell_type"] == "markdown")
@@ -101,6 +104,7 @@ def chapter(root: Path, page: str, number: int) -> Chapter:
         into.extend(p for p in pages if p.startswith("book/chapters/") and p not in needs)
     return Chapter(
         page,
+        part,
         number,
         title[1].strip(),
         _paragraph(card[1], "Question", page),
@@ -114,9 +118,10 @@ def chapter(root: Path, page: str, number: int) -> Chapter:
 
 def chapters(root: Path) -> list[Chapter]:
     """All chapters, in the order of `_toc.yml`."""
-    toc = (root / "_toc.yml").read_text(encoding="utf-8")
-    pages = re.findall(r"^\s*- file: (book/chapters/\S+)$", toc, re.M)
-    return [chapter(root, page, i) for i, page in enumerate(pages, start=1)]
+    parts = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    pages = [(entry["file"], part["caption"]) for part in parts for entry in part["chapters"]]
+    pages = [(page, part) for page, part in pages if page.startswith("book/chapters/")]
+    return [chapter(root, page, part, i) for i, (page, part) in enumerate(pages, start=1)]
 
 
 # -- schematic ---------------------------------------------------------------------------------------------------------
@@ -181,12 +186,16 @@ def _rebased(text: str, page: str) -> str:
 
 
 class ChapterCards(Directive):
-    """A card for each chapter."""
+    """A card for each chapter, under the name of its part."""
 
     def run(self) -> list[nodes.Node]:
         env = self.state.document.settings.env
         grid = nodes.container(classes=["chapter-cards"])
+        part = ""
         for one in chapters(Path(env.srcdir)):
+            if one.part != part:
+                part = one.part
+                grid += nodes.paragraph("", part, classes=["chapter-part"])
             env.note_dependency(str(Path(env.srcdir) / f"{one.page}.ipynb"))
             card = nodes.container(classes=["chapter-card"])
             buttons = launch(one.page, "../" * env.docname.count("/"))
@@ -200,9 +209,9 @@ class ChapterCards(Directive):
                 "chapter-times": f"{one.read} min to read, {one.run} min to run",
                 "chapter-before": f"**Before this:** {_rebased(one.before, one.page)}",
             }.items():
-                part = nodes.container(classes=[classes])
-                self.state.nested_parse([text], self.content_offset, part)
-                card += part
+                field_ = nodes.container(classes=[classes])
+                self.state.nested_parse([text], self.content_offset, field_)
+                card += field_
             card += nodes.raw("", f'<p class="chapter-launch">{links}</p>', format="html")
             grid += card
         return [grid]

@@ -1,1 +1,1 @@
-"""Chapter 8: Barlow Twins, VICReg and W-MSE, decorrelation instead of negatives."""
+"""Barlow Twins, VICReg and W-MSE, decorrelation instead of negatives."""

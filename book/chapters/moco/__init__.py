@@ -1,1 +1,1 @@
-"""Chapter 6: MoCo, a queue of negatives and a momentum encoder."""
+"""MoCo, a queue of negatives and a momentum encoder."""

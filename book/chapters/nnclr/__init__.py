@@ -1,1 +1,1 @@
-"""Chapter 11: NNCLR, whose positive is another image, the nearest neighbor among past features."""
+"""NNCLR, whose positive is another image, the nearest neighbor among past features."""

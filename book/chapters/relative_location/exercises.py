@@ -23,6 +23,9 @@ def _others(n):
             lambda h: pairs.solution(h.roll(-4, 1)),
             lambda h: torch.cat([h[:, :1].expand(-1, 8, -1), h[:, 1:]], 2).flatten(0, 1),
         ],
+        "neighbor k must stand beside the center of its own image: repeat each center eight times in a row": lambda h: (
+            torch.cat([h[:, 4].repeat(8, 1), h[:, _others(9)].flatten(0, 1)], 1)
+        ),
         "neighbor first: the center's features are the first half": {"first": False},
         "grouped by position: the eight pairs of one image are consecutive rows": {
             "flatten": lambda x: x.transpose(0, 1).flatten(0, 1)
@@ -39,7 +42,7 @@ def pairs(h, *, first=True, flatten=lambda x: x.flatten(0, 1)):
 
 
 @exercise(
-    inputs=lambda r: [([1] * 8,), ([2, 2, 2, 1, 1],), ([8],), ([4, 4],)],
+    inputs=lambda r: [([2, 2, 2, 1, 1],), ([1] * 8,), ([8],), ([4, 4],)],
     returns={"accuracy": "a fraction", "loss floor": "in nats"},
     mistakes={
         "in percent: return a fraction": lambda g: (100 * len(g) / 8, twins.solution(g)[1]),
@@ -50,9 +53,17 @@ def pairs(h, *, first=True, flatten=lambda x: x.flatten(0, 1)):
         "groups are not equally likely: a group of s positions has probability s / 8": {
             "weight": lambda s, g: 1 / len(g)
         },
-        "the largest group decides nothing: each group contributes one of its positions": lambda g: (
+        "not the largest group alone: every group adds 1/8 to the accuracy": lambda g: (
             max(g) / 8,
             twins.solution(g)[1],
+        ),
+        "1 / G is the chance to guess the group: the group is seen, the position in it is guessed": lambda g: (
+            1 / len(g),
+            twins.solution(g)[1],
+        ),
+        "the loss is the mean of log s, with a plus: a mean cross-entropy is not negative": lambda g: (
+            len(g) / 8,
+            -twins.solution(g)[1],
         ),
         "exchanged: the answer is (accuracy, loss)": lambda g: twins.solution(g)[::-1],
         "this is log 8 minus the floor, the information that is there": lambda g: (
@@ -67,7 +78,7 @@ def twins(groups, *, weight=lambda s, g: s / 8):
 
 
 @exercise(
-    inputs=lambda r: [(0.0, True), (0.9, True), (0.6, True), (0.6, False), (0.3, False)],
+    inputs=lambda r: [(0.9, True), (0.6, True), (0.6, False), (0.3, False), (0.0, True)],
     returns={"loss floor": "in nats"},
     mistakes={
         "a random letter points at a position with probability 8/25: it adds uncertainty where one points": lambda r, s: (
@@ -81,17 +92,21 @@ def twins(groups, *, weight=lambda s, g: s / 8):
         "this is log 8 minus the floor, the information that is there": lambda r, s: (
             math.log(8) - layout_floor.solution(r, s)
         ),
+        "minus the logarithm of the accuracy is no mean loss: add up the entropy of each observation": lambda r, s: (
+            -math.log(1 / 8 + 7 / 8 * (r * r if s else r))
+        ),
+        "where nothing points at a position all eight are equally likely: that case adds its log 8": {"unseen": 0.0},
         "the position pointed at is not certain: seven others share what is left": {"certain": True},
     },
 )
-def layout_floor(rho, shifted, *, letters=25, power=lambda shifted: 2 if shifted else 1, certain=False):
+def layout_floor(rho, shifted, *, letters=25, power=lambda shifted: 2 if shifted else 1, certain=False, unseen=8):
     """`(rho, shifted) -> nats`: the smallest loss of the toy."""
     known = rho ** power(shifted)
     other = (1 - known) / letters
     points = known + 8 * other
     p = [(known + other) / points] + 7 * [other / points]
     entropy = 0.0 if certain else -sum(value * math.log(value) for value in p)
-    return points * entropy + (1 - points) * math.log(8)
+    return points * entropy + (1 - points) * (math.log(unseen) if unseen else 0.0)
 
 
 @exercise(
@@ -101,6 +116,9 @@ def layout_floor(rho, shifted, *, letters=25, power=lambda shifted: 2 if shifted
         "one mean for the whole batch is batch norm: each patch has its own": {"over": (0, 2, 3)},
         "one mean for all patches and channels: every channel of every patch has its own": {"over": (0, 1, 2, 3)},
         "one mean for all channels: color relations between channels stay in": {"over": (1, 2, 3)},
+        "mean and standard deviation run over the pixels of a patch, axes 2 and 3": [
+            lambda x, axis=axis: (x - x.mean(axis, keepdim=True)) / x.std(axis, keepdim=True) for axis in range(4)
+        ],
         "only the mean is removed: contrast tells patches apart, too": {"scale": lambda x, dims: 1},
         "only the scale is removed: subtract the mean": {"center": lambda x, dims: 0},
         "divided by the variance: divide by its root": {
@@ -140,6 +158,9 @@ def _moved(r, height, width, shift):
         "exchanged: rows first, then columns": lambda g, m: shift.solution(g, m)[::-1],
         "the two slopes are correlated: solve for both together": {"joint": False},
         "this is the sum of products: divide by the squared slopes": {"divide": False},
+        "a mean of ratios breaks down where the slope is near 0: solve the least-squares problem": lambda g, m: tuple(
+            ((m - g) / slope).mean() for slope in torch.gradient(g)
+        ),
     },
     rtol=2e-2,
     atol=2e-3,
@@ -154,31 +175,34 @@ def shift(green, red, *, joint=True, divide=True):
 
 
 @exercise(
-    inputs=lambda r: [(9, 9), (2, 4), (9, 10), (9, 100), (4, 24)],
+    inputs=lambda r: [(9, 10), (9, 100), (2, 4), (4, 24), (9, 9)],
     returns={"largest average": "a number"},
     mistakes={
-        "N / (N - 1) is missing: a permutation has no distance to itself": lambda n, N: n - 1,
-        "pairs of a permutation with itself are counted: divide by N (N - 1)": {"pairs": lambda N: N * N},
-        "the distance cannot exceed n only because positions are few: count agreements at each position": (
-            lambda n, N: n
+        "K / (K - 1) is missing: a permutation has no distance to itself": lambda n, K: n - 1,
+        "pairs of a permutation with itself are counted: divide by K (K - 1)": {"pairs": lambda K: K * K},
+        "n is reached only for K up to n: beyond, some permutations agree at each position": lambda n, K: n,
+        "this is reached only where K / n is whole: let the counts k_v be whole numbers": lambda n, K: (
+            (n - 1) * K / (K - 1)
         ),
-        "this is for real numbers of permutations: N / n need not be whole, so round": lambda n, N: (
-            (n - 1) * N / (N - 1)
-        ),
+        "the counts k_v must sum to K: K mod n of them are greater by one than the others": [
+            lambda n, K: n * (K * K - n * (K // n) ** 2) / (K * (K - 1)),
+            lambda n, K: n * (K * K - n * (-(-K // n)) ** 2) / (K * (K - 1)),
+        ],
+        "this is for one position: add up all n": lambda n, K: largest_average.solution(n, K) / n,
         "this is the smallest number of agreements: subtract it from all pairs": {"differ": False},
     },
 )
-def largest_average(n, N, *, pairs=lambda N: N * (N - 1), differ=True):
-    """`(n, N) -> distance`: the largest possible average distance of N permutations of n elements."""
-    low, more = divmod(N, n)  # so many of the values stand low + 1 times at a position, the others low times
+def largest_average(n, K, *, pairs=lambda K: K * (K - 1), differ=True):
+    """`(n, K) -> distance`: the largest possible average distance of K permutations of n elements."""
+    low, more = divmod(K, n)  # so many of the values stand low + 1 times at a position, the others low times
     agree = more * (low + 1) ** 2 + (n - more) * low**2
-    return n * ((N * N - agree) if differ else agree - N) / pairs(N)
+    return n * ((K * K - agree) if differ else agree - K) / pairs(K)
 
 
 @exercise(
     inputs=lambda r: [
         (r.uniform(k, 7).argsort(dim=1), r.uniform(40, 7).argsort(dim=1))
-        for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
+        for k in (20, 18, 15, 12, 10, 8, 6, 5, 4, 3, 2, 1)
     ],
     returns={"distance": "of the permutation that is added to the nearest one chosen"},
     mistakes={
@@ -190,6 +214,15 @@ def largest_average(n, N, *, pairs=lambda N: N * (N - 1), differ=True):
         "agreements: the Hamming distance counts the positions that differ": {
             "distance": lambda a, b: (a == b).sum(-1)
         },
+        "axes exchanged: the minimum runs over those chosen, then the maximum over candidates": lambda c, p: (
+            (c[:, None] != p[None]).sum(2).amin(1).amax()
+        ),
+        "this is the index of a candidate: return its distance to the nearest one chosen": lambda c, p: (
+            (c[:, None] != p[None]).sum(2).amin(0).argmax()
+        ),
+        "this is the candidate itself: return its distance to the nearest one chosen": lambda c, p: p[
+            (c[:, None] != p[None]).sum(2).amin(0).argmax()
+        ],
         "the nearest candidate: take the one whose smallest distance is largest": {"best": torch.argmin},
     },
 )
@@ -212,6 +245,9 @@ def greedy_distance(
     mistakes={
         "the factor 1/2 is missing: of two candidates that are left, one is right by luck": {"half": 1.0},
         "q is the probability that a patch IS recognized: all d must fail": {"fail": lambda q: q},
+        "1 - q**d is the probability that not all are recognized: none must be, (1 - q)**d": lambda d, q: (
+            0.5 * sum(1 - q**k for k in d)
+        ),
         "the average distance in place of the sum: near permutations dominate": lambda d, q: (
             0.5 * len(d) * (1 - q) ** (sum(d) / len(d)) if d else 0.0
         ),

@@ -1,1 +1,1 @@
-"""Chapter 10: SimSiam, a predictor and a stop-gradient alone."""
+"""SimSiam, a predictor and a stop-gradient alone."""

@@ -1,1 +1,1 @@
-"""Chapter 7: SwAV, clusters by optimal transport."""
+"""SwAV, clusters by optimal transport."""

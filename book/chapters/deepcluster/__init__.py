@@ -1,0 +1,1 @@
+"""DeepCluster and DeepCluster v2, which predict the clusters of their own features."""
