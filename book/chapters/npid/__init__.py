@@ -1,1 +1,1 @@
-"""Chapter 14: instance discrimination, in which every image is a class of its own."""
+"""Instance discrimination, NPID and exemplars: every image is a class of its own."""
