@@ -37,14 +37,14 @@ def schematic() -> Diagram:
     )
     image, view = diagram.image(0, 0, "image i"), diagram.view(1, 0, "view")
     f, g = diagram.network(2, 0, "backbone", "f", kept=True), diagram.network(3, 0, "projector", "g", thrown=True)
-    v = diagram.vector(4, 0, "v")
+    v = diagram.vector(3.9, 0, "v")
     rows = [diagram.vector(3.4 + 0.25 * k, 1.5, "memory bank, a row per image" if k == 2 else "") for k in range(5)]
     loss = diagram.loss(5.8, 0.75, "softmax\nor NCE")
     diagram.arrow(image, view, "augment")
     for start, end in ((view, f), (f, g), (g, v), (v, loss)):
         diagram.arrow(start, end)
     diagram.arrow(rows[-1], loss, stop=True)
-    diagram.ema(v, rows[2], "row i", out="bottom", into="top")
+    diagram.arrow(v, rows[2], "into row i", stop=True, out="bottom", into="top")
     return diagram
 
 
