@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +145,31 @@ def test_ages_by_simulation(m: float) -> None:
     expected = exercises.ages.solution(m)
     assert sum(others) / len(others) == pytest.approx(expected[0], abs=0.015)
     assert sum(own) / len(own) == pytest.approx(expected[1], abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer"),
+    [
+        (
+            exercises.floor,
+            lambda log_a, i: torch.stack([torch.logsumexp(a, 0) - a[j] for a, j in zip(log_a, i)]).mean(),
+        ),
+        (exercises.visits, lambda n, batch, steps: np.float64(batch * steps) / n),
+        (exercises.start, lambda d, tau: torch.tensor(1 / (2 * d * tau**2)).exp()),
+        (exercises.wrong_constant, lambda s, i, c: [1 / c, 1]),
+        (exercises.ages, lambda m: np.array([1 / 2 + (1 - m) / 12 + m / (1 - m), 1 / (1 - m)])),
+        (
+            exercises.nce,
+            lambda s, log_z, n: (
+                -(
+                    F.logsigmoid(s[:, 0] - log_z - math.log((s.shape[1] - 1) / n)).sum()
+                    + F.logsigmoid(-(s[:, 1:] - log_z - math.log((s.shape[1] - 1) / n))).sum()
+                )
+                / len(s)
+            ),
+        ),
+    ],
+)
+def test_unusual_solutions_pass(exercise, answer, capsys: pytest.CaptureFixture[str]) -> None:
+    exercise(answer)
+    assert "passed" in capsys.readouterr().out

@@ -50,8 +50,8 @@ WIDTH, DIM, BATCH, TEMPERATURE, MOMENTUM, NOISE = 16, 64, 32, 0.2, 0.5, 64
 IMAGES = 512  # that a network is trained on; probes are fitted on all
 BATCH_SIMCLR = 128
 LR, LR_SIMCLR, LR_SUPERVISED = 5e-3, 1e-2, 5e-3  # the best of `settings`
-EPOCHS = {"settings": 40, "shapes": 80, "sabotage": 40, "photographs": 40}
-STEPS = 640  # of `limit`
+EPOCHS = {"settings": 40, "shapes": 60, "sabotage": 40, "photographs": 30}
+STEPS = 480  # of `limit`
 SIZES = (100, 400, 1600, 4000)
 PHOTOGRAPHS = (4000, 1000)
 EVERY = 10**9  # the constant is estimated in every step
@@ -61,11 +61,9 @@ NCE = {"num_negatives": NOISE, "constant_until": EVERY}
 VARIANTS: dict[str, dict] = {
     NONE: {},
     "temperature 1": {"temperature": 1.0},
-    "temperature 0.05": {"temperature": 0.05},
     "not normalized": {"unit": False},
     "memory never updated": {"momentum": 1.0},
     "memory momentum 0.99": {"momentum": 0.99},
-    "memory momentum 0": {"momentum": 0.0},
     "no augmentation": {"view": View.center(16)},
     "every image twice": {},
     "half of the images": {},
@@ -75,10 +73,8 @@ VARIANTS: dict[str, dict] = {
     "NCE, Z of epoch 8": {**NCE, "constant_until": 8 * 16},
     "NCE, Z 100 times too large": {**NCE, "wrong": 100.0},
     "NCE, Z 100 times too small": {**NCE, "wrong": 0.01},
-    "NCE, proximal 1": {**NCE, "proximal": 1.0},
-    "NCE, proximal 30": {**NCE, "proximal": 30.0},
+    "NCE, proximal 10": {**NCE, "proximal": 10.0},
     "InfoNCE": {"num_negatives": NOISE, "loss": "InfoNCE"},
-    "InfoNCE, K = 1": {"num_negatives": 1, "loss": "InfoNCE"},
 }
 CURVES = (NONE, "NCE", "NCE, Z of the first batch", "NCE, Z of epoch 8", "NCE, Z 100 times too large")
 
@@ -119,16 +115,16 @@ def settings(num_seeds: int, resume: bool) -> None:
         method = make(100, **options)
         train(method, few, run, BATCH, lr, 100)
         note(table, name, score(method.backbone, data, 16))
-    for lr in (2e-3, 5e-3, 1e-2):
+    for lr in (5e-3, 1e-2):
         weights = make_parametric(100, IMAGES)
         train(weights, few, run, BATCH, lr, 100)
         note(table, f"weights, learning rate {lr:g}", score(weights.backbone, data, 16))
     views = batches(few, (VIEW, VIEW), BATCH_SIMCLR, steps * BATCH // (2 * BATCH_SIMCLR), 100)
-    for lr in (5e-3, 1e-2, 2e-2):
+    for lr in (5e-3, 1e-2):
         other = make_simclr(100)
         train_steps(other, views, lr)
         note(table, f"SimCLR, learning rate {lr:g}", score(other.backbone, data, 16))
-    for lr in (2e-3, 5e-3, 1e-2):
+    for lr in (2e-3, 5e-3):
         torch.manual_seed(100)
         backbone = ConvNet(WIDTH)
         train_supervised(backbone, few, VIEW, steps, BATCH, 100, lr)
