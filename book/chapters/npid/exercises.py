@@ -61,7 +61,7 @@ def weight_gradient(v, i, w, *, target=1.0, scale=lambda n: 1 / n):
 
 
 @exercise(
-    inputs=lambda r: [(1281167, 256, 5004 * 200), (500, 32, 640), (4000, 32, 640)],
+    inputs=lambda r: [(1281167, 256, 5004 * 200), (512, 32, 640), (4000, 32, 480)],
     returns={"visits": "a number"},
     mistakes={
         "that is the number of steps between two visits": lambda n, batch, steps: n / batch,
