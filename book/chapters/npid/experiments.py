@@ -49,7 +49,7 @@ from sslbook.weights.backbone import export_backbone
 WIDTH, DIM, BATCH, TEMPERATURE, MOMENTUM, NOISE = 16, 64, 32, 0.2, 0.5, 64
 IMAGES = 512  # that a network is trained on; probes are fitted on all
 BATCH_SIMCLR = 128
-LR, LR_SIMCLR, LR_SUPERVISED = 5e-3, 1e-2, 5e-3  # the best of `settings`
+LR, LR_WEIGHTS, LR_SIMCLR, LR_SUPERVISED = 5e-3, 1e-2, 1e-2, 5e-3  # the best of `settings`
 EPOCHS = {"settings": 40, "shapes": 60, "sabotage": 40, "photographs": 30}
 STEPS = 480  # of `limit`
 SIZES = (100, 400, 1600, 4000)
@@ -160,7 +160,8 @@ def shapes(num_seeds: int, resume: bool) -> None:
 
         for name, method in trained.items():
             watched = {"watch": watch} if name == "NPID" else {}
-            print(name, train(method, few, run, BATCH, LR, seed, **watched)[0], flush=True)
+            lr = LR_WEIGHTS if isinstance(method, Parametric) else LR
+            print(name, train(method, few, run, BATCH, lr, seed, **watched)[0], flush=True)
         trained["SimCLR"] = make_simclr(seed)
         views = batches(few, (VIEW, VIEW), BATCH_SIMCLR, steps * BATCH // (2 * BATCH_SIMCLR), seed)
         train_steps(trained["SimCLR"], views, LR_SIMCLR)
@@ -183,8 +184,8 @@ def limit(num_seeds: int, resume: bool) -> None:
         for n in SIZES:
             few = part(data, n)
             run = batches(few, (VIEW,), BATCH, STEPS, seed)
-            for name, method in (("weights", make_parametric(seed, n)), ("memory", make(seed))):
-                log = train(method, few, run, BATCH, LR, seed)[0]
+            for name, method, lr in (("weights", make_parametric(seed, n), LR_WEIGHTS), ("memory", make(seed), LR)):
+                log = train(method, few, run, BATCH, lr, seed)[0]
                 chosen = {key: log[key] for key in ("loss", "accuracy", "own row")}
                 note(table, f"{name}, {n}", {**chosen, **score(method.backbone, data, 16)})
         results.save("npid_limit", table, seeds=list(range(seed + 1)), settings=about)
@@ -246,8 +247,8 @@ def photographs(num_seeds: int, resume: bool) -> None:
         method, weights = make(seed, view=PHOTOGRAPH), make_parametric(seed, IMAGES, PHOTOGRAPH)
         fresh = copy.deepcopy(method.backbone)
         note(rows, "random weights", score(fresh, data, 32))
-        for name, one in (("NPID", method), ("a weight per image", weights)):
-            train(one, few, run, BATCH, LR, seed)
+        for name, one, lr in (("NPID", method, LR), ("a weight per image", weights, LR_WEIGHTS)):
+            train(one, few, run, BATCH, lr, seed)
             note(rows, name, score(one.backbone, data, 32))
         del run
         other = make_simclr(seed, PHOTOGRAPH)
