@@ -52,6 +52,7 @@ BATCH_SIMCLR = 128
 LR, LR_WEIGHTS, LR_SIMCLR, LR_SUPERVISED = 5e-3, 1e-2, 1e-2, 5e-3  # the best of `settings`
 EPOCHS = {"settings": 40, "shapes": 60, "sabotage": 40, "photographs": 30}
 STEPS = 480  # of `limit`
+SLOW = 0.03  # learning rate of the slow weights there, over that of the network
 SIZES = (100, 400, 1600, 4000)
 PHOTOGRAPHS = (4000, 1000)
 EVERY = 10**9  # the constant is estimated in every step
@@ -85,9 +86,9 @@ def make(seed: int, **options) -> Watched:
     return Watched(ConvNet(WIDTH), **chosen | options).to(default_device())
 
 
-def make_parametric(seed: int, num_images: int, view: View = VIEW) -> Parametric:
+def make_parametric(seed: int, num_images: int, view: View = VIEW, rate: float = 1.0) -> Parametric:
     torch.manual_seed(seed)
-    return Parametric(ConvNet(WIDTH), view, DIM, TEMPERATURE, num_images).to(default_device())
+    return Parametric(ConvNet(WIDTH), view, DIM, TEMPERATURE, num_images, rate).to(default_device())
 
 
 def make_simclr(seed: int, view: View = VIEW) -> SimCLR:
@@ -184,7 +185,9 @@ def limit(num_seeds: int, resume: bool) -> None:
         for n in SIZES:
             few = part(data, n)
             run = batches(few, (VIEW,), BATCH, STEPS, seed)
-            for name, method, lr in (("weights", make_parametric(seed, n), LR_WEIGHTS), ("memory", make(seed), LR)):
+            tried = {"memory": (make(seed), LR), "weights": (make_parametric(seed, n), LR_WEIGHTS)}
+            tried["slow weights"] = (make_parametric(seed, n, rate=SLOW), LR_WEIGHTS)
+            for name, (method, lr) in tried.items():
                 log = train(method, few, run, BATCH, lr, seed)[0]
                 chosen = {key: log[key] for key in ("loss", "accuracy", "own row")}
                 note(table, f"{name}, {n}", {**chosen, **score(method.backbone, data, 16)})

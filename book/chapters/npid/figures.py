@@ -144,18 +144,19 @@ def limit(rows: Mapping[str, Mapping[str, Sequence[float]]], steps: int, batch: 
     def mean(kind: str, column: str) -> np.ndarray:
         return np.array([np.mean(rows[f"{kind}, {n}"][column]) for n in sizes])
 
-    ends = {kind: mean(kind, "linear") for kind in ("memory", "weights")}
+    ends = {kind: mean(kind, "linear") for kind in ("memory", "weights", "slow weights")}
     caption = (
         f"{steps} steps each. From {sizes[0]} images ({visits[0]:.0f} visits of each) to {sizes[-1]} "
         f"({visits[-1]:.0f} visits) the linear probe goes from {ends['memory'][0]:.0f} to {ends['memory'][-1]:.0f} % "
-        f"with a memory bank and from {ends['weights'][0]:.0f} to {ends['weights'][-1]:.0f} % with a weight per image; "
+        f"with a memory bank, from {ends['weights'][0]:.0f} to {ends['weights'][-1]:.0f} % with a weight per image, and "
+        f"from {ends['slow weights'][0]:.0f} to {ends['slow weights'][-1]:.0f} % with weights that learn slowly; "
         f"random weights of the network: {random:.0f} % (dotted). Right: the cosine of a feature to the vector of its "
         "class. Means over seeds."
     )
     alt = f"At {sizes[-1]} images: memory {ends['memory'][-1]:.0f} %, weights {ends['weights'][-1]:.0f} %."
     fig, axes = style.figure(alt, 1, 2, width=7.0, height=2.8, caption=caption, name="npid.limit", least=480)
-    for kind, mark in (("memory", "o-"), ("weights", "s--")):
-        label = {"memory": "memory bank", "weights": "a weight per image"}[kind]
+    labels = {"memory": "memory bank", "weights": "a weight per image", "slow weights": "slow weights"}
+    for (kind, label), mark in zip(labels.items(), ("o-", "s--", "^:")):
         axes[0].plot(sizes, ends[kind], mark, ms=5, label=label)
         axes[1].plot(sizes, mean(kind, "own row"), mark, ms=5)
     axes[0].axhline(random, color=style.GRAY, ls=":")

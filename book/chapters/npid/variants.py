@@ -156,8 +156,12 @@ def train(
     """
     per_epoch = data.steps_per_epoch(batch_size)
     method.setup(data)
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(run), pct_start=0.1)
+    weights = [method.weight] if isinstance(method, Parametric) else []
+    groups = [{"params": [p for p in method.parameters() if all(p is not w for w in weights)]}]
+    groups += [{"params": weights, "lr": lr * method.rate}] if isinstance(method, Parametric) else []
+    optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.01)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(run), pct_start=0.1)
     log: dict[str, list[float]] = {}
     method.train()
     for step, batch in enumerate(run):
