@@ -109,13 +109,20 @@ class Parametric(Method):
         projector_dim: width of features and weights.
         temperature: divides the cosine similarities.
         num_images: how many weight vectors.
+        rate: their learning rate, over that of the network.
     """
 
     def __init__(
-        self, backbone: nn.Module, view: View, projector_dim: int, temperature: float, num_images: int
+        self,
+        backbone: nn.Module,
+        view: View,
+        projector_dim: int,
+        temperature: float,
+        num_images: int,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
-        self.view, self.temperature, self.backbone = view, temperature, backbone
+        self.view, self.temperature, self.backbone, self.rate = view, temperature, backbone, rate
         self.projector = nn.Linear(backbone_dim(backbone), projector_dim)
         start = torch.randn(num_images, projector_dim, generator=torch.Generator().manual_seed(0))
         self.weight = nn.Parameter(F.normalize(start, dim=1))
