@@ -84,7 +84,7 @@ def test_the_proximal_term_is_a_cosine(run: list[Batch]) -> None:
     torch.testing.assert_close(more["loss"], out["loss"] + 3 * (2 - 2 * cosine))
 
 
-def test_info_nce_is_cross_entropy_over_the_rows_that_nce_judges(run: list[Batch]) -> None:
+def test_info_nce_is_cross_entropy_over_the_rows_that_nce_compares(run: list[Batch]) -> None:
     method = make(num_negatives=12, loss="InfoNCE")
     rows = method.memory.rows.clone()
     v = F.normalize(method.projector(copy.deepcopy(method.backbone)(run[0].views[0])), dim=1)

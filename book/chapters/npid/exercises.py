@@ -115,7 +115,7 @@ def update(u, i, v, m, *, normalize=_unit):
         "a mean over the noise: every noise row counts": {"reduce": lambda x: x.mean(1)},
         "only the positive: the noise rows must be called noise": {"reduce": lambda x: 0 * x.sum(1)},
         "the noise is rewarded for looking right: its term is -log(1 - D)": {"noise": -1.0},
-        "cross-entropy over the K + 1 rows is InfoNCE: here each row is judged alone": lambda s, log_z, n: (
+        "cross-entropy over the K + 1 rows is InfoNCE: here each row is classified alone": lambda s, log_z, n: (
             F.cross_entropy(s, torch.zeros(len(s), dtype=torch.long))
         ),
         "the logarithm of a rounded 0 is infinite: use softplus or logsigmoid": lambda s, log_z, n: (
