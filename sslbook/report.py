@@ -261,10 +261,13 @@ def plot_umap(run: Run, features: Features, split: Split) -> None:
 
 def umap_positions(x: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
     """Positions in the plane in which nearby features stay nearby; the same for the same features."""
+    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from umap import UMAP
 
         options = {"metric": "cosine", "init": "pca", "random_state": 0, "n_jobs": 1}
         mapper = UMAP(n_neighbors=min(15, len(x) - 1), min_dist=0.8, **options)  # so far apart that the plane is filled
-        return torch.from_numpy(mapper.fit_transform(x.numpy())).float()
+        positions = torch.from_numpy(mapper.fit_transform(x.numpy())).float()
+    torch.set_num_threads(threads)  # numba gives the OpenMP that torch uses a thread a core
+    return positions

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sslbook import Data, Shapes, compare, results, train
 from sslbook.errors import UserError
-from sslbook.report import report
+from sslbook.report import report, umap_positions
 from sslbook.weights.backbone import load_backbone
 from tests.engine import command, start
 from tests.methods.cases import make
@@ -43,6 +43,13 @@ def test_full_report(tmp_path: Path, capsys) -> None:
     assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, backbone.dim)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "knn" in line} <= {8, 16}
+
+
+def test_the_map_leaves_torch_its_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    points = umap_positions(torch.randn(32, 8))
+    assert points.shape == (32, 2) and points.isfinite().all()
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.filterwarnings("ignore:.*holds images of more than 8 bits")

@@ -201,16 +201,19 @@ class Exercise:
         return ""
 
     def _named(self, found: list[Outcome], case: int, part: str | None) -> str:
-        """The mistake that explains all cases, or the first that is wrong."""
+        """The mistake that explains all cases; else, of those that explain this one, that which explains most."""
         known = [(m, self.outcomes(fn)) for m, variants in self.mistakes.items() for fn in variants]
         for message, wrong in known:
             if all(self.same(a, b) and self.same(b, a) and a.error == b.error for a, b in zip(found, wrong)):
                 return message
         if part is None:
             return ""
-        return next(
-            (m for m, wrong in known if part in wrong[case].parts and self.same(found[case], wrong[case], part)), ""
-        )
+        explained = {
+            m: sum(part in b.parts and self.same(a, b, part) for a, b in zip(found, wrong))
+            for m, wrong in known
+            if part in wrong[case].parts and self.same(found[case], wrong[case], part)
+        }
+        return max(explained, key=explained.__getitem__, default="")
 
     def _difference(self, value: Tensor, right: Tensor, name: str) -> str:
         if value.shape != right.shape and not value.numel() == right.numel() == 1:

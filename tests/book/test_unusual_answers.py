@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sslbook.book.chapters.byol import exercises as byol
 from sslbook.book.chapters.decorrelation import exercises as decorrelation
+from sslbook.book.chapters.deepcluster import exercises as deepcluster
 from sslbook.book.chapters.learning_without_labels import exercises as first
 from sslbook.book.chapters.mae import exercises as mae
 from sslbook.book.chapters.relative_location import exercises as location
@@ -129,6 +130,11 @@ def bound_by_probabilities(scores: Tensor) -> float:
 def floor_with_epsilon(joint: Tensor) -> float:
     given = joint / joint.sum(0)
     return -float((joint * torch.log(given + 1e-9)).sum())
+
+
+def floor_of_labels_with_epsilon(y: Tensor) -> float:
+    p = torch.bincount(y) / len(y)
+    return -float((p * torch.log(p + 1e-9)).sum())
 
 
 def floor_as_a_difference(joint: Tensor) -> Tensor:
@@ -270,6 +276,11 @@ def greedy_by_loops(chosen: Tensor, pool: Tensor) -> int:
     return max(min(sum(a != b for a, b in zip(x, y)) for y in chosen.tolist()) for x in pool.tolist())
 
 
+def whitened_by_the_unbiased_covariance(h: Tensor) -> Tensor:
+    values, V = torch.linalg.eigh(torch.cov(h.T))
+    return torch.cdist(h @ V / values.sqrt(), h @ V / values.sqrt())
+
+
 UNUSUAL: list[tuple[Exercise, Callable]] = [
     (first.knn_vote, vote_by_loops),
     (first.knn_vote, vote_as_softmax),
@@ -337,6 +348,8 @@ UNUSUAL: list[tuple[Exercise, Callable]] = [
     (swav.critical_epsilon, critical_by_projectors),
     (swav.smallest_entropy, lambda n, k: -math.log(min(1, n / k))),
     (swav.multicrop, lambda R, r, v: [(2 + v * r**2 / R**2) / 2, v + 1 + v + 1]),
+    (deepcluster.whitened, whitened_by_the_unbiased_covariance),
+    (deepcluster.floor, floor_of_labels_with_epsilon),
     (simsiam.loss, siamese_loss_by_numbers),
     (simsiam.targets, targets_by_loops),
     (simsiam.power_round, round_by_solving),

@@ -24,6 +24,7 @@ def _first(positive, negatives):
             info_nce.solution(q.detach(), k, queue, tau) + 0 * (k.sum() + q.sum())
         ),
         "the rows are not of unit length: divide each by its norm first": {"unit": lambda x: x},
+        "the columns are normalized: each row is one query or key, dim=1": {"unit": lambda x: F.normalize(x, dim=0)},
         "the other keys of the batch are no negatives here: only the queue is": lambda q, k, queue, tau: (
             F.cross_entropy(
                 torch.cat([_unit(q) @ _unit(k.detach()).T, _unit(q) @ _unit(queue.detach()).T], 1) / tau,
@@ -62,6 +63,16 @@ def info_nce(q, k, queue, tau, *, unit=_unit, stop=lambda x: x.detach(), power=-
             push.solution(queue, pointer, k)[0],
             pointer + len(k),
         ),
+        "the rows move up: in a ring they stay, and only the pointer moves": lambda queue, pointer, k: (
+            torch.cat([queue[len(k) :], k]),
+            pointer,
+        ),
+        "the keys enter in reverse order: the first of them goes to the pointer": lambda queue, pointer, k: (
+            push.solution(queue, pointer, k.flip(0))
+        ),
+        "the pointer stands at the oldest row, which is the first to be replaced": lambda queue, pointer, k: (
+            push.solution(queue, pointer + 1, k)
+        ),
         "the newest keys are overwritten: the pointer stands at the oldest": {"sign": -1},
         "the queue grows: its oldest rows must go": lambda queue, pointer, k: (torch.cat([queue, k]), pointer + len(k)),
     },
@@ -79,6 +90,9 @@ def push(queue, pointer, k, *, sign=1):
     returns={"bound": "one number"},
     mistakes={
         "the sum starts with m^1: after the update m of the latest step is still missing": {"first": 0},
+        "the latest step has the weight m, not its square": {"first": 2},
+        "the weights are powers of m: a step is forgotten little by little": lambda lengths, m: m * lengths.sum(),
+        "the sum over the steps, not their mean": lambda lengths, m: lag_bound.solution(lengths, m) / len(lengths),
         "the order: the latest step has the largest weight": {"order": lambda x: x},
         "this is m / (1 - m) times the longest step, a weaker bound": lambda lengths, m: m / (1 - m) * lengths.max(),
         "the weights 1 - m belong to the average of the weights, not to the lag": lambda lengths, m: (
@@ -101,9 +115,18 @@ def lag_bound(lengths, m, *, first=1, order=lambda x: x.flip(0)):
         "the positive is missing among the candidates: 1 + ...": {"own": 0.0},
         "each age has `per_age` keys": lambda cosines, per_age, tau: stale_loss.solution(cosines, 1, tau),
         "the positive has the cosine 1: subtract it before you divide by tau": {"positive": 0.0},
-        "the mean over the keys: a softmax sums": lambda cosines, per_age, tau: torch.log(
-            1 + ((cosines - 1) / tau).exp().mean()
-        ),
+        "the mean over the keys: a softmax sums": [
+            lambda cosines, per_age, tau: torch.log(1 + ((cosines - 1) / tau).exp().mean()),
+            lambda cosines, per_age, tau: torch.log(1 + per_age * ((cosines - 1) / tau).exp().mean()),
+        ],
+        "divide the cosines by the temperature": [
+            lambda cosines, per_age, tau: stale_loss.solution(cosines, per_age, 1.0),
+            lambda cosines, per_age, tau: stale_loss.solution(cosines, per_age, 1 / tau),
+        ],
+        "the logarithm is missing": lambda cosines, per_age, tau: stale_loss.solution(cosines, per_age, tau).exp(),
+        "this is the probability of the positive: the loss is minus its logarithm": lambda cosines, per_age, tau: (
+            -stale_loss.solution(cosines, per_age, tau)
+        ).exp(),
         "the sign: a key that is far away makes the loss smaller": lambda cosines, per_age, tau: stale_loss.solution(
             2 - cosines, per_age, tau
         ),
@@ -128,6 +151,17 @@ def _orders(r, n):
         "the keys are still shuffled: put them back in order": {"back": lambda keys, order: keys},
         "indexing by the order once more shuffles again: use its argsort": {"back": lambda keys, order: keys[order]},
         "the variance divides by n, as batch norm's does in training: correction=0": {"correction": 1},
+        "shuffled by the inverse: the groups are chunks of x[order]": lambda x, order, groups: shuffled.solution(
+            x, order.argsort(), groups
+        ),
+        "`groups` is the number of chunks, not their size": lambda x, order, groups: shuffled.solution(
+            x, order, len(x) // groups
+        ),
+        "a chunk is contiguous: the first rows of the shuffled batch are one group": lambda x, order, groups: (
+            shuffled.solution(x, order.view(-1, groups).T.flatten(), groups)
+        ),
+        "only the mean is removed: divide by the standard deviation": {"scale": lambda s: 1.0},
+        "divided by the variance: divide by its root": {"scale": torch.square},
         "not shuffled at all: the groups are those of the queries": lambda x, order, groups: shuffled.solution(
             x, torch.arange(len(x)), groups
         ),
@@ -136,14 +170,14 @@ def _orders(r, n):
         ),
     },
 )
-def shuffled(x, order, groups, *, correction=0, back=lambda keys, order: keys[order.argsort()]):
+def shuffled(x, order, groups, *, correction=0, scale=lambda s: s, back=lambda keys, order: keys[order.argsort()]):
     """`(x, order, groups) -> keys`: batch norm over `groups` chunks of the shuffled rows, back in order."""
-    chunks = [(c - c.mean(0)) / c.std(0, correction=correction) for c in x[order].chunk(groups)]
+    chunks = [(c - c.mean(0)) / scale(c.std(0, correction=correction)) for c in x[order].chunk(groups)]
     return back(torch.cat(chunks), order)
 
 
-def _cross(q, k, tau):
-    return F.cross_entropy(_unit(q) @ _unit(k).T / tau, torch.arange(len(q)))
+def _cross(q, k, tau, unit=_unit, turn=lambda s: s):
+    return F.cross_entropy(turn(unit(q) @ unit(k).T) / tau, torch.arange(len(q)))
 
 
 @exercise(
@@ -155,6 +189,11 @@ def _cross(q, k, tau):
             q_1, q_2, k_2, k_1, tau
         ),
         "the keys are constants: detach them": {"stop": lambda k: k},
+        "the rows are not of unit length: divide each by its norm first": {"unit": lambda x: x},
+        "transposed: a query chooses among the keys, so its row holds the keys": {"turn": lambda s: s.T},
+        "the sum over the queries: take the mean": lambda q_1, q_2, k_1, k_2, tau: (
+            len(q_1) * symmetrized.solution(q_1, q_2, k_1, k_2, tau)
+        ),
         "the factor is 2 tau for each direction": {"factor": lambda tau: tau},
         "the factor 2 tau is missing": {"factor": lambda tau: 1.0},
         "only one direction: add the other": lambda q_1, q_2, k_1, k_2, tau: (
@@ -162,6 +201,8 @@ def _cross(q, k, tau):
         ),
     },
 )
-def symmetrized(q_1, q_2, k_1, k_2, tau, *, stop=lambda k: k.detach(), factor=lambda tau: 2 * tau):
+def symmetrized(
+    q_1, q_2, k_1, k_2, tau, *, stop=lambda k: k.detach(), factor=lambda tau: 2 * tau, unit=_unit, turn=lambda s: s
+):
     """`(q_1, q_2, k_1, k_2, tau) -> loss` of version 3: each query against the other view's keys of the batch."""
-    return factor(tau) * (_cross(q_1, stop(k_2), tau) + _cross(q_2, stop(k_1), tau))
+    return factor(tau) * sum(_cross(q, stop(k), tau, unit, turn) for q, k in ((q_1, k_2), (q_2, k_1)))

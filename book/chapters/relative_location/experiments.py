@@ -71,7 +71,7 @@ LR = {
     "jigsaw": 5e-3,
     "rotation": 2e-2,
     "supervised": 5e-3,
-}  # the best of `settings`, and of `rates`
+}  # the best of `settings`, and of `rates`, for the methods; of the supervised network the next to best
 LRS = (5e-3, 1e-2, 2e-2)
 STEPS = {"settings": 200, "noise": 150, "shapes": 300, "sabotage": 200, "classes": 200, "photographs": 1000}
 PHOTOGRAPHS = (8000, 1000)

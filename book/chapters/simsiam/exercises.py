@@ -29,6 +29,11 @@ def _cosine(p, z):
         "the sign: the loss is minus the cosine": {"sign": 1},
         "the sum of both directions: take half of each": {"half": 1},
         "one direction is missing": lambda p1, p2, z1, z2: _cosine(p1, z2.detach()),
+        "the mean over the rows, not their sum": {"distance": lambda p, z: -F.cosine_similarity(p, z, dim=1).sum()},
+        "the cosine of columns: each row is one image, dim=1": {
+            "distance": lambda p, z: -F.cosine_similarity(p, z, dim=0).mean()
+        },
+        "this is 2 - 2 cos, BYOL's loss: SimSiam's is minus the cosine": lambda *a: 2 + 2 * loss.solution(*a),
         "the rows are not of unit length: take the cosine, not the inner product": {
             "distance": lambda p, z: -(p * z).sum(1).mean()
         },
@@ -46,6 +51,14 @@ def loss(p_1, p_2, z_1, z_2, *, stop=lambda z: z.detach(), sign=-1, half=0.5, di
         "normalize each view before the mean: the loss sees directions": lambda views: (
             F.normalize(views.mean(1), dim=1),
             views.mean(1).norm(dim=1),
+        ),
+        "the entries of each view are normalized, the last axis: axis 1 counts the views": lambda views: (
+            F.normalize(F.normalize(views, dim=1).mean(1), dim=1),
+            F.normalize(views, dim=1).mean(1).norm(dim=1),
+        ),
+        "the weight is the length of the mean over views, not of their sum": lambda views: (
+            targets.solution(views)[0],
+            F.normalize(views, dim=2).sum(1).norm(dim=1),
         ),
         "the direction must have length 1": {"unit": lambda m: m},
         "exchanged: first the direction, then the weight": lambda views: targets.solution(views)[::-1],
@@ -78,7 +91,13 @@ def _covariances(r, n, d):
         "G is S (S + A)^-1: W is multiplied from the right by S, then by the inverse": {
             "G": lambda S, total: torch.linalg.inv(total) @ S
         },
-        "V is transposed": lambda W, S, A: (power_round.solution(W, S, A)[0], power_round.solution(W, S, A)[1].T),
+        "V is transposed": [
+            lambda W, S, A: (
+                torch.linalg.solve(power_round.solution(W, S, A)[1].T, (W @ S @ torch.linalg.inv(S + A)).double()),
+                power_round.solution(W, S, A)[1].T,
+            ),
+            lambda W, S, A: (power_round.solution(W, S, A)[0], power_round.solution(W, S, A)[1].T),
+        ],
     },
 )
 def power_round(
@@ -101,6 +120,7 @@ def power_round(
             "gap": lambda first, second: first - second
         },
         "only the first: the second direction shrinks as well": {"gap": lambda first, second: -math.log(second)},
+        "not rounded: return the number itself": lambda a, b, f: math.ceil(rounds.solution(a, b, f)),
         "logarithms of different base": lambda a, b, f: math.log10(f) / math.log(a / b),
     },
 )
@@ -140,6 +160,7 @@ def thermometer(z, *, unit=lambda z: F.normalize(z, dim=1), factor=math.sqrt):
         "the root is missing: nu (1 - nu) = s^2 / 4 is quadratic in nu": lambda s: s**2 / 4,
         "s is not squared": {"power": 1},
         "the factor 4 is missing: s = 2 sqrt(nu (1 - nu))": lambda s: (1 - math.sqrt(max(0.0, 1 - 4 * s**2))) / 2,
+        "nu alone is taken for nu (1 - nu): solve the quadratic equation": lambda s: s / 2,
         "divide by 2: the roots are (1 +- ...)/2": lambda s: 2 * smaller_side.solution(s),
     },
 )
@@ -149,10 +170,14 @@ def smaller_side(s, *, power=2):
 
 
 @exercise(
-    inputs=lambda r: [(step, 100, 0.05) for step in (0, 5, 50, 99)],
+    inputs=lambda r: [(step, 100, 0.05) for step in (5, 0, 50, 99)],
     returns={"backbone": "warm-up and cosine", "predictor": "constant"},
     mistakes={
         "exchanged: the backbone's rate first": lambda *a: rates.solution(*a)[::-1],
+        "the predictor's rate stays from the first step on: it has no warm-up": lambda step, steps, lr: (
+            rates.solution(step, steps, lr)[0],
+            lr * min(1.0, (step + 1) / (0.1 * steps)),
+        ),
         "the predictor's rate decays, too: it must stay": {"predictor": lambda lr, share: lr * share},
         "no warm-up": {"rise": lambda step, steps: 1.0},
         "the warm-up takes a tenth of the steps": {"rise": lambda step, steps: min(1.0, (step + 1) / 10 / steps)},
@@ -185,6 +210,8 @@ def rates(
         "upside down: a step with an EMA is the more expensive one": lambda b: 1 / equal_compute.solution(b),
         "this is what the EMA adds, as a fraction of SimSiam's step": lambda b: 1 / (1 + b),
         "the target network sees both views": {"views": 1},
+        "this is what the EMA adds, as a fraction of its own step: subtract it from 1": lambda b: 1 / (2 + b),
+        "a step also has forward passes: two and two backward": lambda b: 2 * b / (2 * b + 2),
         "there is no backward pass through the target network": {"target": lambda b: 1 + b},
         "both views go through the trained network, forward and backward": lambda b: (1 + b) / (3 + b),
     },

@@ -28,6 +28,15 @@ def _two(r, n, k):
             (-((s_1 / tau).softmax(1) * q_2.log()).sum(1).mean() - ((s_2 / tau).softmax(1) * q_1.log()).sum(1).mean())
             / 2
         ),
+        "the sign: the loss is minus the mean of q log p": {"both": (-0.5, -0.5)},
+        "this is the KL divergence: the cross-entropy has the entropy of the codes in it": lambda s_1, s_2, q_1, q_2, tau: (
+            swapped_loss.solution(s_1, s_2, q_1, q_2, tau)
+            + sum(torch.xlogy(q, q).sum(1).mean() / 2 for q in (q_1.detach(), q_2.detach()))
+        ),
+        "codes are soft: their largest entry alone is another target": lambda s_1, s_2, q_1, q_2, tau: (
+            (F.cross_entropy(s_1 / tau, q_2.argmax(1)) + F.cross_entropy(s_2 / tau, q_1.argmax(1))) / 2
+        ),
+        "codes are distributions already: no softmax of them": {"stop": lambda q: q.detach().softmax(1)},
         "the temperature multiplies: divide the scores by it": {"power": 1},
         "the temperature is missing: divide the scores by it": {"power": 0},
         "the softmax is over the images: it is over the prototypes, dim=1": {"dim": 0},
@@ -77,6 +86,7 @@ def _naive(scores, epsilon, iterations):
         "the rows are not normalized: every code must sum to 1": {"order": (0,)},
         "epsilon multiplies the scores: divide by it": {"power": 1},
         "epsilon is missing: divide the scores by it": {"power": 0},
+        "these are logarithms: return their exponentials": lambda s, eps, n: sinkhorn.solution(s, eps, n).log(),
         "one iteration too few": {"more": -1},
         "one iteration too many": {"more": 1},
         "the plan has mass 1: its rows sum to 1/N; multiply by N": lambda s, eps, n: (
@@ -104,6 +114,13 @@ def sinkhorn(scores, epsilon, iterations, *, power=-1, order=(0, 1), more=0):
         "the total mass is not multiplied by epsilon": {"mass": 1.0},
         "the sums of a and b: each is divided by its number, as the marginals are 1/N and 1/K": {"total": torch.sum},
         "the -1 in the exponent is missing": {"shift": 0.0},
+        "the -1 in the exponent is not divided by epsilon": lambda S, a, b, eps: (
+            eps * _plan(S, a, b, eps, 1 / eps).sum() + a.mean() + b.mean()
+        ),
+        "the means of a and b are added": {"total": lambda x: -x.mean()},
+        "the first term is the sum of Q, not its mean": lambda S, a, b, eps: (
+            eps * _plan(S, a, b, eps).mean() + a.mean() + b.mean()
+        ),
         "the signs of a and b in the exponent are wrong: they are subtracted from the scores": {"sign": -1.0},
         "this is the objective of the plan, <Q, S> + epsilon H(Q): the dual is wanted": lambda S, a, b, eps: _objective(
             _plan(S, a, b, eps), S, eps
@@ -148,7 +165,7 @@ def convergence_rate(Q, *, which=1, power=2, scale=lambda n, k: math.sqrt(n * k)
 
 
 @exercise(
-    inputs=lambda r: [(_scores(r, 6, 4) + 0.3 * r.normal(4), 2.0), (_scores(r, 5, 7) + r.normal(7), 10.0)],
+    inputs=lambda r: [(_scores(r, 6, 4) + 0.3 * r.normal(4), 3.0), (_scores(r, 5, 7) + r.normal(7), 10.0)],
     returns={"codes": "one row per image, one column per prototype"},
     mistakes={
         "the means of the rows alone are subtracted: a column's mean must go as well": {"column": 0.0},
@@ -162,6 +179,9 @@ def convergence_rate(Q, *, which=1, power=2, scale=lambda n, k: math.sqrt(n * k)
         "1/N: a code is a distribution over the K prototypes": lambda S, eps: (
             S.shape[1] / len(S) * first_order.solution(S, eps)
         ),
+        "1/K multiplies the scores as well": lambda S, eps: first_order.solution(S * S.shape[1], eps),
+        "a softmax of the centered scores has higher orders in it": lambda S, eps: (_center(S) / eps).softmax(1),
+        "the scores are not centered": {"row": 0.0, "column": 0.0, "all_": 0.0},
         "the 1 is missing: this is the difference from uniform codes": lambda S, eps: (
             first_order.solution(S, eps) - 1 / S.shape[1]
         ),
@@ -201,6 +221,8 @@ def _center(S):
             tau**2 / critical_epsilon.solution(s_1, s_2, tau)
         ),
         "divided by the square of one view only: take the mean of both": {"below": lambda a, b: a},
+        "divided by the geometric mean of both squares: take the arithmetic": {"below": lambda a, b: (a * b).sqrt()},
+        "only the mean of all is subtracted: center rows and columns": {"center": lambda S: S - S.mean()},
         "divided by the sum of both squares: take their mean": {"below": lambda a, b: a + b},
     },
 )
@@ -208,6 +230,13 @@ def critical_epsilon(s_1, s_2, tau, *, center=_center, below=lambda a, b: (a + b
     """`(s_1, s_2, tau) -> epsilon` below which differences between images grow near a collapse."""
     s_1, s_2 = center(s_1.double()), center(s_2.double())
     return tau * (s_1 * s_2).sum() / below(s_1.square().sum(), s_2.square().sum())
+
+
+def _exact_entropy(n, k):
+    """As many full entries as fit, and the rest: the least that is reached, above the bound if k / n is not whole."""
+    share, full = min(1.0, n / k), max(1, k // n)
+    rest = max(0.0, 1 - full * share)
+    return -full * share * math.log(share) - (rest * math.log(rest) if rest > 1e-9 else 0.0)
 
 
 @exercise(
@@ -219,6 +248,11 @@ def critical_epsilon(s_1, s_2, tau, *, center=_center, below=lambda a, b: (a + b
             0.0, math.log(n / k)
         ),
         "a negative entropy: with more images than prototypes the bound is 0": lambda n, k: math.log(k / n),
+        "K/N entries need not be whole for the bound: it is log(K/N) itself": [
+            lambda n, k: math.log(math.ceil(k / n)),
+            lambda n, k: math.log(max(1, k // n)),
+            _exact_entropy,
+        ],
         "in bits: take the natural logarithm": lambda n, k: max(0.0, math.log2(k / n)),
         "this is the number of prototypes of a code: take its logarithm": lambda n, k: max(0.0, k / n),
     },
@@ -234,6 +268,12 @@ def smallest_entropy(n, k):
     mistakes={
         "sides instead of areas: a crop's pixels are the square of its side": {"power": 1},
         "one large crop: there are two": {"large": 1},
+        "exchanged: first the cost, then the terms": lambda *a: multicrop.solution(*a)[::-1],
+        "this is what the small crops add: the cost is relative to two large crops, so 1 plus it": lambda R, r, v: (
+            multicrop.solution(R, r, v)[0] - 1,
+            2 * (v + 1),
+        ),
+        "two crops have codes, and each is predicted by all others": {"terms": lambda v: v + 1},
         "all pairs of crops: only the two large crops have codes": {
             "terms": lambda v: (v + 2) * (v + 1) // 2,
         },
