@@ -9,6 +9,7 @@ CHAPTERS = (
     "relative_location",
     "colorization",
     "simclr",
+    "npid",
     "moco",
     "nnclr",
     "densecl",
