@@ -220,50 +220,65 @@ class ChapterCards(Directive):
 # -- map ---------------------------------------------------------------------------------------------------------------
 
 
+def _arrows(all_: list[Chapter]) -> dict[str, list[str]]:
+    """What each chapter needs or is helped by, without what it needs through another of these."""
+    by_page = {one.page: one for one in all_}
+
+    def before(page: str) -> set[str]:
+        direct = [p for p in by_page[page].needs if p in by_page]
+        return set(direct).union(*map(before, direct))
+
+    parents = {one.page: [p for p in one.needs + one.helped_by if p in by_page] for one in all_}
+    return {page: [p for p in found if not any(p in before(q) for q in found)] for page, found in parents.items()}
+
+
 def places(all_: list[Chapter]) -> dict[str, tuple[int, int]]:
-    """`(depth, lane)` of each chapter: one deeper than what it needs or is helped by, in the first lane that is free."""
+    """`(depth, lane)` of each chapter: one deeper than what it needs or is helped by, in the first lane that is free.
+
+    An arrow runs in the lane of its end, so that lane is kept free from the arrow's start on.
+    """
     where: dict[str, tuple[int, int]] = {}
+    taken: set[tuple[int, int]] = set()
     for one in all_:
-        parents = [p for p in one.needs + one.helped_by if p in where]
-        depth = 1 + max((where[p][0] for p in parents), default=-1)
-        needed = [p for p in one.needs if p in where]
-        main = max(needed or parents, key=lambda p: where[p][0], default=None)
-        since, lane = where[main] if main else (depth - 1, 0)
-        taken = set(where.values())
-        while any((d, lane) in taken for d in range(since + 1, depth + 1)):
+        parents = _arrows(all_)[one.page]
+        depths = [where[p][0] for p in parents] or [-1]
+        depth, since = max(depths) + 1, min(depths) + 1
+        lane = next((where[p][1] for p in parents if where[p][0] == depth - 1), 0)
+        while any((d, lane) in taken for d in range(since, depth + 1)):
             lane += 1
+        taken.update((d, lane) for d in range(since, depth + 1))
         where[one.page] = (depth, lane)
     return where
 
 
 def drawing(all_: list[Chapter], address: Callable[[str], str], standing: bool) -> str:
-    """The map as SVG; lying, from left to right, or standing, from top to bottom."""
+    """The map as SVG; lying, from left to right, or standing, one chapter below the other and indented by its depth."""
     where = places(all_)
-    width, height, along, across = (161, 64, 34, 18) if standing else (178, 74, 40, 22)
-    step = (width + across, height + along) if standing else (width + along, height + across)
+    width, height, along, across = (262, 44, 18, 10) if standing else (178, 74, 40, 22)
 
     def corner(page: str) -> tuple[float, float]:
         depth, lane = where[page]
-        return (2 + lane * step[0], 2 + depth * step[1]) if standing else (2 + depth * step[0], 2 + lane * step[1])
+        if standing:
+            return 2 + depth * along, 2 + [one.page for one in all_].index(page) * (height + across)
+        return 2 + depth * (width + along), 2 + lane * (height + across)
 
     def line(start: str, end: str, helps: bool) -> str:
         (ax, ay), (bx, by) = corner(start), corner(end)
+        x1, y1 = bx - 5, by + height / 2
         if standing:
-            x0, y0, x1, y1 = ax + width / 2, ay + height, bx + width / 2, by - 5
-            curve = (
-                f"M{x0:g} {y0:g}C{x0:g} {y0 + along / 2:g} {x1:g} {y0 + along / 2:g} {x1:g} {y0 + along - 5:g}V{y1:g}"
-            )
+            curve = f"M{ax + 9:g} {ay + height:g}V{y1:g}H{x1:g}"
         else:
-            x0, y0, x1, y1 = ax + width, ay + height / 2, bx - 5, by + height / 2
+            x0, y0 = ax + width, ay + height / 2
             curve = (
                 f"M{x0:g} {y0:g}C{x0 + along / 2:g} {y0:g} {x0 + along / 2:g} {y1:g} {x0 + along - 5:g} {y1:g}H{x1:g}"
             )
-        tip = (f"M{x1 - 4:g} {y1 - 3:g}l4 7l4 -7z") if standing else (f"M{x1 - 3:g} {y1 - 4:g}l7 4l-7 4z")
+        tip = f"M{x1 - 3:g} {y1 - 4:g}l7 4l-7 4z"
         return f'<path class="edge{" helps" if helps else ""}" d="{curve}"/><path class="tip" d="{tip}"/>'
 
     def box(one: Chapter) -> str:
         x, y = corner(one.page)
-        rows = textwrap.wrap(one.title, 19 if standing else 20)[:3]
+        short = one.title.partition(": ")[0]  # the question behind the name stands on the card
+        rows = textwrap.wrap(short, 28 if standing else 17)[:3]
         top = y + height / 2 - 9 * (len(rows) - 1) + 5
         text = "".join(
             f'<tspan x="{x + 36:g}" y="{top + 18 * i:g}">{html.escape(r)}</tspan>' for i, r in enumerate(rows)
@@ -275,9 +290,7 @@ def drawing(all_: list[Chapter], address: Callable[[str], str], standing: bool) 
         )
 
     size = [max(corner(o.page)[i] for o in all_) + (width, height)[i] + 2 for i in (0, 1)]
-    edges = [line(p, o.page, False) for o in all_ for p in o.needs] + [
-        line(p, o.page, True) for o in all_ for p in o.helped_by
-    ]
+    edges = [line(p, o.page, p not in o.needs) for o in all_ for p in _arrows(all_)[o.page]]
     return (
         f'<svg class="chapter-map {"standing" if standing else "lying"}" viewBox="0 0 {size[0]:g} {size[1]:g}" '
         f'width="{size[0]:g}" role="group" aria-label="Which chapter needs which">'
