@@ -209,9 +209,9 @@ class ChapterCards(Directive):
                 "chapter-times": f"{one.read} min to read, {one.run} min to run",
                 "chapter-before": f"**Before this:** {_rebased(one.before, one.page)}",
             }.items():
-                field_ = nodes.container(classes=[classes])
-                self.state.nested_parse([text], self.content_offset, field_)
-                card += field_
+                shown = nodes.container(classes=[classes])
+                self.state.nested_parse([text], self.content_offset, shown)
+                card += shown
             card += nodes.raw("", f'<p class="chapter-launch">{links}</p>', format="html")
             grid += card
         return [grid]
@@ -239,8 +239,9 @@ def places(all_: list[Chapter]) -> dict[str, tuple[int, int]]:
     """
     where: dict[str, tuple[int, int]] = {}
     taken: set[tuple[int, int]] = set()
+    arrows = _arrows(all_)
     for one in all_:
-        parents = _arrows(all_)[one.page]
+        parents = arrows[one.page]
         depths = [where[p][0] for p in parents] or [-1]
         depth, since = max(depths) + 1, min(depths) + 1
         lane = next((where[p][1] for p in parents if where[p][0] == depth - 1), 0)
@@ -290,7 +291,8 @@ def drawing(all_: list[Chapter], address: Callable[[str], str], standing: bool) 
         )
 
     size = [max(corner(o.page)[i] for o in all_) + (width, height)[i] + 2 for i in (0, 1)]
-    edges = [line(p, o.page, p not in o.needs) for o in all_ for p in _arrows(all_)[o.page]]
+    arrows = _arrows(all_)
+    edges = [line(p, o.page, p not in o.needs) for o in all_ for p in arrows[o.page]]
     return (
         f'<svg class="chapter-map {"standing" if standing else "lying"}" viewBox="0 0 {size[0]:g} {size[1]:g}" '
         f'width="{size[0]:g}" role="group" aria-label="Which chapter needs which">'
